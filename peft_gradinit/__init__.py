@@ -1,0 +1,23 @@
+"""Starts for PEFT adapters, computed from the model's own gradients, activations and weights.
+
+Importing the package registers its types with PEFT, so that `get_peft_model(model,
+LoraGAConfig(…, calibration=data))` works.
+"""
+
+from .calibration import Calibration, CalibrationResult
+from .errors import GradInitError
+from .methods import LoraGAConfig
+from .tuners import InitReport, calibrate, initialize, load_for_training
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Calibration",
+    "CalibrationResult",
+    "GradInitError",
+    "InitReport",
+    "LoraGAConfig",
+    "calibrate",
+    "initialize",
+    "load_for_training",
+]

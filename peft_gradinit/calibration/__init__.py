@@ -1,0 +1,23 @@
+"""The calibration pass: runs the user's batches through the model and fills statistics.
+
+Knows nothing of LoRA: it is given modules and accumulators, and returns facts.
+"""
+
+from .capture import capture
+from .gradients import measure_gradients
+from .guards import left_as_found
+from .result import CalibrationResult, PassFacts
+from .run import collect, model_fingerprint
+from .spec import DEFERRED, Calibration
+
+__all__ = [
+    "DEFERRED",
+    "Calibration",
+    "CalibrationResult",
+    "PassFacts",
+    "capture",
+    "collect",
+    "left_as_found",
+    "measure_gradients",
+    "model_fingerprint",
+]

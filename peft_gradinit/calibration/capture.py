@@ -1,0 +1,81 @@
+"""Capture of layer inputs and output gradients.
+
+A forward hook on each target routes its output through `Tap`, which saves the input the way
+autograd saves its own (so checkpointing and offloading see it) and, in the backward, hands
+`(x, dy)` to a callback and passes `dy` on. All taps share a scalar `anchor`, the only tensor that
+`loss.backward(inputs=[anchor])` asks for: no weight gradient is computed and no `requires_grad` is
+touched, and the graph starts at the first target even when nothing upstream requires a gradient.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CalibrationError
+
+Sink = Callable[[Tensor, Tensor], None]
+
+
+class Tap(torch.autograd.Function):
+    """Identity that shows a callback the layer's input and its output's gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, x: Tensor, anchor: Tensor, sink: Sink) -> Tensor:
+        """Return `out`; `detach` shares its storage and survives in-place ops that follow."""
+        ctx.save_for_backward(x)
+        ctx.sink = sink
+        return out.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
+        """Hand over `(x, dy)` and pass `dy` on."""
+        (dy,) = grad_outputs
+        with torch.autocast(dy.device.type, enabled=False):
+            ctx.sink(ctx.saved_tensors[0], dy)
+        return dy, None, None, None
+
+
+@contextmanager
+def capture(modules: Mapping[str, nn.Module], sinks: Mapping[str, Sink]) -> Iterator[Tensor]:
+    """Show each module's inputs and output gradients to its sink while the block runs.
+
+    Args:
+        modules: linear layers by name.
+        sinks: by the same names; called once per use of the module in a backward.
+
+    Yields:
+        The anchor to pass to `loss.backward(inputs=[anchor])`.
+    """
+    anchor = torch.zeros((), requires_grad=True)
+    handles = []
+    try:
+        for name, module in modules.items():
+            hook = _forward_hook(name, sinks[name], anchor)
+            handles.append(module.register_forward_hook(hook, with_kwargs=True))
+        yield anchor
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _forward_hook(name: str, sink: Sink, anchor: Tensor) -> Callable[..., Tensor]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Tensor:
+        x = args[0] if args else kwargs["input"]
+        if not torch.is_grad_enabled():
+            raise CalibrationError(
+                f"{name} ran without gradients inside the calibration pass: the model's code uses "
+                "torch.no_grad() or reentrant checkpointing around it; call "
+                "torch.utils.checkpoint with use_reentrant=False, or exclude the module."
+            )
+        if x.requires_grad and not out.requires_grad:
+            raise CalibrationError(
+                f"{name} ({type(module).__name__}) gives no gradient to its input, so nothing "
+                "before it can be calibrated; use a kernel or quantisation with a backward, or "
+                "exclude the module."
+            )
+        return Tap.apply(out, x, anchor, sink)  # pyright: ignore[reportReturnType]
+
+    return hook

@@ -1,0 +1,115 @@
+"""The model is left as it was found, also when the user's code raises or is interrupted.
+
+`left_as_found` is the one context in which the pass touches the user's model and process. What it
+changes for the pass, it puts back in reverse order:
+
+- every module in eval mode (no dropout, so the gradient is a property of the data alone), except
+  modules that checkpoint, which do so in train mode only: their own flag stays on;
+- reentrant checkpointing replaced by the non-reentrant kind, under which taps work;
+- `use_cache` off; compiled code run eagerly, since compiled graphs ignore hooks added later;
+- the random state of torch, numpy and Python, and of the generators of the user's data loader;
+- inference mode off and gradients on, whatever the caller's mode.
+"""
+
+import functools
+import random
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+@contextmanager
+def left_as_found(model: nn.Module, data: Any, seed: int) -> Iterator[None]:
+    """Prepare model and process for the pass and restore them at the end.
+
+    Args:
+        model: the user's model.
+        data: the user's data; generators inside a `DataLoader` get their state back.
+        seed: seed of everything random in the block.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        for context in (_randomness(data, seed), _modes(model), _attributes(model)):
+            stack.enter_context(context)
+        yield
+
+
+@contextmanager
+def _randomness(data: Any, seed: int) -> Iterator[None]:
+    generators = _generators(data)
+    states = [g.get_state() for g in generators]
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            random.seed(seed)
+            np.random.seed(seed % 2**32)
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
+
+
+def _generators(loader: Any) -> list[torch.Generator]:
+    """Generators that iterating over a `DataLoader` would advance."""
+    holders = [loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)]
+    holders.append(getattr(holders[-1], "sampler", None))
+    found = {id(g): g for h in holders if (g := getattr(h, "generator", None)) is not None}
+    return [g for g in found.values() if isinstance(g, torch.Generator)]
+
+
+@contextmanager
+def _modes(model: nn.Module) -> Iterator[None]:
+    """Eval mode, but checkpointing modules keep their own train flag."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        for module, was_training in modes:
+            if was_training and getattr(module, "gradient_checkpointing", False):
+                module.training = True
+        yield
+    finally:
+        for module, was_training in modes:
+            module.training = was_training
+
+
+@contextmanager
+def _attributes(model: nn.Module) -> Iterator[None]:
+    """Set plain attributes for the pass and put the old values back."""
+    changed = []
+    try:
+        for holder, name, value in _temporary_values(model):
+            changed.append((holder, name, getattr(holder, name)))
+            setattr(holder, name, value)
+        yield
+    finally:
+        for holder, name, value in reversed(changed):
+            setattr(holder, name, value)
+
+
+def _temporary_values(model: nn.Module) -> list[tuple[Any, str, Any]]:
+    values: list[tuple[Any, str, Any]] = []
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    for config in configs.values():
+        if getattr(config, "use_cache", False) is True:
+            values.append((config, "use_cache", False))
+    for module in model.modules():
+        if not getattr(module, "gradient_checkpointing", False):
+            continue
+        if hasattr(module, "_gradient_checkpointing_func"):
+            function = functools.partial(checkpoint, use_reentrant=False)
+            values.append((module, "_gradient_checkpointing_func", function))
+        if module.training:
+            # A layer in train mode that applies F.dropout itself would drop.
+            rates = [k for k, v in vars(module).items() if "dropout" in k and type(v) is float]
+            values += [(module, name, 0.0) for name in rates]
+    return values

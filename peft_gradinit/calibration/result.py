@@ -1,0 +1,105 @@
+"""`CalibrationResult`: what a pass measured, on its way to the adapter or to a file."""
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..linalg import TruncatedSVD
+from ..statistics import Fingerprint, load_triplets, save_triplets
+
+FILE_NAME = "calibration.safetensors"
+
+
+@dataclasses.dataclass(frozen=True)
+class PassFacts:
+    """What happened during a pass.
+
+    Attributes:
+        n_batches: batches read from the data.
+        n_sequences: leading dimension of those batches, summed.
+        n_tokens: input tokens, padding not counted.
+        loss_weight: tokens (or sequences) that carried loss; the denominator of every mean.
+        loss: their mean loss.
+        seconds: wall time of the pass, factorisation included.
+        state_bytes: what the accumulators held.
+        peak_bytes: growth of the device's (on CPU: the process's) peak memory during the pass.
+        stopped_by: why the pass ended: `"end of data"`, `"max_tokens"` or `"max_batches"`.
+    """
+
+    n_batches: int
+    n_sequences: int
+    n_tokens: int
+    loss_weight: float
+    loss: float
+    seconds: float
+    state_bytes: int
+    peak_bytes: int
+    stopped_by: str
+
+
+@dataclasses.dataclass(frozen=True)
+class CalibrationResult:
+    """Leading triplets of every target's statistic, and where they are from.
+
+    Attributes:
+        triplets: by module name; targets that could not be measured are absent.
+        energy: squared Frobenius norm of each target's mean gradient (an estimate for sketches).
+        failures: why a target is absent, by module name.
+        fingerprint: model, targets and options; `save` keeps it and a config checks it.
+        facts: what happened during the pass.
+        probe: first sequence of the data, to measure the drift of the output with; not saved.
+    """
+
+    triplets: Mapping[str, TruncatedSVD]
+    energy: Mapping[str, float]
+    failures: Mapping[str, str]
+    fingerprint: Fingerprint
+    facts: PassFacts
+    probe: Any = dataclasses.field(default=None, repr=False, compare=False)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the result to a file, for `calibration=` in a config made later or elsewhere.
+
+        Args:
+            path: a file ending in `.safetensors`, or a folder that gets `calibration.safetensors`.
+
+        Returns:
+            The file written.
+        """
+        path = Path(path)
+        if path.suffix != ".safetensors":
+            path = path / FILE_NAME
+        facts = {
+            "energy": dict(self.energy),
+            "failures": dict(self.failures),
+            "pass": dataclasses.asdict(self.facts),
+        }
+        save_triplets(path, self.triplets, self.fingerprint, facts)
+        return path
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "CalibrationResult":
+        """Read what `save` wrote.
+
+        Args:
+            path: the file, or the folder that holds `calibration.safetensors`.
+
+        Returns:
+            The result, without its probe.
+
+        Raises:
+            FingerprintError: if the file is missing, damaged or of another kind.
+        """
+        path = Path(path)
+        if path.is_dir():
+            path = path / FILE_NAME
+        triplets, fingerprint, facts = load_triplets(path)
+        return cls(
+            triplets=triplets,
+            energy=facts["energy"],
+            failures=facts["failures"],
+            fingerprint=fingerprint,
+            facts=PassFacts(**facts["pass"]),
+        )

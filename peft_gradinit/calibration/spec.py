@@ -1,0 +1,116 @@
+"""`Calibration`: which data a pass reads, how much of them, and how it measures."""
+
+import dataclasses
+import os
+from collections.abc import Callable
+from typing import Any, Literal
+
+from ..errors import ConfigError
+from .result import CalibrationResult
+
+DEFAULT_MAX_TOKENS = 65_536
+"""Budget if none is given: 128 sequences of 512 tokens, the most that the LoRA-GA authors use."""
+
+DEFERRED = "deferred"
+"""The value of `calibration=` that postpones the pass to `initialize` or the Trainer callback."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Calibration:
+    """What the calibration pass reads and how.
+
+    Copies of a config share this object: `copy.deepcopy` returns it as it is, since data loaders
+    and data sets are not to be duplicated.
+
+    Args:
+        data: a `DataLoader`; any iterable of batches (dict, `BatchEncoding`, tuple, tensor); a
+            tokenised `datasets.Dataset`, map-style or streaming; a `CalibrationResult` or the path
+            of a saved one.
+        max_tokens: budget in input tokens, padding not counted. The pass stops at the first
+            sequence that reaches it. Default: 65,536 if `max_batches` is not given either.
+        max_batches: budget in batches of `data`. Default: no limit of its own.
+        estimator: `"sketch"` keeps `O(width (out + in))` floats a layer; `"dense"` keeps the exact
+            gradient, for small models.
+        sketch_size: columns of the sketches. Default: `2 * rank + 80`, see
+            `statistics.gradient_statistic`.
+        loss_fn: `loss_fn(model, batch)` returns a scalar loss, or `(loss, weight)` with the number
+            of tokens (or pairs, …) that it is the mean of. Default: `model(**batch).loss`, weighted
+            by the labels that are not -100.
+        collate_fn: makes a batch from samples when `data` is a dataset. Default: pads `input_ids`,
+            `attention_mask` and `labels`, and drops columns that the model's `forward` lacks.
+        batch_size: samples in a batch when `data` is a dataset. Does not change the result.
+        seed: seed of the test matrices and of everything random in `data`.
+        accelerator: the user's `accelerate.Accelerator`, if its device placement and autocast are
+            to be used. None is ever created here.
+        progress: show a progress bar.
+
+    Raises:
+        ConfigError: if an option has a value that cannot work.
+    """
+
+    data: Any
+    _: dataclasses.KW_ONLY
+    max_tokens: int | None = None
+    max_batches: int | None = None
+    estimator: Literal["sketch", "dense"] = "sketch"
+    sketch_size: int | None = None
+    loss_fn: Callable[[Any, Any], Any] | None = None
+    collate_fn: Callable[[list[Any]], Any] | None = None
+    batch_size: int = 8
+    seed: int = 0
+    accelerator: Any = None
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        if self.data is None:
+            raise ConfigError(
+                "Calibration(data=None) has nothing to read; pass a DataLoader, an iterable of "
+                "batches, a tokenised dataset, or the path of a saved CalibrationResult."
+            )
+        if self.estimator not in ("sketch", "dense"):
+            raise ConfigError(
+                f"estimator must be 'sketch' or 'dense', got {self.estimator!r}; 'sketch' is the "
+                "default."
+            )
+        for name in ("max_tokens", "max_batches", "sketch_size", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ConfigError(f"{name} must be a positive integer, got {value!r}.")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Calibration":
+        return self
+
+    @classmethod
+    def of(cls, value: Any) -> "Calibration":
+        """Wrap whatever a user may pass as `calibration=`."""
+        return value if isinstance(value, cls) else cls(value)
+
+    @property
+    def token_budget(self) -> int | None:
+        """`max_tokens`, or its default when no budget at all was given."""
+        if self.max_tokens is None and self.max_batches is None:
+            return DEFAULT_MAX_TOKENS
+        return self.max_tokens
+
+    def saved_result(self) -> CalibrationResult | None:
+        """The result that `data` is, or is the path of; `None` if `data` are data."""
+        if isinstance(self.data, CalibrationResult):
+            return self.data
+        if isinstance(self.data, str | os.PathLike):
+            return CalibrationResult.load(self.data)
+        return None
+
+    def measurement_options(self) -> dict[str, Any]:
+        """Options that shape the measurement; recorded in the fingerprint of its result."""
+        return {
+            "estimator": self.estimator,
+            "sketch_size": self.sketch_size,
+            "seed": self.seed,
+            "max_tokens": self.token_budget,
+            "max_batches": self.max_batches,
+        }
+
+    def demanded_options(self) -> dict[str, Any]:
+        """The measurement options that a user set away from their defaults."""
+        default = type(self)(()).measurement_options()
+        return {k: v for k, v in self.measurement_options().items() if v != default[k]}

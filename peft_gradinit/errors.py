@@ -1,0 +1,38 @@
+"""Every error that this package raises on purpose.
+
+Each child also subclasses the built-in that users of PEFT and Transformers already catch, so that
+`except ValueError` keeps working. Messages say what is wrong and where, what was expected, what
+was got, and what to do.
+"""
+
+
+class GradInitError(Exception):
+    """Base of all errors raised by `peft_gradinit`."""
+
+
+class ConfigError(GradInitError, ValueError):
+    """An option of a config or of a `Calibration` has a value that cannot work."""
+
+
+class ShapeError(GradInitError, ValueError):
+    """A matrix or a rank does not fit the place where it is used."""
+
+
+class TargetError(GradInitError, ValueError):
+    """A targeted module cannot be served by the method."""
+
+
+class DataError(GradInitError, ValueError):
+    """The calibration data are empty, carry no labels, or have a form that is not understood."""
+
+
+class CalibrationError(GradInitError, RuntimeError):
+    """The calibration pass ran but cannot give a usable result."""
+
+
+class FingerprintError(GradInitError, ValueError):
+    """A saved calibration belongs to another model, other targets or other options."""
+
+
+class NotInitializedError(GradInitError, RuntimeError):
+    """A deferred adapter was trained or saved before it was initialised."""

@@ -1,0 +1,136 @@
+r"""Two-sided streaming sketch of a sum of outer products, and its reconstruction.
+
+A matrix `G = sum_t y_t x_t^T` that is too large to hold is replaced by `Y = G Omega` and
+`Z = G^T Psi`, which are sums over `t` as well. `reconstruct` turns `(Y, Z)` into the leading
+singular triplets of `G`. Three choices make one pass accurate enough:
+
+1. **Oriented test matrices.** Most columns of `Omega` (`Psi`) are right (left) singular vectors of
+   the part of the stream seen so far, as a power iteration would choose them; the rest stay
+   Gaussian and see what that part did not (`orient_test_matrices`).
+2. **No second look at the data.** When the test matrices change, the part already summed is moved
+   to the new ones through its own reconstruction. The columns that stay Gaussian are kept exactly;
+   in the oriented ones `G_seen V = U S` holds by the definition of the singular vectors, and what
+   the reconstruction lost lies outside the leading subspaces.
+3. **Both sketches determine the core.** With `Q`, `P` orthonormal bases of the leading halves of
+   `range(Y)`, `range(Z)`, the core `C ~ Q^T G P` is the least-squares solution of
+   `C (P^T Omega) = Q^T Y` and `(Psi^T Q) C = Z^T P` together, a Sylvester equation with symmetric
+   coefficients. Taking only half of the columns keeps both systems well conditioned when `Y` and
+   `Z` have the same width, where the one-sided reconstruction needs `Z` twice as wide.
+
+Sources: Tropp, Yurtsever, Udell & Cevher (2017), https://arxiv.org/abs/1609.00048 (one pass, two
+sketches) and (2019), https://arxiv.org/abs/1902.08651; the joint core estimate is their
+least-squares argument applied to both sides. Measurements: `scripts/bench_sketch.py`.
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from .svd import TruncatedSVD, svd_of_product
+
+
+class TestMatrices(NamedTuple):
+    """The matrices that a stream is multiplied with.
+
+    Attributes:
+        Omega: `(in, width)`, multiplies inputs.
+        Psi: `(out, width)`, multiplies output gradients.
+    """
+
+    __test__ = False  # not a test class, whatever pytest makes of the name
+
+    Omega: Float[Tensor, "in width"]
+    Psi: Float[Tensor, "out width"]
+
+
+def draw_test_matrix(
+    dimension: int, width: int, *, seed: int, device: torch.device | str = "cpu"
+) -> Float[Tensor, "dimension width"]:
+    """Draw a Gaussian test matrix whose columns have unit norm on average.
+
+    Drawn on the CPU from the seed and the dimension alone, so every device and every process gets
+    the same matrix without talking to others. The global generator is not touched.
+
+    Args:
+        dimension: number of rows.
+        width: number of columns.
+        seed: the caller's seed.
+        device: where the result is placed.
+
+    Returns:
+        `(dimension, width)` float32 with entries of variance `1 / dimension`.
+    """
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + dimension)
+    return (torch.randn(dimension, width, generator=generator) / dimension**0.5).to(device)
+
+
+def orient_test_matrices(seen: TruncatedSVD, random: TestMatrices, n_oriented: int) -> TestMatrices:
+    """Replace the leading columns of random test matrices by singular vectors.
+
+    Args:
+        seen: triplets of the part of the stream seen so far, at least `n_oriented` of them.
+        random: Gaussian test matrices of width `width`.
+        n_oriented: how many columns to replace, `<= width`.
+
+    Returns:
+        Test matrices of the same width; the last `width - n_oriented` columns are those of
+        `random`.
+    """
+    return TestMatrices(
+        torch.cat([seen.Vh[:n_oriented].T, random.Omega[:, n_oriented:]], dim=1),
+        torch.cat([seen.U[:, :n_oriented], random.Psi[:, n_oriented:]], dim=1),
+    )
+
+
+def reconstruct(
+    Y: Float[Tensor, "out width"],
+    Z: Float[Tensor, "in width"],
+    test: TestMatrices,
+    rank: int,
+    core: int | None = None,
+) -> TruncatedSVD:
+    """Estimate the leading triplets of `G` from `Y = G Omega` and `Z = G^T Psi`.
+
+    Args:
+        Y: `(out, width)` sketch of the columns.
+        Z: `(in, width)` sketch of the rows.
+        test: the test matrices that made them.
+        rank: triplets to return, `rank <= core`.
+        core: dimension of the two bases. Default: the larger of `rank` and half the width, at
+            which both least-squares systems have twice as many equations as unknowns.
+
+    Returns:
+        Triplets with canonical signs; finite for zero and for rank-deficient sketches.
+
+    Raises:
+        ShapeError: if `rank` exceeds what the sketches can carry.
+    """
+    scale = Y.abs().amax().clamp_min(torch.finfo(Y.dtype).tiny)
+    Y, Z = Y / scale, Z / scale
+    core = core or max(rank, Y.shape[1] // 2)
+    Q, P = _leading_basis(Y, core), _leading_basis(Z, core)
+    C = _core(Q, P, Y, Z, test)
+    U, S, Vh = svd_of_product(Q @ C, P, rank)
+    return TruncatedSVD(U, S * scale, Vh)
+
+
+def _leading_basis(sketch: Tensor, dimension: int) -> Tensor:
+    """Left singular vectors, through a QR that makes the SVD small."""
+    Q, R = torch.linalg.qr(sketch)
+    return Q @ torch.linalg.svd(R)[0][:, :dimension]
+
+
+def _core(Q: Tensor, P: Tensor, Y: Tensor, Z: Tensor, test: TestMatrices) -> Tensor:
+    """Minimise `|C (P^T Omega) - Q^T Y|^2 + |(Psi^T Q) C - Z^T P|^2` over `C`.
+
+    The normal equations read `C a + b C = d` with symmetric `a = (P^T Omega)(P^T Omega)^T` and
+    `b = (Psi^T Q)^T (Psi^T Q)`: diagonalise both and divide.
+    """
+    right, left = P.T @ test.Omega, test.Psi.T @ Q
+    d = Q.T @ Y @ right.T + left.T @ (Z.T @ P)
+    a_values, a_vectors = torch.linalg.eigh(right @ right.T)
+    b_values, b_vectors = torch.linalg.eigh(left.T @ left)
+    divisor = (b_values[:, None] + a_values[None, :]).clamp_min(torch.finfo(d.dtype).eps)
+    return b_vectors @ (b_vectors.T @ d @ a_vectors / divisor) @ a_vectors.T

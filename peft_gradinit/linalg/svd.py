@@ -1,0 +1,150 @@
+"""Truncated singular value decompositions with canonical signs.
+
+A singular pair `(u_i, v_i)` is determined up to a common sign only. LoRA-GA pairs `u_{r+i}` with
+`v_i`, so that the product of its factors depends on those signs; every function here therefore
+fixes them (`fix_signs`) and takes its randomness from an explicit generator.
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..errors import ShapeError
+
+
+class TruncatedSVD(NamedTuple):
+    """Leading singular triplets of an `(out, in)` matrix, largest first.
+
+    Attributes:
+        U: left singular vectors, `(out, rank)`, orthonormal columns.
+        S: singular values, `(rank,)`, non-negative and descending.
+        Vh: right singular vectors, `(rank, in)`, orthonormal rows.
+    """
+
+    U: Float[Tensor, "out rank"]
+    S: Float[Tensor, " rank"]
+    Vh: Float[Tensor, "rank in"]
+
+    def truncate(self, rank: int) -> "TruncatedSVD":
+        """Keep the first `rank` triplets."""
+        return TruncatedSVD(self.U[:, :rank], self.S[:rank], self.Vh[:rank])
+
+    def matrix(self) -> Float[Tensor, "out in"]:
+        """Multiply the triplets out."""
+        return (self.U * self.S) @ self.Vh
+
+
+def fix_signs(svd: TruncatedSVD) -> TruncatedSVD:
+    """Flip pairs `(u_i, v_i)` so that the entry of `u_i` largest in magnitude is positive.
+
+    The flip is applied to `u_i` and `v_i` together, so the product is unchanged.
+
+    Args:
+        svd: triplets with arbitrary signs.
+
+    Returns:
+        The same triplets with canonical signs.
+    """
+    largest = svd.U.abs().argmax(dim=0, keepdim=True)
+    signs = torch.where(svd.U.gather(0, largest) < 0, -1.0, 1.0).to(svd.U.dtype)
+    return TruncatedSVD(svd.U * signs, svd.S, svd.Vh * signs.T)
+
+
+def truncated_svd(matrix: Float[Tensor, "out in"], rank: int) -> TruncatedSVD:
+    """Compute the leading `rank` singular triplets exactly.
+
+    Works in float32 (float64 for float64 input). The matrix is not modified.
+
+    Args:
+        matrix: the matrix to decompose, any floating dtype.
+        rank: number of triplets, `1 <= rank <= min(out, in)`.
+
+    Returns:
+        Triplets with canonical signs.
+
+    Raises:
+        ShapeError: if `rank` is outside `1..min(out, in)`.
+    """
+    _check_rank(rank, matrix.shape)
+    U, S, Vh = torch.linalg.svd(_at_least_float32(matrix), full_matrices=False)
+    return fix_signs(TruncatedSVD(U, S, Vh).truncate(rank))
+
+
+def randomized_svd(
+    matrix: Float[Tensor, "out in"],
+    rank: int,
+    *,
+    oversampling: int = 16,
+    n_power_iterations: int = 4,
+    generator: torch.Generator | None = None,
+) -> TruncatedSVD:
+    """Approximate the leading `rank` singular triplets by a randomised range finder.
+
+    Works in float32 (float64 for float64 input); re-orthonormalises after each product, so that
+    power iterations do not lose the small directions. The matrix is not modified.
+
+    Args:
+        matrix: the matrix to decompose, any floating dtype.
+        rank: number of triplets, `1 <= rank <= min(out, in)`.
+        oversampling: extra sketch columns; 5 to 10 suffice for decaying spectra, gradients of
+            early layers decay slowly, hence 16.
+        n_power_iterations: subspace iterations, two products with `matrix` each.
+        generator: source of the sketch, on the device of `matrix`. `None` is torch's global one.
+
+    Returns:
+        Triplets with canonical signs.
+
+    Raises:
+        ShapeError: if `rank` is outside `1..min(out, in)`.
+
+    Source:
+        Halko, Martinsson & Tropp (2011), Algorithms 4.4 and 5.1, https://arxiv.org/abs/0909.4061.
+    """
+    _check_rank(rank, matrix.shape)
+    matrix = _at_least_float32(matrix)
+    width = min(rank + oversampling, *matrix.shape)
+    test = torch.randn(
+        matrix.shape[1], width, generator=generator, device=matrix.device, dtype=matrix.dtype
+    )
+    Q = torch.linalg.qr(matrix @ test).Q
+    for _ in range(n_power_iterations):
+        Q = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ Q).Q).Q
+    U, S, Vh = torch.linalg.svd(Q.T @ matrix, full_matrices=False)
+    return fix_signs(TruncatedSVD(Q @ U, S, Vh).truncate(rank))
+
+
+def svd_of_product(
+    left: Float[Tensor, "out inner"], right: Float[Tensor, "in inner"], rank: int
+) -> TruncatedSVD:
+    """Compute the leading triplets of `left @ right.T` without forming the product.
+
+    Args:
+        left: `(out, inner)`.
+        right: `(in, inner)`.
+        rank: number of triplets, `1 <= rank <= min(out, in, inner)`.
+
+    Returns:
+        Triplets with canonical signs.
+
+    Raises:
+        ShapeError: if `rank` is outside `1..min(out, in, inner)`.
+    """
+    _check_rank(rank, (left.shape[0], right.shape[0], left.shape[1]))
+    Q_left, R_left = torch.linalg.qr(left)
+    Q_right, R_right = torch.linalg.qr(right)
+    U, S, Vh = torch.linalg.svd(R_left @ R_right.T, full_matrices=False)
+    return fix_signs(TruncatedSVD(Q_left @ U, S, Vh @ Q_right.T).truncate(rank))
+
+
+def _check_rank(rank: int, dimensions: tuple[int, ...]) -> None:
+    if not 1 <= rank <= min(dimensions):
+        raise ShapeError(
+            f"a truncated SVD of a matrix with dimensions {tuple(dimensions)} has between 1 and "
+            f"{min(dimensions)} triplets, but rank={rank} was asked for; lower the rank."
+        )
+
+
+def _at_least_float32(matrix: Tensor) -> Tensor:
+    return matrix if matrix.dtype == torch.float64 else matrix.float()

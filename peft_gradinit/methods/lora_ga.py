@@ -1,0 +1,200 @@
+r"""LoRA-GA: Low-Rank Adaptation with Gradient Approximation.
+
+Wang, Yu & Li (2024), NeurIPS, https://arxiv.org/abs/2407.05000.
+
+With `G = dL/dW = U S V^T` of the calibration data and `s` the adapter's scaling, the first SGD step
+changes the effective weight by `-lr s^2 (B0 B0^T G + G A0^T A0)`. Its best match to `G` has rank
+`2r` and is reached when `A0` spans `r` of the leading `2r` right singular vectors and `B0` the left
+singular vectors of the other `r` triplets (Theorem 3.1). The length of both factors is
+`c = out^(1/4) / sqrt(gamma)` (Theorem 3.2, forward and backward stability). So that the function
+stays what it was, `s B0 A0` is taken out of it.
+
+| in the paper | here |
+|---|---|
+| choice of index sets, Theorem 3.1 | `_split` |
+| scale, Theorem 3.2 and Section 3.3 | `_lengths` |
+| `W_init = W - s B0 A0`, Section 3.2 | `tuners.anchored`; `W` is not written |
+| gradient of a few batches, Algorithm 1 | `calibration.gradients` |
+
+**Departures from the authors' code.**
+
+1. The base weight is not changed; the adapter computes `s (B A - B0 A0) x`. Same training dynamics,
+   and disabling, saving, resuming, tying and quantised bases are right.
+2. Singular vectors get canonical signs. `B0 A0` pairs vectors of different triplets, so without
+   them it changes from run to run.
+3. Eval mode and token weighting: no dropout in the gradient, and the mean is over the tokens that
+   carry loss, not over micro-batches, so the batch size does not matter.
+4. The gradient is sketched (`estimator="sketch"`) or accumulated in float32 (`"dense"`), not in the
+   weight's dtype.
+5. `out` is the layer's number of outputs, also for `Conv1D`, which stores the transpose.
+6. `2r > min(out, in)` lowers the layer's rank with a warning.
+7. `stable_gamma` is 16, the default of the authors' library; their README's commands use 64.
+
+At initialisation the function is unchanged up to rounding; singular values of `G` are not used, so
+the scale of the loss does not matter.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import torch
+from jaxtyping import Float
+from peft import PeftType
+from torch import Tensor, nn
+
+from ..calibration import Calibration, CalibrationResult, measure_gradients
+from ..errors import ConfigError, ShapeError
+from ..linalg import TruncatedSVD
+from ..statistics import Fingerprint
+from ..tuners import GradInitConfig, Target
+
+Direction = Literal["ArB2r", "A2rBr", "ArBr", "random"]
+Scale = Literal["stable", "gd", "unit", "weight_svd"]
+_DIRECTIONS = ("ArB2r", "A2rBr", "ArBr", "random")
+_SCALES = ("stable", "gd", "unit", "weight_svd")
+
+
+@dataclass
+class LoraGAConfig(GradInitConfig):
+    """LoRA whose factors start at the leading singular vectors of the gradient.
+
+    Not `peft.LoraGAConfig`, which is a sub-config of `peft.LoraConfig` for PEFT's own variant.
+    Everything of `peft.LoraConfig` keeps its meaning; the paper uses `use_rslora=True`.
+
+    Args:
+        direction: which of the leading `2r` triplets go where, 1-based. `"ArB2r"` (the authors'
+            default): `A0` from `v_1..v_r`, `B0` from `u_{r+1}..u_{2r}`; `"A2rBr"`: the reverse;
+            `"ArBr"`: `A0` from even, `B0` from odd ones; `"random"`: disjoint random halves.
+        scale: length of the columns. `"stable"` (default): both factors times
+            `out^(1/4) / sqrt(stable_gamma)`; `"gd"`: both divided by the adapter's scaling;
+            `"unit"`: 1; `"weight_svd"`: both times the mean of `sqrt(sigma_i(W) / s)`, `i <= r`.
+        stable_gamma: the paper's gamma; larger starts smaller. 16, as in the authors' library.
+
+    Raises:
+        ConfigError: if an option has a value that is not listed.
+    """
+
+    method: ClassVar[str] = "LoRA-GA"
+    statistic: ClassVar[str] = "gradient"
+    anchored: ClassVar[bool] = True
+
+    direction: Direction = field(
+        default="ArB2r", metadata={"help": f"Which singular vectors go where: {_DIRECTIONS}."}
+    )
+    scale: Scale = field(default="stable", metadata={"help": f"Length of the factors: {_SCALES}."})
+    stable_gamma: float = field(default=16.0, metadata={"help": "The paper's gamma."})
+
+    def __post_init__(self, calibration: object = None) -> None:
+        super().__post_init__(calibration)
+        self.peft_type = PeftType("LORA_GA")
+        for name, value, allowed in (
+            ("direction", self.direction, _DIRECTIONS),
+            ("scale", self.scale, _SCALES),
+        ):
+            if value not in allowed:
+                raise ConfigError(f"LoraGAConfig: {name} must be one of {allowed}, got {value!r}.")
+        if not self.stable_gamma > 0:
+            raise ConfigError(
+                f"LoraGAConfig: stable_gamma must be positive, got {self.stable_gamma!r}."
+            )
+
+    def max_rank(self, shape: tuple[int, int]) -> int:  # noqa: D102
+        return min(shape) // 2
+
+    def n_triplets(self, r: int) -> int:  # noqa: D102
+        return 2 * r
+
+    def measure(  # noqa: D102
+        self,
+        model: nn.Module,
+        modules: Mapping[str, nn.Module],
+        calibration: Calibration,
+        fingerprint: Fingerprint,
+    ) -> CalibrationResult:
+        return measure_gradients(model, modules, calibration, fingerprint)
+
+    def factors(  # noqa: D102
+        self, triplets: TruncatedSVD, target: Target, scaling: float, seed: int
+    ) -> tuple[Tensor, Tensor]:
+        sigma = None
+        if self.scale == "weight_svd":
+            sigma = torch.linalg.svdvals(target.weight())
+        return lora_ga_factors(
+            triplets,
+            direction=self.direction,
+            length=_lengths(
+                self.scale,
+                r=target.r,
+                out_features=triplets.U.shape[0],
+                gamma=self.stable_gamma,
+                scaling=scaling,
+                weight_singular_values=sigma,
+            ),
+            generator=torch.Generator().manual_seed(seed),
+        )
+
+
+def lora_ga_factors(
+    triplets: TruncatedSVD,
+    *,
+    direction: Direction = "ArB2r",
+    length: float,
+    generator: torch.Generator | None = None,
+) -> tuple[Float[Tensor, "r in"], Float[Tensor, "out r"]]:
+    """Compute the start from the leading `2r` triplets of the gradient.
+
+    Args:
+        triplets: `2r` of them, `U (out, 2r)`, `Vh (2r, in)`.
+        direction: see `LoraGAConfig`.
+        length: norm of each row of `A0` and each column of `B0`.
+        generator: draws the halves for `direction="random"`; on the CPU.
+
+    Returns:
+        `A0 (r, in)` and `B0 (out, r)`.
+
+    Raises:
+        ShapeError: if the number of triplets is odd or zero.
+
+    Source:
+        Theorem 3.1 of the paper.
+    """
+    n = triplets.S.shape[0]
+    if n % 2 or n == 0:
+        raise ShapeError(f"LoRA-GA splits 2r triplets into two halves, but got {n} of them.")
+    for_A, for_B = _split(n // 2, direction, generator)
+    device = triplets.U.device
+    return length * triplets.Vh[for_A.to(device)], length * triplets.U[:, for_B.to(device)]
+
+
+def _split(
+    r: int, direction: Direction, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor]:
+    """Indices of the triplets that go to `A0` and to `B0`."""
+    if direction == "random":
+        shuffled = torch.randperm(2 * r, generator=generator)
+        return shuffled[:r], shuffled[r:]
+    order = torch.arange(2 * r)
+    if direction == "ArBr":
+        return order[1::2], order[0::2]
+    first, second = order[:r], order[r:]
+    return (first, second) if direction == "ArB2r" else (second, first)
+
+
+def _lengths(
+    scale: Scale,
+    *,
+    r: int,
+    out_features: int,
+    gamma: float,
+    scaling: float,
+    weight_singular_values: Tensor | None = None,
+) -> float:
+    """Length of the singular vectors in both factors."""
+    if scale == "stable":
+        return out_features**0.25 / gamma**0.5
+    if scale == "gd":
+        return 1 / scaling
+    if scale == "weight_svd" and weight_singular_values is not None:
+        return (weight_singular_values[:r] / scaling).sqrt().mean().item()
+    return 1.0

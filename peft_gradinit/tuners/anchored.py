@@ -1,0 +1,183 @@
+r"""The anchored pair: a start whose own product is taken out of the function.
+
+LoRA-GA starts at `B0 A0 != 0` and needs `W x` unchanged. Instead of writing `W - s B0 A0` into the
+base, `lora_A.weight` becomes `[A; A0]`, `(2r, in)`, and `lora_B.weight` becomes `[B, -B0]`,
+`(out, 2r)`, through `torch.nn.utils.parametrize`: `A` and `B` are the trainable parameters, `A0`
+and `-B0` are buffers. PEFT's forward, merging, `get_delta_weight` and quantised layers all see an
+ordinary LoRA of rank `2r` that computes `s (B A - B0 A0) x`, and the saved file is that LoRA.
+"""
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from ..errors import NotInitializedError, ShapeError
+
+ORIGINAL = "parametrizations.weight.original"
+ANCHOR = "parametrizations.weight.0.anchor"
+
+
+class Anchor(nn.Module):
+    """Appends a constant block to a weight.
+
+    Attributes:
+        anchor: `A0` (`-B0`), of the shape of the trainable weight, float32.
+        dim: 0 for `lora_A`, 1 for `lora_B`.
+        pending: the start is yet to come; training is refused until then.
+    """
+
+    anchor: Tensor
+
+    def __init__(self, anchor: Tensor, dim: int) -> None:
+        super().__init__()
+        self.register_buffer("anchor", anchor)
+        self.dim = dim
+        self.pending = False
+
+    def forward(self, trainable: Tensor) -> Tensor:
+        """Concatenate; the anchor takes the trainable weight's dtype, so that both round alike.
+
+        Args:
+            trainable: `A`, `(r, in)`, or `B`, `(out, r)`.
+
+        Returns:
+            `[A; A0]`, `(2r, in)`, or `[B, -B0]`, `(out, 2r)`.
+
+        Raises:
+            NotInitializedError: if the adapter is deferred and a training step is being computed.
+        """
+        if self.pending and self.training and trainable.requires_grad and torch.is_grad_enabled():
+            raise NotInitializedError(
+                "this adapter was made with calibration='deferred' and has no start yet; call "
+                "peft_gradinit.initialize(model, data), or load a checkpoint, before training."
+            )
+        return torch.cat([trainable, self.anchor.to(trainable)], dim=self.dim)
+
+
+def anchor_layer(layer: LoraLayer, adapter_name: str) -> None:
+    """Give an injected LoRA layer an empty, pending anchor."""
+    for linear, dim in _sides(layer, adapter_name):
+        anchor = Anchor(torch.zeros_like(linear.weight, dtype=torch.float32), dim)
+        parametrize.register_parametrization(linear, "weight", anchor, unsafe=True)
+        anchor.pending = True
+
+
+def fill_anchored(layer: LoraLayer, adapter_name: str, A0: Tensor, B0: Tensor) -> None:
+    """Set both the trainable factors and the anchor to the start.
+
+    Args:
+        layer: a layer that `anchor_layer` has prepared.
+        adapter_name: which adapter.
+        A0: `(r, in)`.
+        B0: `(out, r)`.
+    """
+    for (linear, _), start, anchor in zip(
+        _sides(layer, adapter_name), (A0, B0), (A0, -B0), strict=True
+    ):
+        original = linear.parametrizations.weight.original
+        original.data.copy_(start)
+        anchor_of(linear).anchor.copy_(anchor)
+        anchor_of(linear).pending = False
+
+
+def release_anchor(layer: LoraLayer, adapter_name: str) -> None:
+    """Mark an anchor as valid without a start: the layer keeps its plain LoRA factors."""
+    for linear, _ in _sides(layer, adapter_name):
+        anchor_of(linear).pending = False
+
+
+def is_anchored(layer: nn.Module, adapter_name: str) -> bool:
+    """Whether this adapter of this layer is an anchored pair."""
+    if not isinstance(layer, LoraLayer) or adapter_name not in layer.lora_A:
+        return False
+    return parametrize.is_parametrized(layer.lora_A[adapter_name], "weight")
+
+
+def is_pending(layer: nn.Module, adapter_name: str) -> bool:
+    """Whether this adapter of this layer still waits for its start."""
+    if not isinstance(layer, LoraLayer) or not is_anchored(layer, adapter_name):
+        return False
+    return anchor_of(layer.lora_A[adapter_name]).pending
+
+
+def anchor_of(linear: nn.Module) -> Anchor:
+    """The `Anchor` of a parametrized `lora_A` or `lora_B`."""
+    return linear.parametrizations.weight[0]  # pyright: ignore[reportReturnType, reportIndexIssue, reportAttributeAccessIssue]
+
+
+def join(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Turn live entries into those of a plain LoRA of rank `2r`.
+
+    Anchored entries are concatenated; other LoRA factors of the adapter (embeddings, convolutions)
+    are padded with zeros, so that the whole file has one rank.
+
+    Args:
+        state_dict: entries of one adapter, with or without its name in the keys.
+
+    Returns:
+        A new dict.
+    """
+    joined = {}
+    for key, tensor in state_dict.items():
+        dim = _factor_dim(key)
+        if key.endswith(ANCHOR):
+            continue
+        if key.endswith(ORIGINAL):
+            stem = key.removesuffix(ORIGINAL)
+            anchor = state_dict[stem + ANCHOR].to(tensor)
+            joined[f"{stem}weight"] = torch.cat([tensor, anchor], dim=dim)
+        elif dim is not None and tensor.dim() > 1:
+            joined[key] = torch.cat([tensor, torch.zeros_like(tensor)], dim=dim)
+        else:
+            joined[key] = tensor
+    return joined
+
+
+def split(state_dict: dict[str, Tensor], anchored_ranks: dict[str, int]) -> dict[str, Tensor]:
+    """Undo `join`.
+
+    Args:
+        state_dict: entries of a plain LoRA of rank `2r`, without adapter names.
+        anchored_ranks: live rank `r` of each anchored layer, by layer name as in the keys.
+
+    Returns:
+        A new dict.
+
+    Raises:
+        ShapeError: if a factor does not have twice the live rank.
+    """
+    parts = {}
+    for key, tensor in state_dict.items():
+        dim = _factor_dim(key)
+        if dim is None or tensor.dim() < 2:
+            parts[key] = tensor
+            continue
+        layer = key[: key.rindex(".lora_")]
+        r = anchored_ranks.get(layer, tensor.shape[dim] // 2)
+        if tensor.shape[dim] != 2 * r:
+            raise ShapeError(
+                f"{key} has rank {tensor.shape[dim]}, but the live adapter has r={r} and loads files "
+                f"of rank {2 * r}; load an adapter that this method saved, with the same r, or "
+                "load this one with PeftModel.from_pretrained."
+            )
+        first, second = tensor.split(r, dim=dim)
+        if layer in anchored_ranks:
+            stem = key.removesuffix("weight")
+            parts[stem + ORIGINAL], parts[stem + ANCHOR] = first.contiguous(), second.contiguous()
+        else:
+            parts[key] = first.contiguous()
+    return parts
+
+
+def _factor_dim(key: str) -> int | None:
+    """Which dimension of an entry is the rank; `None` for entries that are no factor."""
+    _, dot, tail = key.rpartition(".lora_")
+    if not dot or tail.endswith("bias"):
+        return None
+    side = tail.split(".")[0]
+    return {"A": 0, "embedding_A": 0, "B": 1, "embedding_B": 1}.get(side)
+
+
+def _sides(layer: LoraLayer, adapter_name: str) -> list[tuple[nn.Module, int]]:
+    return [(layer.lora_A[adapter_name], 0), (layer.lora_B[adapter_name], 1)]

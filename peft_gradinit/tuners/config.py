@@ -1,0 +1,161 @@
+"""The config that all methods share: a `LoraConfig` that knows where its start comes from."""
+
+import abc
+import dataclasses
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import InitVar, dataclass, field
+from typing import Any, ClassVar, Literal
+
+import peft
+from peft import LoraConfig
+from torch import Tensor, nn
+
+from ..calibration import DEFERRED, Calibration, CalibrationResult
+from ..errors import ConfigError
+from ..linalg import TruncatedSVD
+from ..statistics import Fingerprint
+from .provenance import write_provenance
+from .report import InitReport
+from .targets import Target
+
+_UNUSABLE_OPTIONS = {
+    "lora_ga_config": "that is PEFT's own LoRA-GA, whose options are fields of this config",
+    "eva_config": "that is PEFT's own EVA; use peft_gradinit.EvaConfig",
+    "corda_config": "that is another initialisation",
+    "kasa_config": "KaSA rewrites the base weights",
+    "arrow_config": "Arrow routes between adapters that are trained already",
+    "use_bdlora": "block-diagonal factors cannot hold the start",
+    "use_qalora": "pooled inputs cannot hold the start",
+    "monteclora_config": "sampled factors cannot hold the start",
+    "velora_config": "compressed inputs cannot hold the start",
+    "megatron_config": "Megatron layers are not supported",
+    "layer_replication": "replicated layers exist only after injection; replicate them before",
+    "target_parameters": "parameters without a module of their own are not supported",
+    "ensure_weight_tying": "tied adapters cannot have starts of their own",
+}
+
+
+@dataclass
+class GradInitConfig(LoraConfig, abc.ABC):
+    """A LoRA config whose adapter starts from a calibration pass.
+
+    Everything of `peft.LoraConfig` keeps its meaning. `calibration` is not a field: it is shared by
+    copies, absent from `to_dict()`, comparisons and `repr`, and never reaches
+    `adapter_config.json`.
+
+    Args:
+        calibration: the data, a `Calibration(data, …)`, a `CalibrationResult` or the path of a
+            saved one, or `"deferred"` to call `initialize(peft_model, data)` later. There is no
+            default: an adapter without it would be plain LoRA.
+        uncalibrated: what happens to targets that the method cannot serve (embeddings,
+            convolutions) or that the data do not reach: `"error"` (default), or `"lora"` for a
+            plain LoRA start with a warning that names them.
+
+    Raises:
+        ConfigError: if `r` is not positive, or an option of `LoraConfig` excludes this start.
+    """
+
+    method: ClassVar[str]
+    statistic: ClassVar[str]
+    anchored: ClassVar[bool]
+
+    uncalibrated: Literal["error", "lora"] = field(
+        default="error",
+        metadata={"help": "What happens to targets without a start: 'error' or plain 'lora'."},
+    )
+    calibration: InitVar[Any] = None
+
+    def __post_init__(self, calibration: Any = None) -> None:  # noqa: DOC501 in the class docstring
+        super().__post_init__()
+        self.calibration = self._calibration(calibration)
+        self.restored = False
+        self.init_report: InitReport | None = None
+        self.fingerprint: Fingerprint | None = None
+        if not isinstance(self.r, int) or self.r < 1:
+            raise ConfigError(f"{self._name}: r must be a positive integer, got {self.r!r}.")
+        if self.init_lora_weights is not True:
+            raise ConfigError(
+                f"{self._name} computes the initial weights itself; init_lora_weights must stay "
+                f"True, got {self.init_lora_weights!r}."
+            )
+        if self.uncalibrated not in ("error", "lora"):
+            raise ConfigError(
+                f"{self._name}: uncalibrated must be 'error' or 'lora', got {self.uncalibrated!r}."
+            )
+        for name, reason in _UNUSABLE_OPTIONS.items():
+            if value := getattr(self, name, None):
+                raise ConfigError(f"{self._name} cannot be used with {name}={value!r}: {reason}.")
+
+    @property
+    def _name(self) -> str:
+        return type(self).__name__
+
+    def _calibration(self, value: Any) -> Any:
+        if isinstance(value, peft.LoraGAConfig | peft.EvaConfig):
+            raise ConfigError(
+                f"calibration={type(value).__name__}(…) is a sub-config of PEFT's own method, not "
+                f"data; pass the calibration data, and the options as fields of {self._name}."
+            )
+        return value if value is None or value == DEFERRED else Calibration.of(value)
+
+    @property
+    def is_deferred(self) -> bool:
+        """Whether the start is filled in after injection, by `initialize` or from a checkpoint."""
+        return self.restored or (isinstance(self.calibration, str) and self.calibration == DEFERRED)
+
+    # What a method fills in -------------------------------------------------------------------
+
+    @abc.abstractmethod
+    def max_rank(self, shape: tuple[int, int]) -> int:
+        """The largest `r` for which an `(out, in)` layer has enough singular triplets."""
+
+    @abc.abstractmethod
+    def n_triplets(self, r: int) -> int:
+        """How many triplets a start of rank `r` needs."""
+
+    @abc.abstractmethod
+    def measure(
+        self,
+        model: nn.Module,
+        modules: Mapping[str, nn.Module],
+        calibration: Calibration,
+        fingerprint: Fingerprint,
+    ) -> CalibrationResult:
+        """Run the pass that the method needs."""
+
+    @abc.abstractmethod
+    def factors(
+        self, triplets: TruncatedSVD, target: Target, scaling: float, seed: int
+    ) -> tuple[Tensor, Tensor]:
+        """Compute the start `A0 (r, in)`, `B0 (out, r)` of one target."""
+
+    # What is saved ----------------------------------------------------------------------------
+
+    def saved_config(self) -> LoraConfig:
+        """The plain `LoraConfig` under which the saved factors give the live adapter's function.
+
+        An anchored adapter of rank `r` is saved with rank `2 r`; `lora_alpha` grows by 2 (rsLoRA:
+        by the root of 2), which keeps the scaling. The same holds for the patterns.
+        """
+        plain = LoraConfig(**{
+            f.name: getattr(self, f.name) for f in dataclasses.fields(LoraConfig) if f.init
+        })
+        if self.anchored:
+            growth = math.sqrt(2) if self.use_rslora else 2
+            plain.r = 2 * self.r
+            plain.lora_alpha = growth * self.lora_alpha  # pyright: ignore[reportAttributeAccessIssue]
+            plain.rank_pattern = {k: 2 * v for k, v in (self.rank_pattern or {}).items()}
+            plain.alpha_pattern = {k: growth * v for k, v in (self.alpha_pattern or {}).items()}
+        return plain
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Write `adapter_config.json` of the plain LoRA adapter, and `gradinit.json` beside it.
+
+        Args:
+            save_directory: the folder; made if missing.
+            kwargs: passed on to `LoraConfig.save_pretrained`.
+        """
+        self.saved_config().save_pretrained(str(save_directory), **kwargs)
+        write_provenance(save_directory, self)

@@ -1,0 +1,31 @@
+"""Registration of new PEFT types.
+
+`peft.PeftType` is a closed enum and `register_peft_method` insists on a member, so the enum is
+extended first. Both steps are idempotent: importing the package twice changes nothing.
+"""
+
+from typing import TYPE_CHECKING
+
+from aenum import extend_enum
+from peft import PeftType
+from peft.utils import register_peft_method
+
+if TYPE_CHECKING:
+    from .config import GradInitConfig
+    from .model import GradInitModel
+
+
+def register(
+    name: str, config_cls: "type[GradInitConfig]", model_cls: "type[GradInitModel]"
+) -> None:
+    """Make PEFT know a type, so that `get_peft_model(model, config_cls(…))` works.
+
+    Args:
+        name: lower-case name, such as `"lora_ga"`; the enum member is its upper case.
+        config_cls: config whose `peft_type` is that member.
+        model_cls: tuner to build for it.
+    """
+    if name.upper() in PeftType.__members__:
+        return
+    extend_enum(PeftType, name.upper(), name.upper())
+    register_peft_method(name=name, config_cls=config_cls, model_cls=model_cls, prefix="lora_")

@@ -1,0 +1,98 @@
+"""`InitReport`: what an initialisation did to each module, and what it cost."""
+
+import dataclasses
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ..calibration import PassFacts
+
+
+@dataclasses.dataclass(frozen=True)
+class ModuleReport:
+    """One module's line.
+
+    Attributes:
+        name: full name in the base model.
+        method: the method, or `"lora"` where it fell back to a plain start.
+        r: rank of the adapter.
+        requested_r: rank that the config asked for.
+        captured_energy: share of the gradient's squared norm in the triplets used, 0 to 1.
+        start_norm: `|s B0 A0|_F / |W|_F`.
+        fallback: why the start is not the method's, or why the rank was lowered; empty if neither.
+    """
+
+    name: str
+    method: str
+    r: int
+    requested_r: int
+    captured_energy: float | None
+    start_norm: float
+    fallback: str
+
+
+@dataclasses.dataclass(frozen=True)
+class InitReport:
+    """What an initialisation did; prints as a table.
+
+    Attributes:
+        method: name of the method.
+        modules: one line per target.
+        facts: what happened during the pass.
+        drift: relative change of the model's output on the first sequence, `|y - y0| / |y0|`;
+            `None` if there was no data to measure it on.
+    """
+
+    method: str
+    modules: tuple[ModuleReport, ...]
+    facts: PassFacts
+    drift: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain dicts and lists, for JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "InitReport":
+        """Undo `to_dict`."""
+        return cls(
+            method=values["method"],
+            modules=tuple(ModuleReport(**line) for line in values["modules"]),
+            facts=PassFacts(**values["facts"]),
+            drift=values["drift"],
+        )
+
+    def summary(self) -> str:
+        """Two lines about the whole."""
+        facts = self.facts
+        drift = "not measured" if self.drift is None else f"{self.drift:.1e}"
+        return (
+            f"{self.method}: {len(self.modules)} modules from {facts.n_sequences:,} sequences "
+            f"({facts.n_tokens:,} tokens, {facts.loss_weight:,.0f} with loss; ended by "
+            f"{facts.stopped_by}), loss {facts.loss:.4f}\n"
+            f"time {facts.seconds:.2f} s, statistics {facts.state_bytes / 2**20:.1f} MiB, peak memory "
+            f"+{facts.peak_bytes / 2**20:.0f} MiB, drift of the output {drift}"
+        )
+
+    def table(self) -> Table:
+        """The modules as a rich table."""
+        table = Table(title=None, box=None, pad_edge=False)
+        for column in ("module", "method"):
+            table.add_column(column, overflow="fold")
+        for column in ("r", "energy", "|sB0A0|/|W|"):
+            table.add_column(column, justify="right")
+        table.add_column("note", overflow="fold")
+        for line in self.modules:
+            energy = "" if line.captured_energy is None else f"{line.captured_energy:.1%}"
+            table.add_row(
+                line.name, line.method, str(line.r), energy, f"{line.start_norm:.3f}", line.fallback
+            )
+        return table
+
+    def __str__(self) -> str:
+        console = Console(width=120, no_color=True)
+        with console.capture() as captured:
+            console.print(self.table())
+        lines = (line.rstrip() for line in captured.get().splitlines())
+        return self.summary() + "\n\n" + "\n".join(lines)

@@ -1,0 +1,189 @@
+"""From targets and data to factors: measures, applies the method, and writes the report."""
+
+import dataclasses
+import math
+import warnings
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..calibration import Calibration, CalibrationResult, model_fingerprint
+from ..errors import CalibrationError, ConfigError
+from ..statistics import Fingerprint
+from .config import GradInitConfig
+from .report import InitReport, ModuleReport
+from .targets import Target, adapters_disabled, frobenius_of_product
+
+_ADAPTER_PARAMETERS = (".lora_", ".modules_to_save.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """The start of an adapter, before it is written into the layers.
+
+    Attributes:
+        factors: `A0 (r, in)`, `B0 (out, r)` by module name; absent for plain starts.
+        result: what the factors were computed from.
+        modules: lines of the report.
+        calibration: data and loss, to measure the drift with.
+    """
+
+    factors: Mapping[str, tuple[Tensor, Tensor]]
+    result: CalibrationResult
+    modules: tuple[ModuleReport, ...]
+    calibration: Calibration
+
+    def report(self, method: str, drift: float | None) -> InitReport:
+        """The report of this start."""
+        return InitReport(method, self.modules, self.result.facts, drift)
+
+
+def compute_start(
+    model: nn.Module, targets: Mapping[str, Target], config: GradInitConfig, calibration: Any
+) -> Start:
+    """Measure, or take what was measured before, and compute every target's factors.
+
+    Nothing of the model is changed.
+
+    Args:
+        model: the base model, with or without adapters.
+        targets: what to compute starts for.
+        config: the method and its options.
+        calibration: what `calibration=` may be, except `"deferred"`.
+
+    Returns:
+        The start.
+
+    Raises:
+        ConfigError: if `calibration` is `None`.
+        CalibrationError: if targets could not be measured and `uncalibrated="error"`.
+        FingerprintError: if a saved result is of another model, other targets or other options.
+    """
+    if calibration is None:
+        raise ConfigError(
+            f"{type(config).__name__} has no calibration, and without one the adapter would be "
+            "plain LoRA; pass calibration=<DataLoader, dataset, or path of a saved "
+            "CalibrationResult>, or calibration='deferred' and call initialize(peft_model, data)."
+        )
+    calibration = Calibration.of(calibration)
+    result = measured(model, targets, config, calibration)
+    _check_failures(result.failures, config)
+    seed = result.fingerprint.options.get("seed", 0)
+    factors, lines = {}, []
+    for name, target in targets.items():
+        if name in result.triplets:
+            factors[name] = _factors(result, target, config, seed)
+        lines.append(_line(result, target, config, factors.get(name)))
+    return Start(factors, result, tuple(lines), calibration)
+
+
+def measured(
+    model: nn.Module,
+    targets: Mapping[str, Target],
+    config: GradInitConfig,
+    calibration: Calibration,
+) -> CalibrationResult:
+    """Run the calibration pass, or check and return the saved result that the data are.
+
+    Args:
+        model: the base model, with or without adapters; those are disabled for the pass.
+        targets: the modules to measure.
+        config: the method.
+        calibration: data, or a saved result.
+
+    Returns:
+        The result.
+    """
+    saved = calibration.saved_result()
+    if saved is not None:
+        saved.fingerprint.check(
+            _fingerprint(model, targets, config, calibration.demanded_options())
+        )
+        return saved
+    fingerprint = _fingerprint(model, targets, config, calibration.measurement_options())
+    modules = {name: t.module for name, t in targets.items() if t.shape is not None}
+    with adapters_disabled(model):
+        return config.measure(model, modules, calibration, fingerprint)
+
+
+def base_fingerprint(model: nn.Module, config: GradInitConfig) -> dict[str, str]:
+    """Hashes of the base weights that an adapter depends on; heads trained anew are left out."""
+    hashes = model_fingerprint(model, skip=_ADAPTER_PARAMETERS)
+    heads = set(config.modules_to_save or ())
+    return {name: value for name, value in hashes.items() if not heads & set(name.split("."))}
+
+
+def _fingerprint(
+    model: nn.Module,
+    targets: Mapping[str, Target],
+    config: GradInitConfig,
+    options: Mapping[str, Any],
+) -> Fingerprint:
+    return Fingerprint(
+        statistic=config.statistic,
+        weights=model_fingerprint(model, skip=_ADAPTER_PARAMETERS),
+        targets={
+            name: [*t.shape, config.n_triplets(t.r)]
+            for name, t in targets.items()
+            if t.shape is not None
+        },
+        options=dict(options),
+    )
+
+
+def _check_failures(failures: Mapping[str, str], config: GradInitConfig) -> None:
+    if not failures:
+        return
+    named = "; ".join(f"{name}: {reason}" for name, reason in failures.items())
+    if config.uncalibrated == "error":
+        raise CalibrationError(
+            f"{config.method} could not calibrate {len(failures)} of its targets ({named}); "
+            "calibrate on data that reach them, exclude them, or set uncalibrated='lora' to give "
+            "them a plain LoRA start."
+        )
+    warnings.warn(
+        f"{config.method} gives {len(failures)} targets a plain LoRA start ({named}).", stacklevel=2
+    )
+
+
+def _factors(
+    result: CalibrationResult, target: Target, config: GradInitConfig, seed: int
+) -> tuple[Tensor, Tensor]:
+    triplets = result.triplets[target.name]
+    scaling = _scaling(target, config)
+    module_seed = zlib.crc32(target.name.encode()) + seed
+    A0, B0 = config.factors(triplets, target, scaling, module_seed)
+    return A0.float().contiguous(), B0.float().contiguous()
+
+
+def _scaling(target: Target, config: GradInitConfig) -> float:
+    return target.alpha / (math.sqrt(target.r) if config.use_rslora else target.r)
+
+
+def _line(
+    result: CalibrationResult,
+    target: Target,
+    config: GradInitConfig,
+    factors: tuple[Tensor, Tensor] | None,
+) -> ModuleReport:
+    note = "" if target.r == target.requested_r else f"r lowered from {target.requested_r}"
+    if factors is None:
+        kind = f"{type(target.module).__name__} has no gradient of this kind"
+        note = result.failures.get(target.name, kind)
+        return ModuleReport(target.name, "lora", target.r, target.requested_r, None, 0.0, note)
+    captured = result.triplets[target.name].S.double().square().sum().item()
+    A0, B0 = factors
+    start = _scaling(target, config) * frobenius_of_product(B0, A0)
+    norm = torch.linalg.matrix_norm(target.weight()).item()
+    return ModuleReport(
+        name=target.name,
+        method=config.method,
+        r=target.r,
+        requested_r=target.requested_r,
+        captured_energy=min(1.0, captured / result.energy[target.name]),
+        start_norm=start / norm if norm else math.inf,
+        fallback=note,
+    )

@@ -1,0 +1,218 @@
+"""Which modules a config targets, of what kind they are, and what rank each can have."""
+
+import copy
+import dataclasses
+import math
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
+from peft.utils.other import get_pattern_key
+from peft.utils.integrations import dequantize_module_weight
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ..errors import ConfigError, TargetError
+
+if TYPE_CHECKING:
+    from .config import GradInitConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """One targeted module.
+
+    Attributes:
+        name: full name in the base model.
+        module: the base layer itself, without adapters around it.
+        shape: `(out, in)` of its weight in the layout of `nn.Linear`; `None` for kinds of layers
+            that have no such weight.
+        r: rank of its adapter.
+        requested_r: rank that the config asked for.
+        alpha: its `lora_alpha`, adjusted so that a lowered rank leaves the scaling as it was.
+    """
+
+    name: str
+    module: nn.Module
+    shape: tuple[int, int] | None
+    r: int
+    requested_r: int
+    alpha: float
+
+    def weight(self) -> Tensor:
+        """The weight in the layout of `nn.Linear`, dequantised if need be, float32."""
+        weight = getattr(self.module, "weight", None)
+        if not isinstance(weight, Tensor) or not weight.is_floating_point():
+            weight = dequantize_module_weight(self.module)
+        weight = weight.detach().float()
+        return weight.T if isinstance(self.module, Conv1D) else weight
+
+
+def resolve_targets(model: nn.Module, config: "GradInitConfig") -> dict[str, Target]:
+    """Find the targets exactly as PEFT's injection would, without changing the model.
+
+    Args:
+        model: the base model, with or without adapters of other names.
+        config: the config to inject; not changed.
+
+    Returns:
+        Targets by full name, with ranks lowered where the method needs more singular triplets than
+        the layer has.
+
+    Raises:
+        TargetError: if a layer is too narrow for any rank, or is of a kind that the method cannot
+            serve while `uncalibrated="error"`.
+    """
+    recorder = _TargetRecorder(model, copy.deepcopy(config))
+    targets = {name: _target(name, module, config) for name, module in recorder.record().items()}
+    _check_kinds(targets, config)
+    return targets
+
+
+def live_targets(
+    model: nn.Module, config: "GradInitConfig", adapter_name: str
+) -> dict[str, Target]:
+    """The targets of an adapter that is injected already."""
+    return {
+        name: _target(name, layer, config)
+        for name, layer in model.named_modules()
+        if isinstance(layer, LoraLayer) and adapter_name in layer.scaling
+    }
+
+
+def write_patterns(targets: Mapping[str, Target], config: "GradInitConfig") -> None:
+    """Record lowered ranks in `rank_pattern` and `alpha_pattern`, under anchored full names.
+
+    Args:
+        targets: all targets.
+        config: gets new pattern dicts; the old ones are not changed.
+    """
+    lowered = [t for t in targets.values() if t.r != t.requested_r]
+    if not lowered:
+        return
+    ranks = {f"^{re.escape(t.name)}": t.r for t in lowered}
+    alphas = {f"^{re.escape(t.name)}": t.alpha for t in lowered}
+    # PEFT takes the first pattern that matches.
+    config.rank_pattern = {**ranks, **(config.rank_pattern or {})}
+    config.alpha_pattern = {**alphas, **(config.alpha_pattern or {})}
+    names = ", ".join(f"{t.name} ({t.r} of {t.requested_r})" for t in lowered)
+    warnings.warn(
+        f"{config.method} needs {config.n_triplets(config.r)} singular directions for r={config.r}; "
+        f"these layers have fewer and get a lower rank at the same scaling: {names}.",
+        stacklevel=2,
+    )
+
+
+@contextmanager
+def adapters_disabled(model: nn.Module) -> Iterator[None]:
+    """Run the base model alone; unlike PEFT's context, no `requires_grad` is touched.
+
+    Args:
+        model: a model with or without adapters.
+
+    Raises:
+        ConfigError: if an adapter is merged into the base weights.
+    """
+    layers = [
+        m for m in model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)
+    ]
+    for layer in layers:
+        if isinstance(layer, BaseTunerLayer) and layer.merged:
+            raise ConfigError(
+                f"the adapters {layer.merged_adapters} are merged into the base weights, which "
+                "cannot be calibrated so; call unmerge_adapter() first."
+            )
+    before = [layer._disable_adapters for layer in layers]
+    try:
+        for layer in layers:
+            layer._disable_adapters = True
+        yield
+    finally:
+        for layer, value in zip(layers, before, strict=True):
+            layer._disable_adapters = value
+
+
+def _target(name: str, module: nn.Module, config: "GradInitConfig") -> Target:
+    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    shape = _linear_shape(base)
+    ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
+    requested = ranks.get(get_pattern_key(ranks.keys(), name), config.r)
+    alpha = alphas.get(get_pattern_key(alphas.keys(), name), config.lora_alpha)
+    r = requested if shape is None else min(requested, config.max_rank(shape))
+    if r < 1:
+        raise TargetError(
+            f"{config.method} with r={requested} cannot start {name}: its weight is {shape}, and "
+            f"even rank 1 needs {config.n_triplets(1)} singular directions; add it to "
+            "exclude_modules."
+        )
+    if r != requested:
+        alpha *= math.sqrt(r / requested) if config.use_rslora else r / requested
+    return Target(name, base, shape, r, requested, alpha)
+
+
+def _linear_shape(module: nn.Module) -> tuple[int, int] | None:
+    if isinstance(module, Conv1D):
+        in_features, out_features = module.weight.shape
+        return out_features, in_features
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    return None
+
+
+def _check_kinds(targets: Mapping[str, Target], config: "GradInitConfig") -> None:
+    others = {n: type(t.module).__name__ for n, t in targets.items() if t.shape is None}
+    if others and config.uncalibrated == "error":
+        raise TargetError(
+            f"{config.method} starts linear layers, but target_modules also matches {others}; "
+            "exclude them, or set uncalibrated='lora' to give them a plain LoRA start."
+        )
+
+
+class _Recorded(Exception):  # noqa: N818 control flow, not an error
+    """Ends the injection before it changes anything."""
+
+
+class _TargetRecorder(LoraModel):
+    """Lets PEFT's own `inject_adapter` choose the modules, and writes them down instead.
+
+    This way `all-linear`, regular expressions, `exclude_modules`, `layers_to_transform` and what
+    later versions of PEFT add mean here what they mean there.
+    """
+
+    def __init__(self, model: nn.Module, config: "GradInitConfig") -> None:
+        nn.Module.__init__(self)
+        self.model = model
+        self.peft_config = {"recorded": config}
+        self.active_adapter = "recorded"
+        self.targeted_module_names = []
+        self.targeted_parameter_names = []
+        self._found: dict[str, nn.Module] = {}
+
+    def record(self) -> dict[str, nn.Module]:
+        """Return the modules that an injection would adapt, by name."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the injection proper repeats them
+            try:
+                LoraModel.inject_adapter(self, self.model, "recorded")
+            except _Recorded:
+                pass
+        return self._found
+
+    def _create_and_replace(self, *args: Any, **kwargs: Any) -> None:
+        _, _, target, _, _ = args[:5]
+        self._found[kwargs["current_key"]] = target
+
+    def set_adapter(self, *args: Any, **kwargs: Any) -> None:
+        raise _Recorded
+
+
+def frobenius_of_product(B: Tensor, A: Tensor) -> float:
+    """`|B A|_F` from the two `r x r` Gram matrices."""
+    gram = (B.double().T @ B.double()) * (A.double() @ A.double().T)
+    return torch.sqrt(gram.sum().clamp_min(0)).item()

@@ -1,0 +1,160 @@
+"""What users call besides `get_peft_model`: `calibrate`, `initialize`, `load_for_training`."""
+
+import os
+from typing import Any
+
+import peft
+from peft import PeftModel, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from torch import nn
+
+from ..calibration import DEFERRED, Calibration, CalibrationResult
+from ..errors import ConfigError, FingerprintError
+from ..statistics import Fingerprint
+from .anchored import is_pending
+from .config import GradInitConfig
+from .model import GradInitModel
+from .provenance import read_provenance
+from .report import InitReport
+from .start import base_fingerprint, compute_start, measured
+from .targets import live_targets, resolve_targets
+
+
+def calibrate(model: nn.Module, config: GradInitConfig, data: Any) -> CalibrationResult:
+    """Run the calibration pass alone, to save its result for configs made later or elsewhere.
+
+    The model is not changed. One result serves every option of the method that does not need
+    another measurement (`direction`, `scale`, `stable_gamma`, `lora_alpha`, …).
+
+    Args:
+        model: the base model, or a `PeftModel` around it.
+        config: method, targets and ranks; its own `calibration` is not used.
+        data: whatever `calibration=` takes.
+
+    Returns:
+        The result; `result.save(path)` writes it, `calibration=path` reads it.
+
+    Raises:
+        ConfigError: if `config` is not of this package.
+    """
+    _check_config(config)
+    if isinstance(model, PeftModel):
+        model = model.get_base_model()
+    targets = resolve_targets(model, config)
+    return measured(model, targets, config, Calibration.of(data))
+
+
+def initialize(peft_model: PeftModel, data: Any, adapter_name: str = "default") -> InitReport:
+    """Give a deferred adapter its start, in place: parameters stay the objects that they are.
+
+    Args:
+        peft_model: a model whose adapter was made with `calibration="deferred"`.
+        data: whatever `calibration=` takes.
+        adapter_name: which adapter.
+
+    Returns:
+        The report, also at `peft_model.base_model.init_report[adapter_name]`.
+
+    Raises:
+        ConfigError: if there is no such adapter, it is of another kind, or it has its start.
+    """
+    tuner, config = _deferred(peft_model, adapter_name)
+    model = tuner.model
+    targets = live_targets(model, config, adapter_name)
+    if not any(is_pending(module, adapter_name) for module in model.modules()):
+        raise ConfigError(
+            f"adapter {adapter_name!r} has its start already, and initialising it again would undo "
+            "its training; add a new adapter instead."
+        )
+    return tuner.fill(adapter_name, compute_start(model, targets, config, data))
+
+
+def load_for_training(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    adapter_name: str = "default",
+    *,
+    allow_mismatch: bool = False,
+) -> PeftModel:
+    """Load a saved adapter in the form in which it was trained, to continue training it.
+
+    `PeftModel.from_pretrained` gives the same function as a plain LoRA of the saved rank; this
+    gives the live adapter back, with its own rank and its anchor, without calibrating again.
+
+    Args:
+        model: the untouched base model, or a `PeftModel` to add the adapter to.
+        directory: what `save_pretrained` or a `Trainer` checkpoint wrote.
+        adapter_name: name of the adapter in the model.
+        allow_mismatch: load although the base weights differ from those that it was made on.
+
+    Returns:
+        The `PeftModel`, its adapter trainable.
+
+    Raises:
+        DataError: if the directory holds no `gradinit.json`.
+        FingerprintError: if the base model has other weights.
+    """
+    content = read_provenance(directory)
+    config = _restored_config(content)
+    if not allow_mismatch:
+        _check_base(model, config, content["fingerprint"], directory)
+    if isinstance(model, PeftModel):
+        peft_model = model
+        peft_model.add_adapter(adapter_name, config)
+    else:
+        peft_model = get_peft_model(model, config, adapter_name)
+    peft_model.load_adapter(directory, adapter_name, is_trainable=True)
+    live = peft_model.peft_config[adapter_name]
+    live.fingerprint = Fingerprint(**content["fingerprint"]) if content["fingerprint"] else None
+    live.init_report = InitReport.from_dict(content["report"]) if content["report"] else None
+    return peft_model
+
+
+def _restored_config(content: dict[str, Any]) -> GradInitConfig:
+    values = dict(content["config"])
+    config_cls = PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(values.pop("peft_type"))]
+    config = config_cls(**values)
+    config.restored = True
+    config.inference_mode = False
+    return config
+
+
+def _check_base(
+    model: nn.Module,
+    config: GradInitConfig,
+    stored: dict[str, Any] | None,
+    directory: str | os.PathLike[str],
+) -> None:
+    if stored is None:
+        return
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    for name, got in base_fingerprint(base, config).items():
+        if (want := stored["weights"].get(name)) != got:
+            raise FingerprintError(
+                f"the adapter in {str(directory)!r} was made on another base model: {name} has hash "
+                f"{want} there and {got} here; load that base, or pass allow_mismatch=True."
+            )
+
+
+def _deferred(peft_model: Any, adapter_name: str) -> tuple[GradInitModel, GradInitConfig]:
+    tuner = getattr(peft_model, "base_model", None)
+    if not isinstance(tuner, GradInitModel):
+        raise ConfigError(
+            f"initialize expects a PeftModel made with a config of this package, got "
+            f"{type(peft_model).__name__} around {type(tuner).__name__}; call "
+            f"get_peft_model(model, LoraGAConfig(…, calibration={DEFERRED!r})) first."
+        )
+    if adapter_name not in tuner.peft_config:
+        raise ConfigError(
+            f"there is no adapter {adapter_name!r}; the model has {sorted(tuner.peft_config)}."
+        )
+    return tuner, tuner.peft_config[adapter_name]
+
+
+def _check_config(config: Any) -> None:
+    if not isinstance(config, GradInitConfig):
+        hint = "peft_gradinit.LoraGAConfig, not peft.LoraGAConfig"
+        raise ConfigError(
+            f"expected a config of this package, got {type(config).__module__}."
+            f"{type(config).__name__}; pass {hint}."
+        )
