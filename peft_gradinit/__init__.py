@@ -6,7 +6,7 @@ LoraGAConfig(…, calibration=data))` works.
 
 from .calibration import Calibration, CalibrationResult
 from .errors import GradInitError
-from .methods import LoraGAConfig
+from .methods import EvaConfig, LoraGAConfig, SVFitConfig
 from .tuners import InitReport, calibrate, initialize, load_for_training
 
 __version__ = "0.1.0"
@@ -14,9 +14,11 @@ __version__ = "0.1.0"
 __all__ = [
     "Calibration",
     "CalibrationResult",
+    "EvaConfig",
     "GradInitError",
     "InitReport",
     "LoraGAConfig",
+    "SVFitConfig",
     "calibrate",
     "initialize",
     "load_for_training",

@@ -134,7 +134,7 @@ def autograd_gradients(
     model: nn.Module, batches: list[dict[str, Tensor]], names: list[str]
 ) -> dict[str, Tensor]:
     """Token-weighted mean gradient of every named weight, by plain autograd: the oracle."""
-    total, weight = {n: 0.0 for n in names}, 0
+    total, weight = dict.fromkeys(names, 0.0), 0
     for batch in batches:
         n_tokens = int((batch["labels"][:, 1:] != -100).sum())
         parameters = [model.get_submodule(n).weight for n in names]
@@ -174,3 +174,15 @@ def same_subspace(A: Tensor, B: Tensor) -> float:
     """Smallest cosine of a principal angle between the column spaces; 1 if they are equal."""
     QA, QB = torch.linalg.qr(A.double()).Q, torch.linalg.qr(B.double()).Q
     return torch.linalg.svdvals(QA.T @ QB).min().item()
+
+
+def same_factors(one: dict, other: dict) -> bool:
+    """Whether two results of `anchors` agree bit for bit."""
+    return one.keys() == other.keys() and all(
+        torch.equal(a, b) for n in one for a, b in zip(one[n], other[n], strict=True)
+    )
+
+
+def overlap(A: Tensor, B: Tensor) -> float:
+    """Mean squared cosine of the principal angles between spans of orthonormal rows; 1 if equal."""
+    return ((A @ B.T).square().sum() / A.shape[0]).item()

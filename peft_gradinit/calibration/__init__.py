@@ -6,6 +6,7 @@ Knows nothing of LoRA: it is given modules and accumulators, and returns facts.
 from .capture import capture
 from .gradients import measure_gradients
 from .guards import left_as_found
+from .inputs import measure_inputs
 from .result import CalibrationResult, PassFacts
 from .run import collect, model_fingerprint
 from .spec import DEFERRED, Calibration
@@ -19,5 +20,6 @@ __all__ = [
     "collect",
     "left_as_found",
     "measure_gradients",
+    "measure_inputs",
     "model_fingerprint",
 ]

@@ -5,6 +5,7 @@ sequences where the sketches are to be oriented and where the token budget ends,
 depends on the batch size; a batch that cannot be cut is taken whole.
 """
 
+import copy
 import dataclasses
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,19 +13,23 @@ from itertools import islice
 from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
+from accelerate.utils import recursively_apply, send_to_device
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from ..errors import DataError
 from .spec import Calibration
-from .tokens import n_input_tokens, n_sequences
+from .tokens import IGNORE_INDEX, n_input_tokens, n_sequences, sequence_tokens
 
 FIRST_ORIENTATION = 8
 """Sequences before the first orientation of the sketches; the next come after 3, 9, … times as many.
 
 An eighth and three eighths of a 64-sequence calibration: on MiniLM as good as four orientations.
 """
+
+_TOKEN_COLUMNS = ("input_ids", "attention_mask", "labels", "decoder_input_ids", "inputs_embeds")
+_LABEL_COLUMNS = ("label", "label_ids")
+"""Columns that the collators of Transformers rename to `labels`."""
 
 
 @dataclasses.dataclass
@@ -36,14 +41,12 @@ class Step:
         n_sequences: its leading dimension.
         n_tokens: its input tokens, padding not counted.
         orient: orient the sketches before adding this sub-batch.
-        ends_batch: whether a batch of the data ends here.
     """
 
     batch: Any
     n_sequences: int
     n_tokens: int
     orient: bool
-    ends_batch: bool
 
 
 class Budget:
@@ -55,19 +58,24 @@ class Budget:
         self.n_tokens = self.n_sequences = self.n_batches = 0
         self.stopped_by = "end of data"
 
-    def exhausted(self) -> bool:
-        """Whether to stop, and note the reason."""
-        if self.max_tokens is not None and self.n_tokens >= self.max_tokens:
-            self.stopped_by = "max_tokens"
-        elif self.max_batches is not None and self.n_batches >= self.max_batches:
-            self.stopped_by = "max_batches"
-        return self.stopped_by != "end of data"
+    def tokens_spent(self) -> bool:
+        """Whether to stop, within a batch or after it; batches of no tokens end as well."""
+        if self.max_tokens is None or max(self.n_tokens, self.n_batches - 1) < self.max_tokens:
+            return False
+        self.stopped_by = "max_tokens"
+        return True
+
+    def batches_spent(self) -> bool:
+        """Whether to stop after a batch."""
+        if self.max_batches is None or self.n_batches < self.max_batches:
+            return False
+        self.stopped_by = "max_batches"
+        return True
 
     def take(self, step: Step) -> Step:
         """Count a step."""
         self.n_tokens += step.n_tokens
         self.n_sequences += step.n_sequences
-        self.n_batches += step.ends_batch
         return step
 
 
@@ -81,26 +89,22 @@ def budgeted(calibration: Calibration, model: nn.Module, budget: Budget) -> Iter
 
     Yields:
         Sub-batches in order.
-
-    Raises:
-        DataError: if the data are empty or have a form that is not understood.
     """
-    device = next((p.device for p in model.parameters() if p.device.type != "meta"), "cpu")
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
     orientation = FIRST_ORIENTATION
     for batch in _batches(calibration, model):
-        parts = [send_to_device(batch, device)]
-        while parts and not budget.exhausted():
-            part = parts.pop(0)
+        budget.n_batches += 1
+        rest = _placed(batch, device)
+        while rest is not None and not budget.tokens_spent():
             orient = budget.n_sequences >= orientation
-            orientation *= 3 if orient else 1
+            while budget.n_sequences >= orientation:
+                orientation *= 3
+            part, rest = rest, None
             room = orientation - budget.n_sequences
             if calibration.loss_fn is None and (cut := _cut(part, room, budget)):
                 part, rest = _slice(part, 0, cut), _slice(part, cut, None)
-                parts.insert(0, rest)
-            yield budget.take(
-                Step(part, n_sequences(part), n_input_tokens(part), orient, ends_batch=not parts)
-            )
-        if budget.exhausted():
+            yield budget.take(Step(part, n_sequences(part), n_input_tokens(part), orient))
+        if budget.tokens_spent() or budget.batches_spent():
             return
 
 
@@ -109,20 +113,27 @@ def first_sequence(batch: Any) -> Any:
     return _slice(batch, 0, 1) if _is_sliceable(batch) else batch
 
 
+def _placed(batch: Any, device: torch.device) -> Any:
+    """A copy on the device; tensors made in inference mode could not be saved for a backward."""
+    if isinstance(batch, Mapping):
+        batch = copy.copy(batch)  # BatchEncoding.to changes its object
+    batch = send_to_device(batch, device)
+    return recursively_apply(lambda t: t.clone() if t.is_inference() else t, batch)
+
+
 def _cut(batch: Any, room: int, budget: Budget) -> int | None:
     """Where to cut a batch: at the next orientation, or where the token budget is reached."""
-    if not _is_sliceable(batch) or n_sequences(batch) < 2:
+    if not _is_sliceable(batch):
         return None
-    cut = min(room, n_sequences(batch))
+    cut = room
     if budget.max_tokens is not None:
-        left = budget.max_tokens - budget.n_tokens
-        while cut > 1 and n_input_tokens(_slice(batch, 0, cut - 1)) >= left:
-            cut -= 1
-    return cut if 0 < cut < n_sequences(batch) else None
+        total = sequence_tokens(batch).cumsum(0)
+        cut = min(cut, int((total < budget.max_tokens - budget.n_tokens).sum()) + 1)
+    return cut if cut < n_sequences(batch) else None
 
 
 def _is_sliceable(batch: Any) -> bool:
-    """Whether every tensor of a dict batch has the same leading dimension."""
+    """Whether every value of a dict batch is a tensor with the same leading dimension."""
     if not isinstance(batch, Mapping):
         return False
     if not all(isinstance(v, Tensor) and v.dim() > 0 for v in batch.values()):
@@ -136,15 +147,16 @@ def _slice(batch: Mapping[str, Tensor], start: int, stop: int | None) -> dict[st
 
 def _batches(calibration: Calibration, model: nn.Module) -> Iterator[Any]:
     data = calibration.data
-    if _is_dataset(data):
-        data = _batches_of_samples(calibration, model)
-    elif not isinstance(data, Iterable) or isinstance(data, Mapping | Tensor | str):
+    if not isinstance(data, Iterable | Dataset) or isinstance(data, Mapping | Tensor | str):
         raise DataError(
             f"calibration data of type {type(data).__name__} cannot be iterated for batches; pass "
-            "a DataLoader, a list or generator of batches, or a tokenised datasets.Dataset."
+            "a DataLoader, a list or generator of batches, or one split of a tokenised "
+            "datasets.Dataset."
         )
+    if calibration.collate_fn is not None or _is_dataset(data):
+        data = _batches_of_samples(calibration, model)
     for batch in data:
-        yield _checked(batch)
+        yield batch if calibration.loss_fn is not None else _checked(batch)
 
 
 def _is_dataset(data: Any) -> bool:
@@ -153,43 +165,71 @@ def _is_dataset(data: Any) -> bool:
 
 
 def _batches_of_samples(calibration: Calibration, model: nn.Module) -> Iterator[Any]:
-    samples = iter(_samples(calibration.data))
+    data = calibration.data
+    is_iterable = hasattr(data, "__iter__")  # map-style torch datasets are not
+    samples = iter(data) if is_iterable else (data[i] for i in range(len(data)))
     while chunk := list(islice(samples, calibration.batch_size)):
         yield calibration.collate_fn(chunk) if calibration.collate_fn else _pad(chunk, model)
 
 
-def _samples(dataset: Any) -> Iterable[Any]:
-    if isinstance(dataset, Dataset) and not hasattr(dataset, "__iter__"):
-        loader: DataLoader[Any] = DataLoader(dataset, batch_size=None)
-        return loader
-    return dataset
-
-
 def _pad(samples: list[Any], model: nn.Module) -> dict[str, Tensor]:
     """Stack samples of different lengths; keeps the columns that `forward` takes."""
-    if not isinstance(samples[0], Mapping):
+    accepted = _forward_parameters(model)
+    columns = {c: [torch.as_tensor(s[c]) for s in samples] for c in _columns(samples[0], accepted)}
+    if "attention_mask" in accepted and "attention_mask" not in columns and "input_ids" in columns:
+        columns["attention_mask"] = [torch.ones_like(ids) for ids in columns["input_ids"]]
+    pad_id = getattr(getattr(model, "config", None), "pad_token_id", None)
+    pad_id = pad_id if isinstance(pad_id, int) and pad_id > 0 else 0
+    fill = {"labels": IGNORE_INDEX, "input_ids": pad_id, "decoder_input_ids": pad_id}
+    batch = {name: _pad_column(values, fill.get(name, 0)) for name, values in columns.items()}
+    for name in _LABEL_COLUMNS:
+        if name in batch:
+            batch["labels"] = batch.pop(name)
+    return batch
+
+
+def _columns(sample: Any, accepted: Mapping[str, Any]) -> list[str]:
+    """Columns to keep: those that `forward` takes, and labels under another name.
+
+    Args:
+        sample: the first one; stands for all.
+        accepted: parameters of `forward`.
+
+    Returns:
+        Names, in the order of the sample.
+
+    Raises:
+        DataError: if samples cannot be collated here.
+    """
+    if not isinstance(sample, Mapping):
         raise DataError(
-            f"samples of type {type(samples[0]).__name__} cannot be collated; pass collate_fn, or "
+            f"samples of type {type(sample).__name__} cannot be collated; pass collate_fn, or "
             "a dataset whose samples are dicts with input_ids."
         )
-    accepted = inspect.signature(model.forward).parameters
-    columns = [c for c in samples[0] if c in accepted or c == "label"]
-    if not columns:
+    renamed = () if "labels" in sample else _LABEL_COLUMNS
+    columns = [c for c in sample if c in accepted or c in renamed]
+    if not set(columns) - set(_LABEL_COLUMNS):
         raise DataError(
-            f"the dataset has columns {sorted(samples[0])} but {type(model).__name__}.forward takes "
+            f"the dataset has columns {sorted(sample)} but the model's forward takes "
             f"{sorted(accepted)}; tokenise the dataset, or pass collate_fn."
         )
-    pad_id = getattr(getattr(model, "config", None), "pad_token_id", None) or 0
-    fill = {"labels": -100, "input_ids": pad_id, "decoder_input_ids": pad_id}
-    batch = {
-        c: _pad_column([torch.as_tensor(s[c]) for s in samples], fill.get(c, 0)) for c in columns
-    }
-    if "label" in batch:
-        batch["labels"] = batch.pop("label")
-    if "input_ids" in batch and "attention_mask" in accepted and "attention_mask" not in batch:
-        lengths = [len(s["input_ids"]) for s in samples]
-        batch["attention_mask"] = _pad_column([torch.ones(n, dtype=torch.long) for n in lengths], 0)
-    return batch
+    for column in columns:
+        if isinstance(sample[column], str | None):
+            raise DataError(
+                f"column {column!r} of the dataset holds {sample[column]!r} where numbers are "
+                "expected; encode or remove it, or pass collate_fn."
+            )
+    if torch.as_tensor(sample.get("input_ids", [0])).dim() != 1:
+        raise DataError(
+            "the dataset's samples hold input_ids of more than one dimension, as batches do; pass "
+            "DataLoader(dataset, batch_size=None), or samples of one sequence each."
+        )
+    return columns
+
+
+def _forward_parameters(model: nn.Module) -> Mapping[str, Any]:
+    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper has no signature
+    return inspect.signature(model.forward).parameters
 
 
 def _pad_column(values: list[Tensor], fill: int) -> Tensor:
@@ -199,20 +239,39 @@ def _pad_column(values: list[Tensor], fill: int) -> Tensor:
 
 
 def _checked(batch: Any) -> Any:
-    """Refuse samples that were never collated."""
-    if isinstance(batch, Mapping):
-        untensored = {
-            k: type(v).__name__ for k, v in batch.items() if isinstance(v, list | int | str)
-        }
-        if untensored:
-            raise DataError(
-                f"a calibration batch holds {untensored} where tensors are expected: these look "
-                "like single samples; pass a DataLoader, or Calibration(dataset, collate_fn=…)."
-            )
-        return dict(batch)
+    """Refuse samples that were never collated; drop texts, as `Trainer` does.
+
+    Args:
+        batch: what the data yield.
+
+    Returns:
+        The batch to pass to the model.
+
+    Raises:
+        DataError: if its form is not understood.
+    """
     if isinstance(batch, tuple | list | Tensor):
         return batch
-    raise DataError(
-        f"a calibration batch of type {type(batch).__name__} is not understood; batches are dicts, "
-        "BatchEncodings, tuples or tensors (anything else needs loss_fn and a dict around it)."
-    )
+    if not isinstance(batch, Mapping):
+        raise DataError(
+            f"a calibration batch of type {type(batch).__name__} is not understood; batches are "
+            "dicts, BatchEncodings, tuples or tensors; anything else needs loss_fn."
+        )
+    for name in _TOKEN_COLUMNS:
+        value = batch.get(name)
+        if isinstance(value, Tensor) and (value.dim() > 1 or name == "labels"):
+            continue
+        if value is not None:
+            got = f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else "no tensor"
+            raise DataError(
+                f"{name} of a calibration batch is {type(value).__name__} ({got}) where a tensor "
+                "of sequences is expected: samples that were not collated; give the DataLoader a "
+                "collate_fn (such as DataCollatorForSeq2Seq), or pass the dataset itself."
+            )
+    return {k: v for k, v in batch.items() if not _is_text(v)}
+
+
+def _is_text(value: Any) -> bool:
+    if isinstance(value, list | tuple) and value:
+        value = value[0]
+    return isinstance(value, str)

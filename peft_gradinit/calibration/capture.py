@@ -7,6 +7,7 @@ autograd saves its own (so checkpointing and offloading see it) and, in the back
 touched, and the graph starts at the first target even when nothing upstream requires a gradient.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -38,8 +39,36 @@ class Tap(torch.autograd.Function):
         return dy, None, None, None
 
 
+@dataclasses.dataclass(frozen=True)
+class Capture:
+    """What a block under `capture` has run so far.
+
+    Attributes:
+        anchor: to pass to `loss.backward(inputs=[anchor])`.
+        tapped: names of the modules that ran with gradients.
+        untapped: names of the modules that ran under `torch.no_grad()`.
+    """
+
+    anchor: Tensor
+    tapped: set[str]
+    untapped: set[str]
+
+    def check(self) -> None:
+        """Refuse to differentiate a loss of modules that ran without gradients only.
+
+        Raises:
+            CalibrationError: naming the modules.
+        """
+        if missed := sorted(self.untapped - self.tapped):
+            raise CalibrationError(
+                f"{', '.join(missed)} ran without gradients inside the calibration pass: the code "
+                "around it uses torch.no_grad() or reentrant checkpointing; call "
+                "torch.utils.checkpoint with use_reentrant=False, or exclude the module."
+            )
+
+
 @contextmanager
-def capture(modules: Mapping[str, nn.Module], sinks: Mapping[str, Sink]) -> Iterator[Tensor]:
+def capture(modules: Mapping[str, nn.Module], sinks: Mapping[str, Sink]) -> Iterator[Capture]:
     """Show each module's inputs and output gradients to its sink while the block runs.
 
     Args:
@@ -47,35 +76,34 @@ def capture(modules: Mapping[str, nn.Module], sinks: Mapping[str, Sink]) -> Iter
         sinks: by the same names; called once per use of the module in a backward.
 
     Yields:
-        The anchor to pass to `loss.backward(inputs=[anchor])`.
+        The anchor of the backward, and what ran.
     """
-    anchor = torch.zeros((), requires_grad=True)
+    seen = Capture(torch.zeros((), requires_grad=True), set(), set())
     handles = []
     try:
         for name, module in modules.items():
-            hook = _forward_hook(name, sinks[name], anchor)
-            handles.append(module.register_forward_hook(hook, with_kwargs=True))
-        yield anchor
+            hook = _forward_hook(name, sinks[name], seen)
+            # Before other hooks, which may change the output: the tap is for the layer's own.
+            handles.append(module.register_forward_hook(hook, with_kwargs=True, prepend=True))
+        yield seen
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _forward_hook(name: str, sink: Sink, anchor: Tensor) -> Callable[..., Tensor]:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Tensor:
-        x = args[0] if args else kwargs["input"]
+def _forward_hook(name: str, sink: Sink, seen: Capture) -> Callable[..., Any]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
+        x = next(iter((*args, *kwargs.values())))  # `input=` of Linear, `x=` of Conv1D
         if not torch.is_grad_enabled():
-            raise CalibrationError(
-                f"{name} ran without gradients inside the calibration pass: the model's code uses "
-                "torch.no_grad() or reentrant checkpointing around it; call "
-                "torch.utils.checkpoint with use_reentrant=False, or exclude the module."
-            )
+            seen.untapped.add(name)
+            return None
+        seen.tapped.add(name)
         if x.requires_grad and not out.requires_grad:
             raise CalibrationError(
                 f"{name} ({type(module).__name__}) gives no gradient to its input, so nothing "
                 "before it can be calibrated; use a kernel or quantisation with a backward, or "
                 "exclude the module."
             )
-        return Tap.apply(out, x, anchor, sink)  # pyright: ignore[reportReturnType]
+        return Tap.apply(out, x, seen.anchor, sink)
 
     return hook

@@ -33,9 +33,6 @@ def measure_gradients(
     Returns:
         The triplets of every module whose gradient is not zero, and the reasons for the others.
 
-    Raises:
-        CalibrationError: if a gradient is not finite.
-        DataError: if the data give nothing to measure.
     """
     started = time.perf_counter()
     pool = TestMatrixPool()
@@ -52,11 +49,13 @@ def measure_gradients(
     }
     facts, probe = collect(model, modules, statistics, calibration)
     energy, failures = _judge(statistics, facts.n_batches)
-    triplets = {
-        name: statistics.pop(name).triplets(rank)  # popped: its memory goes before the next one
-        for name, (_, _, rank) in fingerprint.targets.items()
-        if name not in failures
-    }
+    triplets = {}
+    for name, (_, _, rank) in fingerprint.targets.items():
+        if name in failures:
+            continue
+        statistic = statistics.pop(name)  # popped: its memory goes before the next one
+        triplets[name] = statistic.triplets(rank)
+        energy[name] = statistic.energy(triplets[name])
     return CalibrationResult(
         triplets=triplets,
         energy=energy,
@@ -70,7 +69,18 @@ def measure_gradients(
 def _judge(
     statistics: Mapping[str, GradientStatistic], n_batches: int
 ) -> tuple[dict[str, float], dict[str, str]]:
-    """Tell usable gradients from those that were never seen, are zero, or are not finite."""
+    """Tell usable gradients from those that were never seen, are zero, or are not finite.
+
+    Args:
+        statistics: filled, by module name.
+        n_batches: that they were filled from.
+
+    Returns:
+        Squared norms, and reasons against those that cannot be used.
+
+    Raises:
+        CalibrationError: if a gradient is not finite.
+    """
     energy, failures = {}, {}
     for name, statistic in statistics.items():
         energy[name] = statistic.energy()

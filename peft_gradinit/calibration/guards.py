@@ -4,7 +4,8 @@
 changes for the pass, it puts back in reverse order:
 
 - every module in eval mode (no dropout, so the gradient is a property of the data alone), except
-  modules that checkpoint, which do so in train mode only: their own flag stays on;
+  modules that checkpoint, which do so in train mode only: their own flag is on, whatever it was
+  (`from_pretrained` returns models in eval mode), and their own dropout rates are zero;
 - reentrant checkpointing replaced by the non-reentrant kind, under which taps work;
 - `use_cache` off; compiled code run eagerly, since compiled graphs ignore hooks added later;
 - the random state of torch, numpy and Python, and of the generators of the user's data loader;
@@ -47,7 +48,8 @@ def _randomness(data: Any, seed: int) -> Iterator[None]:
     states = [g.get_state() for g in generators]
     python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
-        with torch.random.fork_rng():
+        # Devices by name: without them, fork_rng warns where there are several.
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(seed)
             random.seed(seed)
             np.random.seed(seed % 2**32)
@@ -60,21 +62,28 @@ def _randomness(data: Any, seed: int) -> Iterator[None]:
 
 
 def _generators(loader: Any) -> list[torch.Generator]:
-    """Generators that iterating over a `DataLoader` would advance."""
-    holders = [loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)]
-    holders.append(getattr(holders[-1], "sampler", None))
-    found = {id(g): g for h in holders if (g := getattr(h, "generator", None)) is not None}
-    return [g for g in found.values() if isinstance(g, torch.Generator)]
+    """Generators that iterating over a `DataLoader` would advance, also inside other samplers."""
+    found: dict[int, torch.Generator] = {}
+    holders, visited = [loader], set()
+    while holders:
+        holder = holders.pop()
+        if holder is None or id(holder) in visited:
+            continue
+        visited.add(id(holder))
+        if isinstance(generator := getattr(holder, "generator", None), torch.Generator):
+            found[id(generator)] = generator
+        holders += [getattr(holder, name, None) for name in ("sampler", "batch_sampler", "dataset")]
+    return list(found.values())
 
 
 @contextmanager
 def _modes(model: nn.Module) -> Iterator[None]:
-    """Eval mode, but checkpointing modules keep their own train flag."""
+    """Eval mode, but checkpointing modules in train mode."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
-        for module, was_training in modes:
-            if was_training and getattr(module, "gradient_checkpointing", False):
+        for module, _ in modes:
+            if getattr(module, "gradient_checkpointing", False):
                 module.training = True
         yield
     finally:
@@ -97,19 +106,22 @@ def _attributes(model: nn.Module) -> Iterator[None]:
 
 
 def _temporary_values(model: nn.Module) -> list[tuple[Any, str, Any]]:
-    values: list[tuple[Any, str, Any]] = []
     configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
-    for config in configs.values():
-        if getattr(config, "use_cache", False) is True:
-            values.append((config, "use_cache", False))
+    values: list[tuple[Any, str, Any]] = [
+        (c, "use_cache", False) for c in configs.values() if getattr(c, "use_cache", False) is True
+    ]
     for module in model.modules():
         if not getattr(module, "gradient_checkpointing", False):
             continue
         if hasattr(module, "_gradient_checkpointing_func"):
             function = functools.partial(checkpoint, use_reentrant=False)
             values.append((module, "_gradient_checkpointing_func", function))
-        if module.training:
-            # A layer in train mode that applies F.dropout itself would drop.
-            rates = [k for k, v in vars(module).items() if "dropout" in k and type(v) is float]
-            values += [(module, name, 0.0) for name in rates]
+        # In train mode, so what it drops by itself (dropout, layerdrop) would be dropped.
+        for holder in (module, getattr(module, "config", None)):
+            rates = [k for k, v in _attributes_of(holder) if "drop" in k and type(v) is float]
+            values += [(holder, name, 0.0) for name in rates]
     return values
+
+
+def _attributes_of(holder: Any) -> list[tuple[str, Any]]:
+    return list(getattr(holder, "__dict__", {}).items())

@@ -21,18 +21,18 @@ class PassFacts:
         n_sequences: leading dimension of those batches, summed.
         n_tokens: input tokens, padding not counted.
         loss_weight: tokens (or sequences) that carried loss; the denominator of every mean.
-        loss: their mean loss.
+        loss: their mean loss; `None` if the pass needs no loss.
         seconds: wall time of the pass, factorisation included.
         state_bytes: what the accumulators held.
         peak_bytes: growth of the device's (on CPU: the process's) peak memory during the pass.
-        stopped_by: why the pass ended: `"end of data"`, `"max_tokens"` or `"max_batches"`.
+        stopped_by: why the pass ended: `"end of data"`, `"max_tokens"`, `"max_batches"` or `"settled"`.
     """
 
     n_batches: int
     n_sequences: int
     n_tokens: int
     loss_weight: float
-    loss: float
+    loss: float | None
     seconds: float
     state_bytes: int
     peak_bytes: int

@@ -1,7 +1,6 @@
 """The loop of the calibration pass."""
 
 import math
-import resource
 import sys
 import time
 from collections.abc import Mapping
@@ -15,7 +14,7 @@ from tqdm.auto import tqdm
 from ..errors import CalibrationError, DataError
 from ..statistics import GradientStatistic, hash_weight
 from .batches import Budget, Step, budgeted, first_sequence
-from .capture import capture
+from .capture import Capture, capture
 from .guards import left_as_found
 from .result import PassFacts
 from .spec import Calibration
@@ -45,18 +44,18 @@ def collect(
     Returns:
         The facts of the pass, and the first sequence of the data as a batch.
 
-    Raises:
-        DataError: if the data are empty, without labels, or all labels are -100.
-        CalibrationError: if the loss is not finite or has no gradient.
     """
     _check_model(model)
     pass_ = _Pass(model, statistics, calibration)
     started, peak = time.perf_counter(), _peak_bytes()
-    with left_as_found(model, calibration.data, calibration.seed):
-        with capture(modules, pass_.sinks()) as anchor, _progress(calibration) as bar:
-            for step in budgeted(calibration, model, pass_.budget):
-                pass_.run(step, anchor)
-                bar.update(step.n_sequences)
+    with (
+        left_as_found(model, calibration.data, calibration.seed),
+        capture(modules, pass_.sinks()) as seen,
+        _progress(calibration) as bar,
+    ):
+        for step in budgeted(calibration, model, pass_.budget):
+            pass_.run(step, seen)
+            bar.update(step.n_tokens)
     pass_.check()
     facts = PassFacts(
         n_batches=pass_.budget.n_batches,
@@ -87,7 +86,7 @@ class _Pass:
         self.budget = Budget(calibration)
         self.weight = self.loss_sum = 0.0
         self.probe: Any = None
-        self.scale = FLOAT16_LOSS_SCALE if _computes_in_float16(model) else 1.0
+        self.scale = FLOAT16_LOSS_SCALE if _computes_in_float16(model, calibration) else 1.0
         self._step_weight = 0.0
 
     def sinks(self) -> dict[str, Any]:
@@ -96,26 +95,35 @@ class _Pass:
 
         return {name: sink_of(statistic) for name, statistic in self.statistics.items()}
 
-    def run(self, step: Step, anchor: Tensor) -> None:
+    def run(self, step: Step, seen: Capture) -> None:
         """Add one sub-batch to every statistic."""
+        seen.tapped.clear()
+        seen.untapped.clear()
         if step.orient:
             for statistic in self.statistics.values():
                 statistic.orient()
         if self.calibration.loss_fn is None and not loss_weight(self.model, step.batch):
             return
         loss, weight = self._loss(step.batch)
+        if weight == 0:
+            return
+        seen.check()
         self._check_loss(loss)
         if self.probe is None:
             self.probe = first_sequence(step.batch)
         self._step_weight = weight
-        (loss * self.scale).backward(inputs=[anchor])
+        (loss * self.scale).backward(inputs=[seen.anchor])
         for statistic in self.statistics.values():
             statistic.count(weight)
         self.weight += weight
         self.loss_sum += weight * loss.item()
 
     def check(self) -> None:
-        """Raise if nothing was measured."""
+        """Tell why nothing was measured, if so.
+
+        Raises:
+            DataError: if the data are empty, or none of them carries loss.
+        """
         if self.budget.n_sequences == 0:
             raise DataError(
                 f"the calibration data ({type(self.calibration.data).__name__}) gave no batch; a "
@@ -123,19 +131,20 @@ class _Pass:
             )
         if self.weight == 0:
             raise DataError(
-                f"all labels of the {self.budget.n_sequences} calibration sequences are -100, so "
-                "none of their tokens carries loss; check the prompt masking and the truncation."
+                f"all labels of the {self.budget.n_sequences} calibration sequences are -100 (or "
+                "loss_fn gave weight 0), so none of their tokens carries loss; check the prompt "
+                "masking and the truncation."
             )
 
     def _loss(self, batch: Any) -> tuple[Any, float]:
         accelerator = self.calibration.accelerator
         with accelerator.autocast() if accelerator else nullcontext():
-            if self.calibration.loss_fn is not None:
-                result = self.calibration.loss_fn(self.model, batch)
-                if isinstance(result, tuple):
-                    return result[0], float(result[1])
-                return result, loss_weight(self.model, batch)
-            return _model_loss(self.model, batch), loss_weight(self.model, batch)
+            if self.calibration.loss_fn is None:
+                return _model_loss(self.model, batch), loss_weight(self.model, batch)
+            result = self.calibration.loss_fn(self.model, batch)
+        if isinstance(result, tuple):
+            return result[0], _checked_weight(result)
+        return result, loss_weight(self.model, batch)
 
     def _check_loss(self, loss: Any) -> None:
         source = "loss_fn" if self.calibration.loss_fn else type(self.model).__name__
@@ -143,7 +152,7 @@ class _Pass:
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
             raise CalibrationError(
-                f"{source} returned {got} {where} where a scalar loss tensor is expected; return "
+                f"{source} gave {got} {where} where a scalar loss tensor is expected; return "
                 "the mean loss, or (loss, weight)."
             )
         if not math.isfinite(value := loss.item()):
@@ -169,18 +178,29 @@ def _model_loss(model: nn.Module, batch: Any) -> Any:
         got = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
         raise DataError(
             f"{type(model).__name__} returned no loss for a calibration batch of {got}; add "
-            "'labels' to the batches, or pass Calibration(data, loss_fn=…)."
+            "'labels' to the batches (as DataCollatorForLanguageModeling does), or pass "
+            "Calibration(data, loss_fn=…)."
         )
     return loss
 
 
+def _checked_weight(result: tuple[Any, ...]) -> float:
+    weight = result[1] if len(result) == 2 else None
+    if isinstance(weight, Tensor) and weight.numel() == 1:
+        weight = weight.item()
+    if not isinstance(weight, int | float) or not 0 <= weight < math.inf:
+        got = ", ".join(type(r).__name__ for r in result)
+        raise CalibrationError(
+            f"loss_fn returned ({got}) with weight {weight!r} where (loss, weight) with a number "
+            "of at least 0 is expected; return the scalar loss, or the loss and the number of "
+            "tokens that it is the mean of."
+        )
+    return float(weight)
+
+
 def _check_model(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
-        if parameter.device.type == "meta":
-            raise CalibrationError(
-                f"{name} is on the meta device, so the model cannot run and cannot be calibrated; "
-                "load the weights first, or pass the path of a saved CalibrationResult."
-            )
+        _check_not_meta(name, parameter)
         if parameter.is_inference():
             raise CalibrationError(
                 f"{name} was created under torch.inference_mode() and can take part in no backward; "
@@ -188,8 +208,18 @@ def _check_model(model: nn.Module) -> None:
             )
 
 
-def _computes_in_float16(model: nn.Module) -> bool:
+def _check_not_meta(name: str, parameter: Tensor) -> None:
+    if parameter.device.type == "meta":
+        raise CalibrationError(
+            f"{name} is on the meta device, so the model cannot run and cannot be calibrated; load "
+            "the weights first."
+        )
+
+
+def _computes_in_float16(model: nn.Module, calibration: Calibration) -> bool:
     if any(p.dtype == torch.float16 for p in model.parameters()):
+        return True
+    if getattr(calibration.accelerator, "mixed_precision", None) == "fp16":
         return True
     device = next((p.device.type for p in model.parameters()), "cpu")
     enabled = torch.is_autocast_enabled(device)
@@ -209,21 +239,27 @@ def model_fingerprint(model: nn.Module, skip: tuple[str, ...]) -> dict[str, str]
     hashes = {}
     for name, parameter in model.named_parameters():
         if not any(part in name for part in skip):
+            _check_not_meta(name, parameter)
             plain = name.replace(".base_layer", "").replace(".original_module", "")
-            hashes[plain.removeprefix("_orig_mod.")] = hash_weight(parameter)
+            hashes[plain.replace("_orig_mod.", "")] = hash_weight(parameter)
     return hashes
 
 
 def _peak_bytes() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
+    if sys.platform == "win32":
+        return 0  # no such count there
+    import resource  # does not exist on Windows
+
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _progress(calibration: Calibration) -> Any:
-    source = getattr(calibration.data, "dataset", calibration.data)
-    total = len(source) if hasattr(source, "__len__") and source is not calibration.data else None
     return tqdm(
-        desc="calibration", unit=" sequences", total=total, disable=not calibration.progress
+        desc="calibration",
+        unit=" tokens",
+        total=calibration.token_budget,
+        disable=not calibration.progress,
     )

@@ -5,6 +5,8 @@ import os
 from collections.abc import Callable
 from typing import Any, Literal
 
+from torch.utils.data import DataLoader
+
 from ..errors import ConfigError
 from .result import CalibrationResult
 
@@ -36,12 +38,13 @@ class Calibration:
         loss_fn: `loss_fn(model, batch)` returns a scalar loss, or `(loss, weight)` with the number
             of tokens (or pairs, …) that it is the mean of. Default: `model(**batch).loss`, weighted
             by the labels that are not -100.
-        collate_fn: makes a batch from samples when `data` is a dataset. Default: pads `input_ids`,
-            `attention_mask` and `labels`, and drops columns that the model's `forward` lacks.
-        batch_size: samples in a batch when `data` is a dataset. Does not change the result.
+        collate_fn: makes a batch from samples when `data` are samples: a dataset, or any iterable
+            of samples. Default, for datasets: pads `input_ids`, `attention_mask` and `labels`, and
+            drops columns that the model's `forward` lacks.
+        batch_size: samples in a batch when `data` are samples. Does not change the result.
         seed: seed of the test matrices and of everything random in `data`.
-        accelerator: the user's `accelerate.Accelerator`, if its device placement and autocast are
-            to be used. None is ever created here.
+        accelerator: the user's `accelerate.Accelerator`, if its autocast is to be used. None is
+            ever created here.
         progress: show a progress bar.
 
     Raises:
@@ -74,8 +77,24 @@ class Calibration:
             )
         for name in ("max_tokens", "max_batches", "sketch_size", "batch_size"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
+            if value is None and name != "batch_size":
+                continue
+            if type(value) is not int or value < 1:
                 raise ConfigError(f"{name} must be a positive integer, got {value!r}.")
+        if type(self.seed) is not int:
+            raise ConfigError(f"seed must be an integer, got {self.seed!r}.")
+        self._check_functions()
+
+    def _check_functions(self) -> None:
+        for name in ("loss_fn", "collate_fn"):
+            value = getattr(self, name)
+            if value is not None and not callable(value):
+                raise ConfigError(f"{name} must be a function, got {value!r}.")
+        if self.collate_fn is not None and isinstance(self.data, DataLoader):
+            raise ConfigError(
+                "collate_fn makes batches from samples, but a DataLoader gives batches; pass it to "
+                "the DataLoader, or pass the loader's dataset here."
+            )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Calibration":
         return self

@@ -3,29 +3,49 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 IGNORE_INDEX = -100
 """Label of tokens without loss, the default of `torch.nn.CrossEntropyLoss` and of Transformers."""
 
+_SHIFTED_LOSSES = ("ForCausalLM", "ForConditionalGeneration", "CsmForConditionalGeneration")
+_SHIFTED_CLASSES = ("LMHeadModel", "DoubleHeadsModel")
+"""Endings of the Transformers classes, such as `GPT2LMHeadModel`, that name no loss and shift."""
+
 
 def n_sequences(batch: Any) -> int:
     """Leading dimension of the batch's first tensor; 1 if there is none."""
-    for value in batch.values() if isinstance(batch, Mapping) else _items(batch):
-        if isinstance(value, Tensor) and value.dim() > 0:
-            return value.shape[0]
-    return 1
+    first = _first_tensor(batch)
+    return 1 if first is None else first.shape[0]
 
 
 def n_input_tokens(batch: Any) -> int:
     """Tokens that the model reads, padding not counted; sequences if the batch has no tokens."""
+    return int(sequence_tokens(batch).sum())
+
+
+def sequence_tokens(batch: Any) -> Tensor:
+    """Tokens of each sequence, padding not counted; ones if the batch has no tokens.
+
+    Args:
+        batch: with a mask, token ids or embeddings; of a tuple, the first tensor if it holds ids.
+
+    Returns:
+        Integers, one for each sequence.
+    """
     if isinstance(batch, Mapping):
-        for mask in ("attention_mask", "decoder_attention_mask"):
-            if isinstance(batch.get(mask), Tensor) and batch[mask].dim() == 2:
-                return int(batch[mask].sum())
-        if isinstance(batch.get("input_ids"), Tensor):
-            return batch["input_ids"].numel()
-    return n_sequences(batch)
+        for key in ("attention_mask", "decoder_attention_mask"):
+            if isinstance(mask := batch.get(key), Tensor) and mask.dim() == 2:
+                return (mask != 0).sum(1)
+        for key in ("input_ids", "inputs_embeds"):
+            if isinstance(tokens := batch.get(key), Tensor) and tokens.dim() >= 2:
+                return torch.full(tokens.shape[:1], tokens.shape[1])
+    else:
+        tokens = _first_tensor(batch)
+        if tokens is not None and tokens.dim() == 2 and tokens.dtype == torch.long:
+            return torch.full(tokens.shape[:1], tokens.shape[1])
+    return torch.ones(n_sequences(batch), dtype=torch.long)
 
 
 def loss_weight(model: nn.Module, batch: Any) -> int:
@@ -35,7 +55,7 @@ def loss_weight(model: nn.Module, batch: Any) -> int:
     prediction. Sequences where there are no labels, or where they are not classes.
 
     Args:
-        model: tells by its `loss_type` whether labels are shifted.
+        model: tells by its `loss_type`, or the name of its class, whether labels are shifted.
         batch: as passed to the model.
 
     Returns:
@@ -44,16 +64,31 @@ def loss_weight(model: nn.Module, batch: Any) -> int:
     labels = batch.get("labels") if isinstance(batch, Mapping) else None
     if not isinstance(labels, Tensor) or labels.is_floating_point():
         return n_sequences(batch)
-    if labels.dim() > 1 and _shifts_labels(model):
+    if labels.dim() > 1 and shifts_labels(model):
         labels = labels[..., 1:]
     return int((labels != IGNORE_INDEX).sum())
 
 
-def _shifts_labels(model: nn.Module) -> bool:
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether the model has two parts, each with tokens of its own."""
+    model = getattr(model, "_orig_mod", model)
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def shifts_labels(model: nn.Module) -> bool:
+    """Whether the label at `t + 1` belongs to the output at `t`."""
+    model = getattr(model, "_orig_mod", model)
+    if is_encoder_decoder(model):
         return False
-    return getattr(model, "loss_type", None) in ("ForCausalLM", "ForConditionalGeneration")
+    loss_type = getattr(model, "loss_type", None)
+    return loss_type in _SHIFTED_LOSSES or (
+        loss_type is None and type(model).__name__.endswith(_SHIFTED_CLASSES)
+    )
 
 
-def _items(batch: Any) -> list[Any]:
-    return list(batch) if isinstance(batch, tuple | list) else [batch]
+def _first_tensor(batch: Any) -> Tensor | None:
+    if isinstance(batch, Mapping):
+        values = [batch.get("input_ids"), *batch.values()]
+    else:
+        values = list(batch) if isinstance(batch, tuple | list) else [batch]
+    return next((v for v in values if isinstance(v, Tensor) and v.dim() > 0), None)

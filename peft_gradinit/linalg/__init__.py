@@ -1,13 +1,20 @@
 """Pure torch linear algebra: matrices in, matrices out."""
 
+from .nystrom import Components, eigenpairs, explained_share, nystrom
+from .ranks import allocate_ranks
 from .sketch import TestMatrices, draw_test_matrix, orient_test_matrices, reconstruct
 from .svd import TruncatedSVD, fix_signs, randomized_svd, svd_of_product, truncated_svd
 
 __all__ = [
+    "Components",
     "TestMatrices",
     "TruncatedSVD",
+    "allocate_ranks",
     "draw_test_matrix",
+    "eigenpairs",
+    "explained_share",
     "fix_signs",
+    "nystrom",
     "orient_test_matrices",
     "randomized_svd",
     "reconstruct",

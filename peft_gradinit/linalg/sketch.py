@@ -29,6 +29,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .svd import TruncatedSVD, svd_of_product
+from .threads import one_thread
 
 
 class TestMatrices(NamedTuple):
@@ -110,9 +111,10 @@ def reconstruct(
     scale = Y.abs().amax().clamp_min(torch.finfo(Y.dtype).tiny)
     Y, Z = Y / scale, Z / scale
     core = core or max(rank, Y.shape[1] // 2)
-    Q, P = _leading_basis(Y, core), _leading_basis(Z, core)
-    C = _core(Q, P, Y, Z, test)
-    U, S, Vh = svd_of_product(Q @ C, P, rank)
+    with one_thread():
+        Q, P = _leading_basis(Y, core), _leading_basis(Z, core)
+        C = _core(Q, P, Y, Z, test)
+        U, S, Vh = svd_of_product(Q @ C, P, rank)
     return TruncatedSVD(U, S * scale, Vh)
 
 

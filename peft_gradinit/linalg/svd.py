@@ -120,6 +120,8 @@ def svd_of_product(
 ) -> TruncatedSVD:
     """Compute the leading triplets of `left @ right.T` without forming the product.
 
+    Works in float32 (float64 for float64 input).
+
     Args:
         left: `(out, inner)`.
         right: `(in, inner)`.
@@ -132,8 +134,8 @@ def svd_of_product(
         ShapeError: if `rank` is outside `1..min(out, in, inner)`.
     """
     _check_rank(rank, (left.shape[0], right.shape[0], left.shape[1]))
-    Q_left, R_left = torch.linalg.qr(left)
-    Q_right, R_right = torch.linalg.qr(right)
+    Q_left, R_left = torch.linalg.qr(_at_least_float32(left))
+    Q_right, R_right = torch.linalg.qr(_at_least_float32(right))
     U, S, Vh = torch.linalg.svd(R_left @ R_right.T, full_matrices=False)
     return fix_signs(TruncatedSVD(Q_left @ U, S, Vh @ Q_right.T).truncate(rank))
 

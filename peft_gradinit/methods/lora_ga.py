@@ -34,6 +34,7 @@ At initialisation the function is unchanged up to rounding; singular values of `
 the scale of the loss does not matter.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
@@ -85,7 +86,7 @@ class LoraGAConfig(GradInitConfig):
     scale: Scale = field(default="stable", metadata={"help": f"Length of the factors: {_SCALES}."})
     stable_gamma: float = field(default=16.0, metadata={"help": "The paper's gamma."})
 
-    def __post_init__(self, calibration: object = None) -> None:
+    def __post_init__(self, calibration: object) -> None:
         super().__post_init__(calibration)
         self.peft_type = PeftType("LORA_GA")
         for name, value, allowed in (
@@ -94,9 +95,10 @@ class LoraGAConfig(GradInitConfig):
         ):
             if value not in allowed:
                 raise ConfigError(f"LoraGAConfig: {name} must be one of {allowed}, got {value!r}.")
-        if not self.stable_gamma > 0:
+        gamma = self.stable_gamma
+        if not isinstance(gamma, int | float) or not 0 < gamma < math.inf:
             raise ConfigError(
-                f"LoraGAConfig: stable_gamma must be positive, got {self.stable_gamma!r}."
+                f"LoraGAConfig: stable_gamma must be a positive number, got {gamma!r}."
             )
 
     def max_rank(self, shape: tuple[int, int]) -> int:  # noqa: D102

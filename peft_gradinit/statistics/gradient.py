@@ -12,20 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import ShapeError
-from ..linalg import (
-    TestMatrices,
-    TruncatedSVD,
-    draw_test_matrix,
-    orient_test_matrices,
-    reconstruct,
-    truncated_svd,
-)
-
-N_RANDOM_COLUMNS = 40
-"""Test columns that stay Gaussian: they see what the oriented ones miss and estimate `|G|_F`.
-
-Of 32, 40 and 56 of 112 columns, 40 gave the smallest worst-layer error on MiniLM.
-"""
+from ..linalg import TruncatedSVD, truncated_svd
 
 
 class GradientStatistic(ABC):
@@ -47,7 +34,7 @@ class GradientStatistic(ABC):
         self,
         x: Float[Tensor, "*batch in"],
         dy: Float[Tensor, "*batch out"],
-        weight: float = 1.0,
+        weight: float | int = 1.0,
     ) -> None:
         """Add `weight * dy^T x`; all leading dimensions are tokens.
 
@@ -61,7 +48,7 @@ class GradientStatistic(ABC):
         self._accumulate(x, dy, weight)
         self.n_calls += 1
 
-    def count(self, weight: float) -> None:
+    def count(self, weight: float | int) -> None:
         """Add the weight of one batch to the denominator, once per batch and not per call."""
         self.weight += weight
 
@@ -83,7 +70,7 @@ class GradientStatistic(ABC):
         self.weight += other.weight
         self.n_calls += other.n_calls
 
-    def orient(self) -> None:
+    def orient(self) -> None:  # noqa: B027 optional for children
         """Adapt to the data seen so far; does nothing where nothing is to adapt."""
 
     @abstractmethod
@@ -91,15 +78,19 @@ class GradientStatistic(ABC):
         """Estimate the leading triplets of the mean gradient, `(sum w G) / (sum w)`."""
 
     @abstractmethod
-    def energy(self) -> float:
-        """Estimate the squared Frobenius norm of the mean gradient."""
+    def energy(self, triplets: TruncatedSVD | None = None) -> float:
+        """Estimate the squared Frobenius norm of the mean gradient.
+
+        Args:
+            triplets: what `triplets(rank)` gave; makes the estimate of a sketch more accurate.
+        """
 
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that hold the state, by name; those that exist so far."""
 
     @abstractmethod
-    def _accumulate(self, x: Tensor, dy: Tensor, weight: float) -> None: ...
+    def _accumulate(self, x: Tensor, dy: Tensor, weight: float | int) -> None: ...
 
     @abstractmethod
     def _merge_sums(self, other: "GradientStatistic") -> None: ...
@@ -113,12 +104,20 @@ class GradientStatistic(ABC):
         return {**self.tensors(), "weight": self.weight, "n_calls": self.n_calls}
 
     def load_state_dict(self, state: dict[str, Tensor | float | int]) -> None:
-        """Continue from `state_dict()` of an accumulator made with the same arguments."""
+        """Continue from `state_dict()` of an accumulator made with the same arguments.
+
+        What was added here before is forgotten; the tensors of `state` are copied.
+
+        Args:
+            state: the numbers may be one-element tensors, as a safetensors file holds them.
+        """
+        for name in self.tensors():
+            setattr(self, f"_{name}", None)
         state = dict(state)
         self.weight = float(state.pop("weight"))
         self.n_calls = int(state.pop("n_calls"))
         for name, tensor in state.items():
-            setattr(self, f"_{name}", tensor)
+            setattr(self, f"_{name}", torch.as_tensor(tensor).clone())
 
     def _mean(self, total: Tensor) -> Tensor:
         return total / self.weight if self.weight else total
@@ -133,7 +132,7 @@ class DenseGradient(GradientStatistic):
 
     _sum: Tensor | None = None
 
-    def _accumulate(self, x: Tensor, dy: Tensor, weight: float) -> None:
+    def _accumulate(self, x: Tensor, dy: Tensor, weight: float | int) -> None:
         if self._sum is None:
             self._sum = torch.zeros(self.shape, device=x.device)
         self._sum.addmm_(dy.T, x, alpha=weight)
@@ -153,190 +152,5 @@ class DenseGradient(GradientStatistic):
     def triplets(self, rank: int) -> TruncatedSVD:  # noqa: D102
         return truncated_svd(self.mean(), rank)
 
-    def energy(self) -> float:  # noqa: D102
+    def energy(self, triplets: TruncatedSVD | None = None) -> float:  # noqa: D102
         return self.mean().double().square().sum().item()
-
-
-class SketchedGradient(GradientStatistic):
-    """Holds `Y = G Omega` and `Z = G^T Psi`, float32; `G` never exists.
-
-    Until the first `orient()` the test matrices are Gaussian, drawn from the seed and the layer's
-    dimensions alone; each `orient()` turns `width - 40` of their columns towards the gradient seen
-    so far (`linalg.sketch` says how and why). On MiniLM and 64 docstrings, at the default width and
-    with orientation after 8 and 24 sequences, the rank-16 reconstruction has a median error of 1.04
-    times the best possible one, 1.06 in the worst layer.
-
-    Memory: `4 * (width + n_oriented) * (out + in)` bytes: at `rank=16` and 4096 x 4096, 1/11 of the
-    dense gradient. Cost: `4 * width * (out + in)` flops a token, next to `4 * out * in` of the
-    layer's forward and input gradient.
-    """
-
-    _Y: Tensor | None = None
-    _Z: Tensor | None = None
-    _V: Tensor | None = None
-    _U: Tensor | None = None
-
-    def __init__(
-        self, out_features: int, in_features: int, *, width: int, seed: int, pool: "TestMatrixPool"
-    ) -> None:
-        super().__init__(out_features, in_features)
-        self.width = width
-        self._seed = seed
-        self._pool = pool
-
-    @property
-    def n_oriented(self) -> int:
-        """How many test columns `orient()` replaces.
-
-        At most two thirds: the reconstruction that they come from needs more equations than
-        unknowns.
-        """
-        return min(self.width - N_RANDOM_COLUMNS, 2 * self.width // 3)
-
-    def _accumulate(self, x: Tensor, dy: Tensor, weight: float) -> None:
-        if self._Y is None or self._Z is None:
-            out_features, in_features = self.shape
-            self._Y = torch.zeros(out_features, self.width, device=x.device)
-            self._Z = torch.zeros(in_features, self.width, device=x.device)
-        random = self._random(x.device)
-        self._Y.addmm_(dy.T, _project(x, self._V, random.Omega), alpha=weight)
-        self._Z.addmm_(x.T, _project(dy, self._U, random.Psi), alpha=weight)
-
-    def orient(self) -> None:
-        """Turn the test matrices towards the gradient seen so far and move the sums to them."""
-        if self._Y is None or self._Z is None:
-            return
-        n = self.n_oriented
-        random = self._random(self._Y.device)
-        seen = reconstruct(self._Y, self._Z, self._test(), n, core=n)
-        test = orient_test_matrices(seen, random, n)
-        # The Gaussian columns keep their exact sums; the oriented ones are U S and V S.
-        self._Y = torch.cat([seen.U * seen.S, self._Y[:, n:]], dim=1)
-        self._Z = torch.cat([seen.Vh.T * seen.S, self._Z[:, n:]], dim=1)
-        self._V = test.Omega[:, :n].contiguous()
-        self._U = test.Psi[:, :n].contiguous()
-
-    def triplets(self, rank: int) -> TruncatedSVD:  # noqa: D102
-        if self._Y is None or self._Z is None:
-            return truncated_svd(torch.zeros(self.shape), rank)
-        return reconstruct(self._mean(self._Y), self._mean(self._Z), self._test(), rank)
-
-    def energy(self) -> float:
-        """Estimate `|G|_F^2` from the Gaussian columns: `E |G omega|^2 = |G|_F^2 / in`."""
-        if self._Y is None or self._Z is None:
-            return 0.0
-        out_features, in_features = self.shape
-        n = 0 if self._V is None else self.n_oriented
-        from_Y = self._mean(self._Y)[:, n:].double().square().sum() * in_features
-        from_Z = self._mean(self._Z)[:, n:].double().square().sum() * out_features
-        return (from_Y + from_Z).item() / (2 * (self.width - n))
-
-    def tensors(self) -> dict[str, Tensor]:  # noqa: D102
-        state = {"Y": self._Y, "Z": self._Z, "V": self._V, "U": self._U}
-        return {name: tensor for name, tensor in state.items() if tensor is not None}
-
-    def _merge_sums(self, other: GradientStatistic) -> None:
-        if not isinstance(other, SketchedGradient) or not self._same_test(other):
-            raise ShapeError(
-                f"cannot merge sketches of the {self.shape} layer made with other test matrices "
-                f"(width {self.width}, seed {self._seed}, oriented {self._V is not None}) and "
-                f"{getattr(other, '_describe', lambda: '')()}; use one seed and width, and orient "
-                "all of them from the same data."
-            )
-        if other._Y is None or other._Z is None:
-            return
-        if self._Y is None or self._Z is None:
-            self._Y, self._Z = other._Y.clone(), other._Z.clone()
-        else:
-            self._Y = self._Y + other._Y.to(self._Y)
-            self._Z = self._Z + other._Z.to(self._Z)
-
-    def _same_test(self, other: "SketchedGradient") -> bool:
-        if (self.width, self._seed) != (other.width, other._seed):
-            return False
-        if self._V is None or other._V is None:
-            return self._V is other._V
-        return torch.equal(self._V, other._V.to(self._V))
-
-    def _describe(self) -> str:
-        return f"(width {self.width}, seed {self._seed}, oriented {self._V is not None})"
-
-    def _test(self) -> TestMatrices:
-        random = self._random(self._Y.device if self._Y is not None else "cpu")
-        if self._V is None or self._U is None:
-            return random
-        n = self.n_oriented
-        return TestMatrices(
-            torch.cat([self._V, random.Omega[:, n:]], dim=1),
-            torch.cat([self._U, random.Psi[:, n:]], dim=1),
-        )
-
-    def _random(self, device: torch.device | str) -> TestMatrices:
-        out_features, in_features = self.shape
-        return TestMatrices(
-            self._pool.get(in_features, self.width, 2 * self._seed, device),
-            self._pool.get(out_features, self.width, 2 * self._seed + 1, device),
-        )
-
-
-class TestMatrixPool:
-    """Gaussian test matrices, shared by all layers of a pass that have a dimension in common."""
-
-    __test__ = False  # not a test class, whatever pytest makes of the name
-
-    def __init__(self) -> None:
-        self._drawn: dict[tuple[int, int, int, str], Tensor] = {}
-
-    def get(self, dimension: int, width: int, seed: int, device: torch.device | str) -> Tensor:
-        """Return the `(dimension, width)` matrix of this seed on this device."""
-        key = (dimension, width, seed, str(device))
-        if key not in self._drawn:
-            self._drawn[key] = draw_test_matrix(dimension, width, seed=seed, device=device)
-        return self._drawn[key]
-
-
-def gradient_statistic(
-    shape: tuple[int, int],
-    *,
-    rank: int,
-    estimator: str,
-    sketch_size: int | None,
-    seed: int,
-    pool: TestMatrixPool,
-) -> GradientStatistic:
-    """Choose the accumulator for one layer.
-
-    Args:
-        shape: `(out, in)` of the layer.
-        rank: triplets that will be asked for.
-        estimator: `"sketch"` or `"dense"`.
-        sketch_size: columns of the sketches. `None`: `2 * rank + 80`, at which the error of the
-            rank-`rank` reconstruction stays within a few per cent of the best possible one.
-        seed: seed of the test matrices.
-        pool: shared by the layers of one pass.
-
-    Returns:
-        A `SketchedGradient`, or a `DenseGradient` if asked for or if it is the smaller one.
-
-    Raises:
-        ShapeError: if `sketch_size` is too small for `rank`.
-    """
-    out_features, in_features = shape
-    width = 2 * rank + 80 if sketch_size is None else sketch_size
-    if width < max(rank, N_RANDOM_COLUMNS) + 8:
-        raise ShapeError(
-            f"sketch_size={width} is too small for {rank} triplets; it needs at least "
-            f"{max(rank, N_RANDOM_COLUMNS) + 8}, and {2 * rank + 80} is the default."
-        )
-    sketch = SketchedGradient(out_features, in_features, width=width, seed=seed, pool=pool)
-    n_floats = (width + sketch.n_oriented) * (out_features + in_features)
-    if estimator == "dense" or n_floats >= out_features * in_features:
-        return DenseGradient(out_features, in_features)
-    return sketch
-
-
-def _project(rows: Tensor, oriented: Tensor | None, random: Tensor) -> Tensor:
-    """Multiply by `[oriented | random]` without storing the concatenation for each layer."""
-    if oriented is None:
-        return rows @ random
-    return torch.cat([rows @ oriented, rows @ random[:, oriented.shape[1] :]], dim=1)

@@ -79,7 +79,8 @@ def hash_weight(weight: Tensor) -> str:
         16 hexadecimal digits.
     """
     flat = weight.detach().reshape(-1)
-    flat = flat[:: max(1, flat.numel() // 4096)].cpu()
+    step = -(-flat.numel() // 4096) | 1  # odd, so that it walks through the columns as well
+    flat = flat[::step].cpu()
     if flat.is_floating_point():
         flat = flat.to(torch.bfloat16).view(torch.int16)
     digest = hashlib.sha256(flat.contiguous().numpy().tobytes())
@@ -104,7 +105,7 @@ def save_triplets(
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {
-        f"{name}.{part}": getattr(svd, part).detach().cpu().contiguous()
+        f"{name}.{part}": getattr(svd, part).detach().cpu().contiguous().clone()  # may be shared
         for name, svd in triplets.items()
         for part in _PARTS
     }
@@ -116,7 +117,7 @@ def save_triplets(
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         save_file(tensors, beside, metadata=metadata)
-        os.replace(beside, path)
+        beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
 
@@ -150,13 +151,18 @@ def load_triplets(
             f"{FORMAT!r}, got {metadata.get('format')!r}; pass the file that "
             "`CalibrationResult.save` wrote."
         )
-    fingerprint = Fingerprint(**json.loads(metadata["fingerprint"]))
-    triplets = {
-        name: TruncatedSVD(*(tensors[f"{name}.{part}"] for part in _PARTS))
-        for name in fingerprint.targets
-        if f"{name}.U" in tensors
-    }
-    return triplets, fingerprint, json.loads(metadata["facts"])
+    try:
+        fingerprint = Fingerprint(**json.loads(metadata["fingerprint"]))
+        triplets = {
+            name: TruncatedSVD(*(tensors[f"{name}.{part}"] for part in _PARTS))
+            for name in fingerprint.targets
+            if f"{name}.U" in tensors
+        }
+        return triplets, fingerprint, json.loads(metadata["facts"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise FingerprintError(
+            f"{str(path)!r} is a damaged calibration: {error!r}; calibrate and save it again."
+        ) from error
 
 
 def _compare(what: str, stored: Mapping[str, Any], expected: Mapping[str, Any], unit: str) -> None:

@@ -4,6 +4,8 @@ from .config import GradInitConfig
 from .model import GradInitModel
 from .registration import register
 from .report import InitReport, ModuleReport
+from .svfit_config import SpectralConfig
+from .svfit_model import SVFitModel
 from .targets import Target
 from .verbs import calibrate, initialize, load_for_training
 
@@ -12,6 +14,8 @@ __all__ = [
     "GradInitModel",
     "InitReport",
     "ModuleReport",
+    "SVFitModel",
+    "SpectralConfig",
     "Target",
     "calibrate",
     "initialize",

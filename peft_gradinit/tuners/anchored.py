@@ -7,6 +7,8 @@ and `-B0` are buffers. PEFT's forward, merging, `get_delta_weight` and quantised
 ordinary LoRA of rank `2r` that computes `s (B A - B0 A0) x`, and the saved file is that LoRA.
 """
 
+from typing import Any
+
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
@@ -123,7 +125,7 @@ def join(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         dim = _factor_dim(key)
         if key.endswith(ANCHOR):
             continue
-        if key.endswith(ORIGINAL):
+        if key.endswith(ORIGINAL) and dim is not None:
             stem = key.removesuffix(ORIGINAL)
             anchor = state_dict[stem + ANCHOR].to(tensor)
             joined[f"{stem}weight"] = torch.cat([tensor, anchor], dim=dim)
@@ -179,5 +181,5 @@ def _factor_dim(key: str) -> int | None:
     return {"A": 0, "embedding_A": 0, "B": 1, "embedding_B": 1}.get(side)
 
 
-def _sides(layer: LoraLayer, adapter_name: str) -> list[tuple[nn.Module, int]]:
+def _sides(layer: LoraLayer, adapter_name: str) -> list[tuple[Any, int]]:
     return [(layer.lora_A[adapter_name], 0), (layer.lora_B[adapter_name], 1)]

@@ -54,7 +54,8 @@ class GradInitConfig(LoraConfig, abc.ABC):
             plain LoRA start with a warning that names them.
 
     Raises:
-        ConfigError: if `r` is not positive, or an option of `LoraConfig` excludes this start.
+        ConfigError: if a rank or an alpha is not positive, or an option of `LoraConfig` excludes
+            this start.
     """
 
     method: ClassVar[str]
@@ -67,14 +68,15 @@ class GradInitConfig(LoraConfig, abc.ABC):
     )
     calibration: InitVar[Any] = None
 
-    def __post_init__(self, calibration: Any = None) -> None:  # noqa: DOC501 in the class docstring
+    def __post_init__(self, calibration: Any) -> None:
         super().__post_init__()
-        self.calibration = self._calibration(calibration)
+        # An `InitVar` that stays, which pyright does not know.
+        self.calibration = self._calibration(calibration)  # pyright: ignore[reportAttributeAccessIssue]
         self.restored = False
+        self.requested_ranks: dict[str, int] = {}
         self.init_report: InitReport | None = None
         self.fingerprint: Fingerprint | None = None
-        if not isinstance(self.r, int) or self.r < 1:
-            raise ConfigError(f"{self._name}: r must be a positive integer, got {self.r!r}.")
+        self._check_numbers()
         if self.init_lora_weights is not True:
             raise ConfigError(
                 f"{self._name} computes the initial weights itself; init_lora_weights must stay "
@@ -88,6 +90,20 @@ class GradInitConfig(LoraConfig, abc.ABC):
             if value := getattr(self, name, None):
                 raise ConfigError(f"{self._name} cannot be used with {name}={value!r}: {reason}.")
 
+    def _check_numbers(self) -> None:
+        ranks = {"r": self.r}
+        ranks |= {f"rank_pattern[{k!r}]": v for k, v in (self.rank_pattern or {}).items()}
+        for name, value in ranks.items():
+            if not isinstance(value, int) or value < 1:
+                raise ConfigError(
+                    f"{self._name}: {name} must be a positive integer, got {value!r}."
+                )
+        alphas = {"lora_alpha": self.lora_alpha}
+        alphas |= {f"alpha_pattern[{k!r}]": v for k, v in (self.alpha_pattern or {}).items()}
+        for name, value in alphas.items():
+            if not isinstance(value, int | float) or not 0 < value < math.inf:
+                raise ConfigError(f"{self._name}: {name} must be a positive number, got {value!r}.")
+
     @property
     def _name(self) -> str:
         return type(self).__name__
@@ -98,12 +114,14 @@ class GradInitConfig(LoraConfig, abc.ABC):
                 f"calibration={type(value).__name__}(…) is a sub-config of PEFT's own method, not "
                 f"data; pass the calibration data, and the options as fields of {self._name}."
             )
-        return value if value is None or value == DEFERRED else Calibration.of(value)
+        if value is None or _is_deferred(value):
+            return value
+        return Calibration.of(value)
 
     @property
     def is_deferred(self) -> bool:
         """Whether the start is filled in after injection, by `initialize` or from a checkpoint."""
-        return self.restored or (isinstance(self.calibration, str) and self.calibration == DEFERRED)
+        return self.restored or _is_deferred(self.calibration)  # pyright: ignore[reportAttributeAccessIssue]
 
     # What a method fills in -------------------------------------------------------------------
 
@@ -114,6 +132,10 @@ class GradInitConfig(LoraConfig, abc.ABC):
     @abc.abstractmethod
     def n_triplets(self, r: int) -> int:
         """How many triplets a start of rank `r` needs."""
+
+    def measured_options(self) -> dict[str, Any]:
+        """Options of the method that shape the measurement; a saved result must agree in them."""
+        return {}
 
     @abc.abstractmethod
     def measure(
@@ -159,3 +181,7 @@ class GradInitConfig(LoraConfig, abc.ABC):
         """
         self.saved_config().save_pretrained(str(save_directory), **kwargs)
         write_provenance(save_directory, self)
+
+
+def _is_deferred(calibration: Any) -> bool:
+    return isinstance(calibration, str) and calibration == DEFERRED

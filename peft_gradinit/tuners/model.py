@@ -2,14 +2,14 @@
 
 import copy
 import warnings
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.lora import LoraLayer, LoraModel
 from torch import Tensor, nn
 
 from ..calibration import left_as_found
-from ..errors import NotInitializedError
+from ..errors import ConfigError, NotInitializedError
 from .anchored import (
     ORIGINAL,
     anchor_layer,
@@ -24,7 +24,8 @@ from .anchored import (
 from .config import GradInitConfig
 from .report import InitReport
 from .start import Start, compute_start
-from .targets import Target, adapters_disabled, resolve_targets, write_patterns
+from .switching import adapter_alone, adapters_disabled
+from .targets import Target, resolve_targets, write_patterns
 
 _PREFIX = "base_model.model."
 
@@ -36,6 +37,8 @@ class GradInitModel(LoraModel):
         init_report: an `InitReport` by adapter name; absent for deferred and loaded adapters.
     """
 
+    _just_started: tuple[str, Start] | None = None
+
     @property
     def init_report(self) -> dict[str, InitReport]:
         """Reports of this model's adapters, by adapter name."""
@@ -46,34 +49,66 @@ class GradInitModel(LoraModel):
         }
 
     def inject_adapter(
-        self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
     ) -> None:
-        """Calibrate, then inject, then fill; a failed calibration leaves the model as it was.
+        """Calibrate, then inject, then fill; after a failure the model is as it was.
 
         `get_peft_model` and `add_adapter` both come through here.
 
         Args:
             model: the base model.
             adapter_name: key of the config in `peft_config`.
-            args: passed on to PEFT.
-            kwargs: passed on to PEFT.
+            autocast_adapter_dtype: passed on to PEFT.
+            low_cpu_mem_usage: must be `False`.
+            state_dict: passed on to PEFT.
         """
-        config = self.peft_config[adapter_name]
-        if not isinstance(config, GradInitConfig):
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        options = (autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        if not isinstance(self.peft_config[adapter_name], GradInitConfig):
+            super().inject_adapter(model, adapter_name, *options)
             return
-        config = self.peft_config[adapter_name] = copy.copy(config)  # ranks may be lowered in it
-        # Parameters made in a caller's inference mode could never be trained.
-        with torch.inference_mode(False):
-            targets = resolve_targets(model, config)
-            start = None
-            if not config.is_deferred:
-                start = compute_start(model, targets, config, config.calibration)
-            write_patterns(targets, config)
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
-            self._anchor(targets, adapter_name)
-            if start is not None:
-                self.fill(adapter_name, start)
+        _check_memory(low_cpu_mem_usage)
+        trainable = [(p, p.requires_grad) for p in model.parameters()]
+        try:
+            # Parameters made in a caller's inference mode could never be trained.
+            with torch.inference_mode(False):
+                self._inject(model, adapter_name, options)
+        except BaseException:
+            self._undo(adapter_name)
+            for parameter, requires_grad in trainable:
+                parameter.requires_grad = requires_grad
+            raise
+
+    def _inject(self, model: nn.Module, adapter_name: str, options: tuple[Any, ...]) -> None:
+        config = copy.copy(self._config(adapter_name))  # ranks may be lowered in it
+        others = {n: other for n, other in self.peft_config.items() if n != adapter_name}
+        self.peft_config[adapter_name] = config
+        targets = resolve_targets(model, config, others)
+        start = None
+        if not config.is_deferred:
+            data = config.calibration  # pyright: ignore[reportAttributeAccessIssue]
+            start = compute_start(model, targets, config, data)
+        write_patterns(targets, config)
+        super().inject_adapter(model, adapter_name, *options)
+        self._anchor(targets, adapter_name)
+        if start is not None:
+            self.fill(adapter_name, start)
+            self._just_started = (adapter_name, start)
+
+    def _undo(self, adapter_name: str) -> None:
+        """Remove an adapter whose injection failed; PEFT rolls back an `Exception` only in part."""
+        injected = any(
+            isinstance(m, LoraLayer) and adapter_name in m.scaling for m in self.model.modules()
+        )
+        if injected and len(self.peft_config) == 1:
+            self.unload()
+        elif injected:
+            self.delete_adapter(adapter_name)
+        self.peft_config.pop(adapter_name, None)
 
     def fill(self, adapter_name: str, start: Start) -> InitReport:
         """Write a start into an injected adapter and report on it.
@@ -89,7 +124,6 @@ class GradInitModel(LoraModel):
         self._write(adapter_name, start)
         if start.result.failures:
             self._release(adapter_name)
-        self._unrounded = {adapter_name: start}
         config.fingerprint = start.result.fingerprint
         config.init_report = start.report(config.method, self._drift(adapter_name, start))
         return config.init_report
@@ -116,33 +150,37 @@ class GradInitModel(LoraModel):
                 release_anchor(layer, adapter_name)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """Cast like PEFT, then write the start again at the dtype that the adapter ends up with."""
+        """Cast like PEFT; if that widens a dtype, write the start again without its rounding."""
+        before = self._dtypes(adapter_name)
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-        start = self.__dict__.pop("_unrounded", {}).get(adapter_name)
-        if start is not None:
-            self._write(adapter_name, start)
+        (name, start), self._just_started = self._just_started or (None, None), None
+        if name == adapter_name and start is not None and self._dtypes(adapter_name) != before:
+            self.fill(adapter_name, start)
+
+    def _dtypes(self, adapter_name: str) -> list[torch.dtype]:
+        return [
+            p.dtype
+            for layer in self.model.modules()
+            if is_anchored(layer, adapter_name)
+            for p in layer.lora_A[adapter_name].parameters()
+        ]
 
     def _drift(self, adapter_name: str, start: Start) -> float | None:
         """Relative change of the output on the first sequence of the data."""
         probe, calibration = start.result.probe, start.calibration
         if probe is None:
             return None
-        active = self.active_adapters
         with left_as_found(self.model, None, calibration.seed), torch.no_grad():
-            with adapters_disabled(self.model):
-                base = _output(self.model, probe, calibration.loss_fn)
-            self._activate([adapter_name])
             try:
-                started = _output(self.model, probe, calibration.loss_fn)
-            finally:
-                self._activate(active)
+                with adapters_disabled(self.model):
+                    base = _output(self.model, probe, calibration.loss_fn)
+                with adapter_alone(self.model, adapter_name):
+                    started = _output(self.model, probe, calibration.loss_fn)
+            except Exception:
+                if calibration.loss_fn is None:
+                    raise
+                return None  # a user's loss may need more than one sequence
         return ((started - base).norm() / base.norm().clamp_min(1e-30)).item()
-
-    def _activate(self, adapter_names: list[str]) -> None:
-        """Choose the adapters that run; unlike `set_adapter`, no `requires_grad` is touched."""
-        for module in self.model.modules():
-            if isinstance(module, LoraLayer):
-                module._active_adapter = list(adapter_names)
 
     def _layer(self, name: str) -> LoraLayer:
         layer = self.model.get_submodule(name)
@@ -151,7 +189,7 @@ class GradInitModel(LoraModel):
         return layer
 
     def _config(self, adapter_name: str) -> GradInitConfig:
-        return self.peft_config[adapter_name]
+        return cast("GradInitConfig", self.peft_config[adapter_name])
 
     # Saving and loading: PEFT's hooks, pure state-dict arithmetic ------------------------------
 
@@ -188,12 +226,12 @@ class GradInitModel(LoraModel):
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         if config.anchored:
-            layers = {n: m for n, m in model.named_modules() if is_anchored(m, adapter_name)}
+            layers: dict[str, Any] = {
+                n: m for n, m in model.named_modules() if is_anchored(m, adapter_name)
+            }
             prefixed = any(key.startswith(_PREFIX) for key in state_dict)
             ranks = {
-                _as_in_file(name, prefixed): layer.r[adapter_name]
-                for name, layer in layers.items()
-                if isinstance(layer, LoraLayer)
+                _as_in_file(name, prefixed): layer.r[adapter_name] for name, layer in layers.items()
             }
             state_dict = split(state_dict, ranks)
             for name, layer in layers.items():
@@ -201,6 +239,15 @@ class GradInitModel(LoraModel):
                     for side in (layer.lora_A, layer.lora_B):
                         anchor_of(side[adapter_name]).pending = False
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
+
+def _check_memory(low_cpu_mem_usage: bool) -> None:
+    # `get_peft_model` does not hand the option on; it wraps everything in `init_empty_weights`.
+    if low_cpu_mem_usage or nn.Linear(1, 1).weight.is_meta:
+        raise ConfigError(
+            "low_cpu_mem_usage=True puts the adapter on the meta device, where no start can be "
+            "written; leave it at False for configs of this package."
+        )
 
 
 def _as_in_file(name: str, prefixed: bool) -> str:

@@ -11,13 +11,16 @@ from ..errors import DataError
 
 if TYPE_CHECKING:
     from .config import GradInitConfig
+    from .svfit_config import SpectralConfig
 
 FILE_NAME = "gradinit.json"
 FORMAT = "peft_gradinit.adapter/1"
 _PACKAGES = ("peft_gradinit", "peft", "transformers", "accelerate", "torch")
 
 
-def write_provenance(directory: str | os.PathLike[str], config: "GradInitConfig") -> None:
+def write_provenance(
+    directory: str | os.PathLike[str], config: "GradInitConfig | SpectralConfig"
+) -> None:
     """Write `gradinit.json` beside `adapter_config.json`.
 
     Args:
@@ -38,7 +41,7 @@ def write_provenance(directory: str | os.PathLike[str], config: "GradInitConfig"
     beside = path.with_name(f".{FILE_NAME}.{os.getpid()}.part")
     try:
         beside.write_text(json.dumps(content, indent=2, sort_keys=True))
-        os.replace(beside, path)
+        beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
 

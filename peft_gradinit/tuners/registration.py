@@ -4,19 +4,14 @@
 extended first. Both steps are idempotent: importing the package twice changes nothing.
 """
 
-from typing import TYPE_CHECKING
-
 from aenum import extend_enum
-from peft import PeftType
+from peft import PeftConfig, PeftType
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import register_peft_method
-
-if TYPE_CHECKING:
-    from .config import GradInitConfig
-    from .model import GradInitModel
 
 
 def register(
-    name: str, config_cls: "type[GradInitConfig]", model_cls: "type[GradInitModel]"
+    name: str, config_cls: type[PeftConfig], model_cls: type[BaseTuner], prefix: str = "lora_"
 ) -> None:
     """Make PEFT know a type, so that `get_peft_model(model, config_cls(…))` works.
 
@@ -24,8 +19,9 @@ def register(
         name: lower-case name, such as `"lora_ga"`; the enum member is its upper case.
         config_cls: config whose `peft_type` is that member.
         model_cls: tuner to build for it.
+        prefix: what the names of its parameters start with; the tuner's own `prefix`.
     """
     if name.upper() in PeftType.__members__:
         return
     extend_enum(PeftType, name.upper(), name.upper())
-    register_peft_method(name=name, config_cls=config_cls, model_cls=model_cls, prefix="lora_")
+    register_peft_method(name=name, config_cls=config_cls, model_cls=model_cls, prefix=prefix)

@@ -67,10 +67,11 @@ class InitReport:
         """Two lines about the whole."""
         facts = self.facts
         drift = "not measured" if self.drift is None else f"{self.drift:.1e}"
+        loss = "" if facts.loss is None else f", loss {facts.loss:.4f}"
         return (
             f"{self.method}: {len(self.modules)} modules from {facts.n_sequences:,} sequences "
             f"({facts.n_tokens:,} tokens, {facts.loss_weight:,.0f} with loss; ended by "
-            f"{facts.stopped_by}), loss {facts.loss:.4f}\n"
+            f"{facts.stopped_by}){loss}\n"
             f"time {facts.seconds:.2f} s, statistics {facts.state_bytes / 2**20:.1f} MiB, peak memory "
             f"+{facts.peak_bytes / 2**20:.0f} MiB, drift of the output {drift}"
         )

@@ -15,9 +15,11 @@ from ..errors import CalibrationError, ConfigError
 from ..statistics import Fingerprint
 from .config import GradInitConfig
 from .report import InitReport, ModuleReport
-from .targets import Target, adapters_disabled, frobenius_of_product
+from .svfit_config import SpectralConfig
+from .switching import adapters_disabled
+from .targets import Target, frobenius_of_product
 
-_ADAPTER_PARAMETERS = (".lora_", ".modules_to_save.")
+_ADAPTER_PARAMETERS = (".lora_", ".svfit_", ".modules_to_save.", ".trainable_tokens_")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,11 +111,16 @@ def measured(
         return config.measure(model, modules, calibration, fingerprint)
 
 
-def base_fingerprint(model: nn.Module, config: GradInitConfig) -> dict[str, str]:
+def base_fingerprint(model: nn.Module, config: GradInitConfig | SpectralConfig) -> dict[str, str]:
     """Hashes of the base weights that an adapter depends on; heads trained anew are left out."""
-    hashes = model_fingerprint(model, skip=_ADAPTER_PARAMETERS)
+    hashes = _base_hashes(model)
     heads = set(config.modules_to_save or ())
     return {name: value for name, value in hashes.items() if not heads & set(name.split("."))}
+
+
+def _base_hashes(model: nn.Module) -> dict[str, str]:
+    hashes = model_fingerprint(model, skip=_ADAPTER_PARAMETERS)
+    return {name.replace(".token_adapter", ""): value for name, value in hashes.items()}
 
 
 def _fingerprint(
@@ -124,13 +131,13 @@ def _fingerprint(
 ) -> Fingerprint:
     return Fingerprint(
         statistic=config.statistic,
-        weights=model_fingerprint(model, skip=_ADAPTER_PARAMETERS),
+        weights=_base_hashes(model),
         targets={
             name: [*t.shape, config.n_triplets(t.r)]
             for name, t in targets.items()
             if t.shape is not None
         },
-        options=dict(options),
+        options={**options, **config.measured_options()},
     )
 
 

@@ -5,20 +5,19 @@ import dataclasses
 import math
 import re
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import AuxiliaryTrainingWrapper
-from peft.utils.other import get_pattern_key
 from peft.utils.integrations import dequantize_module_weight
+from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..errors import ConfigError, TargetError
+from ..errors import TargetError
 
 if TYPE_CHECKING:
     from .config import GradInitConfig
@@ -49,17 +48,20 @@ class Target:
         """The weight in the layout of `nn.Linear`, dequantised if need be, float32."""
         weight = getattr(self.module, "weight", None)
         if not isinstance(weight, Tensor) or not weight.is_floating_point():
-            weight = dequantize_module_weight(self.module)
+            weight = cast("Tensor", dequantize_module_weight(self.module))
         weight = weight.detach().float()
         return weight.T if isinstance(self.module, Conv1D) else weight
 
 
-def resolve_targets(model: nn.Module, config: "GradInitConfig") -> dict[str, Target]:
+def resolve_targets(
+    model: nn.Module, config: "GradInitConfig", others: Mapping[str, Any] | None = None
+) -> dict[str, Target]:
     """Find the targets exactly as PEFT's injection would, without changing the model.
 
     Args:
         model: the base model, with or without adapters of other names.
         config: the config to inject; not changed.
+        others: configs of those adapters, so that PEFT can refuse a combination.
 
     Returns:
         Targets by full name, with ranks lowered where the method needs more singular triplets than
@@ -69,7 +71,7 @@ def resolve_targets(model: nn.Module, config: "GradInitConfig") -> dict[str, Tar
         TargetError: if a layer is too narrow for any rank, or is of a kind that the method cannot
             serve while `uncalibrated="error"`.
     """
-    recorder = _TargetRecorder(model, copy.deepcopy(config))
+    recorder = _TargetRecorder(model, copy.deepcopy(config), others or {})
     targets = {name: _target(name, module, config) for name, module in recorder.record().items()}
     _check_kinds(targets, config)
     return targets
@@ -79,11 +81,13 @@ def live_targets(
     model: nn.Module, config: "GradInitConfig", adapter_name: str
 ) -> dict[str, Target]:
     """The targets of an adapter that is injected already."""
-    return {
-        name: _target(name, layer, config)
-        for name, layer in model.named_modules()
-        if isinstance(layer, LoraLayer) and adapter_name in layer.scaling
-    }
+    targets = {}
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer) and adapter_name in module.scaling:
+            target = _target(name, cast("nn.Module", module), config)
+            requested = config.requested_ranks.get(name, target.requested_r)
+            targets[name] = dataclasses.replace(target, requested_r=requested)
+    return targets
 
 
 def write_patterns(targets: Mapping[str, Target], config: "GradInitConfig") -> None:
@@ -91,13 +95,14 @@ def write_patterns(targets: Mapping[str, Target], config: "GradInitConfig") -> N
 
     Args:
         targets: all targets.
-        config: gets new pattern dicts; the old ones are not changed.
+        config: gets new pattern dicts; the old ones are not changed. Remembers what was asked for.
     """
     lowered = [t for t in targets.values() if t.r != t.requested_r]
     if not lowered:
         return
     ranks = {f"^{re.escape(t.name)}": t.r for t in lowered}
     alphas = {f"^{re.escape(t.name)}": t.alpha for t in lowered}
+    config.requested_ranks = {t.name: t.requested_r for t in lowered}
     # PEFT takes the first pattern that matches.
     config.rank_pattern = {**ranks, **(config.rank_pattern or {})}
     config.alpha_pattern = {**alphas, **(config.alpha_pattern or {})}
@@ -109,41 +114,12 @@ def write_patterns(targets: Mapping[str, Target], config: "GradInitConfig") -> N
     )
 
 
-@contextmanager
-def adapters_disabled(model: nn.Module) -> Iterator[None]:
-    """Run the base model alone; unlike PEFT's context, no `requires_grad` is touched.
-
-    Args:
-        model: a model with or without adapters.
-
-    Raises:
-        ConfigError: if an adapter is merged into the base weights.
-    """
-    layers = [
-        m for m in model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)
-    ]
-    for layer in layers:
-        if isinstance(layer, BaseTunerLayer) and layer.merged:
-            raise ConfigError(
-                f"the adapters {layer.merged_adapters} are merged into the base weights, which "
-                "cannot be calibrated so; call unmerge_adapter() first."
-            )
-    before = [layer._disable_adapters for layer in layers]
-    try:
-        for layer in layers:
-            layer._disable_adapters = True
-        yield
-    finally:
-        for layer, value in zip(layers, before, strict=True):
-            layer._disable_adapters = value
-
-
 def _target(name: str, module: nn.Module, config: "GradInitConfig") -> Target:
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
     shape = _linear_shape(base)
     ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
-    requested = ranks.get(get_pattern_key(ranks.keys(), name), config.r)
-    alpha = alphas.get(get_pattern_key(alphas.keys(), name), config.lora_alpha)
+    requested = ranks.get(get_pattern_key(list(ranks), name), config.r)
+    alpha = alphas.get(get_pattern_key(list(alphas), name), config.lora_alpha)
     r = requested if shape is None else min(requested, config.max_rank(shape))
     if r < 1:
         raise TargetError(
@@ -174,6 +150,10 @@ def _check_kinds(targets: Mapping[str, Target], config: "GradInitConfig") -> Non
         )
 
 
+_RECORDED = "gradinit_recorded"
+"""Name of the adapter whose injection is recorded; no user's adapter has it."""
+
+
 class _Recorded(Exception):  # noqa: N818 control flow, not an error
     """Ends the injection before it changes anything."""
 
@@ -185,11 +165,13 @@ class _TargetRecorder(LoraModel):
     later versions of PEFT add mean here what they mean there.
     """
 
-    def __init__(self, model: nn.Module, config: "GradInitConfig") -> None:
+    def __init__(
+        self, model: nn.Module, config: "GradInitConfig", others: Mapping[str, Any]
+    ) -> None:
         nn.Module.__init__(self)
         self.model = model
-        self.peft_config = {"recorded": config}
-        self.active_adapter = "recorded"
+        self.peft_config = {**others, _RECORDED: config}
+        self.active_adapter = _RECORDED
         self.targeted_module_names = []
         self.targeted_parameter_names = []
         self._found: dict[str, nn.Module] = {}
@@ -198,10 +180,8 @@ class _TargetRecorder(LoraModel):
         """Return the modules that an injection would adapt, by name."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the injection proper repeats them
-            try:
-                LoraModel.inject_adapter(self, self.model, "recorded")
-            except _Recorded:
-                pass
+            with suppress(_Recorded):
+                LoraModel.inject_adapter(self, self.model, _RECORDED)
         return self._found
 
     def _create_and_replace(self, *args: Any, **kwargs: Any) -> None:

@@ -1,7 +1,7 @@
 """What users call besides `get_peft_model`: `calibrate`, `initialize`, `load_for_training`."""
 
 import os
-from typing import Any
+from typing import Any, cast
 
 import peft
 from peft import PeftModel, get_peft_model
@@ -9,7 +9,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import nn
 
 from ..calibration import DEFERRED, Calibration, CalibrationResult
-from ..errors import ConfigError, FingerprintError
+from ..errors import ConfigError, DataError, FingerprintError
 from ..statistics import Fingerprint
 from .anchored import is_pending
 from .config import GradInitConfig
@@ -17,6 +17,7 @@ from .model import GradInitModel
 from .provenance import read_provenance
 from .report import InitReport
 from .start import base_fingerprint, compute_start, measured
+from .svfit_config import SpectralConfig
 from .targets import live_targets, resolve_targets
 
 
@@ -88,14 +89,14 @@ def load_for_training(
         allow_mismatch: load although the base weights differ from those that it was made on.
 
     Returns:
-        The `PeftModel`, its adapter trainable.
+        The `PeftModel`, its adapter active and trainable.
 
     Raises:
-        DataError: if the directory holds no `gradinit.json`.
+        DataError: if the directory holds no readable `gradinit.json`.
         FingerprintError: if the base model has other weights.
     """
     content = read_provenance(directory)
-    config = _restored_config(content)
+    config = _restored_config(content, directory)
     if not allow_mismatch:
         _check_base(model, config, content["fingerprint"], directory)
     if isinstance(model, PeftModel):
@@ -103,25 +104,35 @@ def load_for_training(
         peft_model.add_adapter(adapter_name, config)
     else:
         peft_model = get_peft_model(model, config, adapter_name)
-    peft_model.load_adapter(directory, adapter_name, is_trainable=True)
-    live = peft_model.peft_config[adapter_name]
+    peft_model.load_adapter(str(directory), adapter_name, is_trainable=True)
+    peft_model.set_adapter(adapter_name)
+    live = cast("GradInitConfig | SpectralConfig", peft_model.peft_config[adapter_name])
     live.fingerprint = Fingerprint(**content["fingerprint"]) if content["fingerprint"] else None
     live.init_report = InitReport.from_dict(content["report"]) if content["report"] else None
     return peft_model
 
 
-def _restored_config(content: dict[str, Any]) -> GradInitConfig:
-    values = dict(content["config"])
-    config_cls = PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(values.pop("peft_type"))]
-    config = config_cls(**values)
+def _restored_config(
+    content: dict[str, Any], directory: str | os.PathLike[str]
+) -> GradInitConfig | SpectralConfig:
+    try:
+        values = dict(content["config"])
+        config_cls = PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(values.pop("peft_type"))]
+        config = cast("GradInitConfig | SpectralConfig", config_cls(**values))
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(
+            f"the config in the gradinit.json of {str(directory)!r} cannot be restored: {error!r}; "
+            "restore the saved adapter, or update the package if a later version wrote it."
+        ) from error
     config.restored = True
     config.inference_mode = False
+    config.base_model_name_or_path = None  # the fingerprint tells the base, wherever it is from
     return config
 
 
 def _check_base(
     model: nn.Module,
-    config: GradInitConfig,
+    config: GradInitConfig | SpectralConfig,
     stored: dict[str, Any] | None,
     directory: str | os.PathLike[str],
 ) -> None:
@@ -148,7 +159,7 @@ def _deferred(peft_model: Any, adapter_name: str) -> tuple[GradInitModel, GradIn
         raise ConfigError(
             f"there is no adapter {adapter_name!r}; the model has {sorted(tuner.peft_config)}."
         )
-    return tuner, tuner.peft_config[adapter_name]
+    return tuner, cast("GradInitConfig", tuner.peft_config[adapter_name])
 
 
 def _check_config(config: Any) -> None:

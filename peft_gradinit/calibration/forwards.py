@@ -1,0 +1,172 @@
+"""The loop of a pass that needs forwards alone: no loss, no labels, no graph."""
+
+import inspect
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import DataError
+from .batches import Budget, Step, budgeted, first_sequence
+from .guards import left_as_found
+from .result import PassFacts
+from .run import _check_not_meta, _peak_bytes, _progress
+from .selection import TokenSelection
+from .sharing import SharedInputs
+from .spec import Calibration
+from .tokens import is_encoder_decoder
+
+
+class Forwards:
+    """The loop of a pass that needs no loss, and its state.
+
+    Args:
+        model: the model to run.
+        shared: accumulators by module name.
+        calibration: data and budgets; its `loss_fn`, if any, is what runs the model.
+        use_labels: take only tokens that carry loss.
+        settled: asked after each orientation whether to stop.
+
+    Attributes:
+        probe: the first sequence of the data as a batch; `None` before `run`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        shared: SharedInputs,
+        calibration: Calibration,
+        *,
+        use_labels: bool,
+        settled: Callable[[SharedInputs], bool],
+    ) -> None:
+        self.model = model
+        self.shared = shared
+        self.calibration = calibration
+        self.use_labels = use_labels
+        self.settled = settled
+        self.budget = Budget(calibration)
+        self.probe: Any = None
+        self.weight = 0
+        self._selection: TokenSelection | None = None
+
+    def run(self, modules: Mapping[str, nn.Module]) -> PassFacts:
+        """Read the data, within the budget, and leave the model as it was found.
+
+        Args:
+            modules: linear layers by the names of the accumulators.
+
+        Returns:
+            The facts of the pass.
+        """
+        for name, parameter in self.model.named_parameters():
+            _check_not_meta(name, parameter)
+        started, peak = time.perf_counter(), _peak_bytes()
+        with (
+            left_as_found(self.model, self.calibration.data, self.calibration.seed),
+            torch.no_grad(),
+            _inputs(modules, self._sink),
+            _progress(self.calibration) as bar,
+        ):
+            for step in budgeted(self.calibration, self.model, self.budget):
+                settled = step.orient and self._orient()
+                self._add(step)
+                bar.update(step.n_tokens)
+                if settled:
+                    self.budget.stopped_by = "settled"
+                    break
+        self._check()
+        return PassFacts(
+            n_batches=self.budget.n_batches,
+            n_sequences=self.budget.n_sequences,
+            n_tokens=self.budget.n_tokens,
+            loss_weight=self.weight,
+            loss=None,
+            seconds=time.perf_counter() - started,
+            state_bytes=sum(s.n_bytes() for s in self.shared.distinct()),
+            peak_bytes=max(0, _peak_bytes() - peak),
+            stopped_by=self.budget.stopped_by,
+        )
+
+    def _orient(self) -> bool:
+        for statistic in self.shared.distinct():
+            statistic.orient()
+        return self.settled(self.shared)
+
+    def _add(self, step: Step) -> None:
+        self._selection = TokenSelection(self.model, step.batch, use_labels=self.use_labels)
+        if not self._selection.n_tokens:
+            return
+        if self.probe is None:
+            self.probe = first_sequence(step.batch)
+        try:
+            self._forward(step.batch)
+        finally:
+            self.shared.forget()
+        self.weight += self._selection.n_tokens
+
+    def _sink(self, name: str, x: Tensor) -> None:
+        if self._selection is not None:
+            with torch.autocast(x.device.type, enabled=False):
+                self.shared.add(name, x, self._selection.rows)
+
+    def _forward(self, batch: Any) -> None:
+        accelerator = self.calibration.accelerator
+        with accelerator.autocast() if accelerator else nullcontext():
+            if self.calibration.loss_fn is not None:
+                self.calibration.loss_fn(self.model, batch)
+            elif isinstance(batch, Mapping):
+                self.model(**_needed(self.model, batch))
+            else:
+                self.model(*batch) if isinstance(batch, tuple | list) else self.model(batch)
+
+    def _check(self) -> None:
+        """Tell why nothing was measured, if so.
+
+        Raises:
+            DataError: if the data are empty, or none of their tokens counts.
+        """
+        if self.budget.n_sequences == 0:
+            raise DataError(
+                f"the calibration data ({type(self.calibration.data).__name__}) gave no batch; a "
+                "generator can be read only once, and an empty loader has nothing to calibrate on."
+            )
+        if self.weight == 0:
+            raise DataError(
+                f"no token of the {self.budget.n_sequences} calibration sequences carries loss (all "
+                "labels are -100) or all are padding; check the prompt masking and the truncation, "
+                "or pass use_label_mask=False."
+            )
+
+
+@contextmanager
+def _inputs(
+    modules: Mapping[str, nn.Module], sink: Callable[[str, Tensor], None]
+) -> Iterator[None]:
+    """Show the inputs of modules to a sink while the block runs."""
+
+    def hook_of(name: str) -> Callable[..., None]:
+        # A forward hook, not a pre-hook: it sees what other pre-hooks made of the input.
+        return lambda _, args, kwargs, __: sink(name, next(iter((*args, *kwargs.values()))))
+
+    handles = []
+    try:
+        for name, module in modules.items():
+            handles.append(module.register_forward_hook(hook_of(name), with_kwargs=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _needed(model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Leave labels out, so that no loss is computed, unless the model cannot run without them."""
+    model = getattr(model, "_orig_mod", model)
+    parameter = inspect.signature(model.forward).parameters.get("labels")
+    required = parameter is not None and parameter.default is inspect.Parameter.empty
+    if required or is_encoder_decoder(model):
+        return batch
+    return {name: value for name, value in batch.items() if name != "labels"}

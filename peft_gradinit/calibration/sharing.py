@@ -1,0 +1,84 @@
+"""One statistic for all layers that are given the same inputs, such as query, key and value.
+
+Which layers those are is not asked of the model: it is seen in the tensors. Every layer points to a
+statistic, at first all of a kind to the same empty one. A layer that adds a tensor to a statistic
+which others point to gets a copy with the tensor added; when another of them adds the same tensor
+to the same statistic, it is pointed to that copy, and nothing is computed. So layers share as long
+as all they were ever given was the same, whatever the routing, and part for good when it was not.
+"""
+
+from collections import Counter, deque
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ..statistics import InputStatistic
+
+N_RECENT = 4
+"""Tensors remembered during a forward: the layers that share one run close to each other."""
+
+
+class _Added(NamedTuple):
+    to: InputStatistic
+    x: Tensor  # held, so that no other tensor gets its address
+    identity: tuple[object, ...] | None
+    result: InputStatistic
+
+
+class SharedInputs:
+    """Statistics by layer; layers with the same inputs share one.
+
+    Args:
+        statistics: empty accumulators by layer name; one object for all layers that may share.
+    """
+
+    def __init__(self, statistics: Mapping[str, InputStatistic]) -> None:
+        self._of = dict(statistics)
+        self._users = Counter(id(s) for s in self._of.values())
+        self._recent: deque[_Added] = deque(maxlen=N_RECENT)
+
+    def __getitem__(self, name: str) -> InputStatistic:
+        """The statistic of a layer."""
+        return self._of[name]
+
+    def distinct(self) -> list[InputStatistic]:
+        """Every statistic once."""
+        return list({id(s): s for s in self._of.values()}.values())
+
+    def add(self, name: str, x: Tensor, rows: Callable[[Tensor], Tensor]) -> None:
+        """Add the inputs of a layer.
+
+        Args:
+            name: the layer.
+            x: the tensor that it was given; not modified.
+            rows: selects the tokens that count; the same for all layers until `forget()`.
+        """
+        mine, identity = self._of[name], _identity(x)
+        for added in self._recent:
+            if identity is not None and added.to is mine and added.identity == identity:
+                self._point(name, added.result)
+                return
+        if self._users[id(mine)] == 1 and all(a.result is not mine for a in self._recent):
+            mine.add(rows(x))
+            return
+        result = mine.copy()
+        result.add(rows(x))
+        self._point(name, result)
+        self._recent.append(_Added(mine, x, identity, result))
+
+    def forget(self) -> None:
+        """End a forward: release its tensors."""
+        self._recent.clear()
+
+    def _point(self, name: str, statistic: InputStatistic) -> None:
+        self._users[id(self._of[name])] -= 1
+        self._of[name] = statistic
+        self._users[id(statistic)] += 1
+
+
+def _identity(x: Tensor) -> tuple[object, ...] | None:
+    """The same for the same tensor, unless it was written to in between."""
+    if x.is_inference():
+        return None  # its writes are not counted
+    return (x.data_ptr(), x._version, x.dtype, x.device, x.shape, x.stride())

@@ -1,0 +1,116 @@
+r"""Principal components of a positive semi-definite matrix that is known through `Y = C Omega`.
+
+The Nystrom approximation `Y (Omega^T Y)^+ Y^T` is the largest matrix below `C` in the semi-definite
+order that agrees with `C` on the columns of `Omega`. It needs one product with `C` where a
+randomised range finder needs two, so that one pass over the data is enough.
+
+Source: Tropp, Yurtsever, Udell & Cevher (2017), "Fixed-rank approximation of a positive-semidefinite
+matrix from streaming data", Algorithm 3, https://arxiv.org/abs/1706.05736.
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..errors import ShapeError
+from .svd import TruncatedSVD, fix_signs
+
+
+class Components(NamedTuple):
+    """Leading eigenpairs of an `(in, in)` second moment, largest first.
+
+    Attributes:
+        Vh: eigenvectors, `(rank, in)`, orthonormal rows; the entry largest in magnitude is positive.
+        variance: eigenvalues, `(rank,)`, non-negative and descending.
+    """
+
+    Vh: Float[Tensor, "rank in"]
+    variance: Float[Tensor, " rank"]
+
+
+def nystrom(
+    Y: Float[Tensor, "in width"], Omega: Float[Tensor, "in width"], rank: int
+) -> Components:
+    """Estimate the leading eigenpairs of `C >= 0` from `Y = C Omega`.
+
+    `Omega` is orthonormalised and a shift of the size of the rounding error is added to `C` and
+    taken off the eigenvalues, as in the source. The core `Omega^T Y` is inverted through its
+    eigenvalues, not by a Cholesky factor: where sums were carried over from other test matrices, it
+    is positive only up to the error of the carrying.
+
+    Args:
+        Y: the sketch, float32 or float64.
+        Omega: the test matrix that made it, of full column rank.
+        rank: eigenpairs to return, `1 <= rank <= width <= in`.
+
+    Returns:
+        Eigenpairs; finite for zero and for rank-deficient sketches, where the eigenvectors of
+        zero are some orthonormal completion.
+
+    Raises:
+        ShapeError: if `rank` exceeds the width, or the width the dimension.
+
+    Cost:
+        Three factorisations of an `(in, width)` matrix: `O(in width^2)` flops.
+    """
+    dimension, width = Y.shape
+    if not 1 <= rank <= width <= dimension:
+        raise ShapeError(
+            f"a Nystrom sketch of {width} columns of a {dimension} x {dimension} matrix cannot give "
+            f"{rank} components; 1 <= rank <= width <= dimension must hold: widen the sketch, or "
+            "take the matrix itself."
+        )
+    scale = Y.abs().amax().clamp_min(torch.finfo(Y.dtype).tiny)
+    Q, R = torch.linalg.qr(Omega)
+    Y = torch.linalg.solve_triangular(R, Y / scale, upper=True, left=False)
+    shift = dimension**0.5 * torch.finfo(Y.dtype).eps * torch.linalg.vector_norm(Y)
+    shift = shift.clamp_min(torch.finfo(Y.dtype).tiny)
+    Y = Y + shift * Q
+    core = Q.T @ Y
+    values, vectors = torch.linalg.eigh((core + core.T) / 2)
+    factor = Y @ (vectors * values.maximum(shift).rsqrt())
+    V, S, _ = torch.linalg.svd(factor, full_matrices=False)
+    return _canonical(V[:, :rank], (S[:rank].square() - shift).clamp_min(0) * scale)
+
+
+def eigenpairs(matrix: Float[Tensor, "in in"], rank: int) -> Components:
+    """Compute the leading eigenpairs of a symmetric positive semi-definite matrix exactly.
+
+    Args:
+        matrix: float32 or float64; not modified.
+        rank: eigenpairs to return, `1 <= rank <= in`.
+
+    Returns:
+        Eigenpairs; negative eigenvalues (rounding) are returned as zero.
+
+    Raises:
+        ShapeError: if `rank` is outside `1..in`.
+    """
+    if not 1 <= rank <= matrix.shape[0]:
+        raise ShapeError(
+            f"a {matrix.shape[0]} x {matrix.shape[0]} matrix has between 1 and {matrix.shape[0]} "
+            f"components, but rank={rank} was asked for; lower the rank."
+        )
+    values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
+    return _canonical(vectors.flip(1)[:, :rank], values.flip(0)[:rank].clamp_min(0))
+
+
+def explained_share(rows: Float[Tensor, "rank in"], components: Components) -> float:
+    """Variance that some directions explain over what the leading components explain.
+
+    Args:
+        rows: orthonormal.
+        components: at least as many; those beyond their number are known to explain more.
+
+    Returns:
+        1 if `rows` span the leading components, less otherwise; 1 if there is no variance.
+    """
+    best = components.variance[: rows.shape[0]].sum()
+    explained = (components.variance * (rows @ components.Vh.T).square().sum(0)).sum()
+    return (explained / best).item() if best > 0 else 1.0
+
+
+def _canonical(V: Tensor, variance: Tensor) -> Components:
+    return Components(fix_signs(TruncatedSVD(V, variance, V.T)).Vh.contiguous(), variance)

@@ -1,0 +1,176 @@
+"""The config as the SVFit tuner sees it: targets, ranks, what is saved, and the maths it asks for."""
+
+import abc
+import dataclasses
+import os
+import re
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from peft import LoraConfig, PeftConfig
+from peft.utils.other import get_pattern_key
+from torch import Tensor
+
+from ..errors import ConfigError
+from ..statistics import Fingerprint
+from .provenance import write_provenance
+from .report import InitReport
+
+FULL = "full"
+_SAVE_FORMATS = ("lora", "compact")
+
+
+@dataclass
+class SpectralConfig(PeftConfig, abc.ABC):
+    """An adapter that trains one number for each of `r` fixed rank-one directions of the weight.
+
+    The options are described in `peft_gradinit.SVFitConfig`.
+
+    Raises:
+        ConfigError: if an option has a value that cannot work.
+    """
+
+    method: ClassVar[str]
+
+    r: int | str = field(default=8, metadata={"help": "Directions of each layer, or 'full'."})
+    target_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Names, a regular expression, or 'all-linear'."}
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Names or a regular expression of modules to leave out."}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Indices of the blocks to adapt."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the list of blocks, such as 'layers' or 'h'."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules that are trained and saved in full."}
+    )
+    rank_pattern: dict[str, int | str] = field(
+        default_factory=dict, metadata={"help": "Ranks other than r, by name or expression."}
+    )
+    save_format: Literal["lora", "compact"] = field(
+        default="lora", metadata={"help": f"What save_pretrained writes: {_SAVE_FORMATS}."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.restored = False
+        self.ranks: dict[str, int] = {}
+        self.fan_in_fan_out = False
+        self.init_report: InitReport | None = None
+        self.fingerprint: Fingerprint | None = None
+        self.rank_pattern = self.rank_pattern or {}
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(value := getattr(self, name), list):
+                setattr(self, name, set(value))
+        self._check_ranks()
+        self._check_layers()
+        if self.save_format not in _SAVE_FORMATS:
+            raise ConfigError(
+                f"{self._name}: save_format must be one of {_SAVE_FORMATS}, got "
+                f"{self.save_format!r}."
+            )
+
+    def _check_ranks(self) -> None:
+        ranks = {"r": self.r} | {f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()}
+        for name, value in ranks.items():
+            positive = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+            if not positive and value != FULL:
+                raise ConfigError(
+                    f"{self._name}: {name} must be a positive integer or {FULL!r}, got {value!r}."
+                )
+
+    def _check_layers(self) -> None:
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ConfigError(
+                f"{self._name}: layers_pattern={self.layers_pattern!r} needs layers_to_transform, "
+                "the indices of the blocks; got None."
+            )
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise ConfigError(
+                f"{self._name}: layers_to_transform={self.layers_to_transform!r} needs "
+                f"target_modules as a list of names, got {self.target_modules!r}; list the names, "
+                "or put the indices into the regular expression."
+            )
+
+    @property
+    def _name(self) -> str:
+        return type(self).__name__
+
+    def requested_rank(self, name: str, shape: tuple[int, int]) -> int:
+        """The rank that the options ask of a module; may be more than it has.
+
+        Args:
+            name: full name of the module.
+            shape: `(out, in)` of its weight.
+
+        Returns:
+            `min(out, in)` where `"full"` is asked for.
+        """
+        r = self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), name), self.r)
+        return r if isinstance(r, int) else min(shape)
+
+    # What a method fills in -------------------------------------------------------------------
+
+    @abc.abstractmethod
+    def basis(self, weight: Tensor, r: int, name: str) -> tuple[Tensor, Tensor]:
+        """Compute `U (out, r)` and `Vh (r, in)`, float32, from a weight `(out, in)`."""
+
+    @abc.abstractmethod
+    def factors(self, U: Tensor, delta: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute `A (r, in)` and `B (out, r)` of the same function as LoRA of scaling 1."""
+
+    @abc.abstractmethod
+    def recover(
+        self, A: Tensor, B: Tensor, basis: tuple[Tensor, Tensor], weight: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Undo `factors`: `U`, `delta`, `Vh` from the factors and a basis of the same weight."""
+
+    @abc.abstractmethod
+    def basis_options(self) -> dict[str, Any]:
+        """Options that the basis depends on, for the fingerprint."""
+
+    # What is saved ----------------------------------------------------------------------------
+
+    @property
+    def saves_lora(self) -> bool:
+        """Whether a plain LoRA adapter is saved."""
+        return self.save_format == "lora"
+
+    def saved_config(self) -> LoraConfig:
+        """The plain `LoraConfig` under which the saved factors give the live adapter's function.
+
+        `r` is the largest rank and `lora_alpha` equals it; other ranks go to `rank_pattern` and
+        `alpha_pattern`. The scaling is 1 everywhere, also for readers that ignore the patterns.
+        """
+        r = max(self.ranks.values())
+        patterns = {f"^{re.escape(n)}": rank for n, rank in self.ranks.items() if rank != r}
+        known = {f.name for f in dataclasses.fields(self)} - {"peft_type", "r", "rank_pattern"}
+        shared = {f.name for f in dataclasses.fields(LoraConfig) if f.init} & known
+        return LoraConfig(
+            **{name: getattr(self, name) for name in shared},
+            r=r,
+            lora_alpha=r,
+            rank_pattern=patterns,
+            alpha_pattern=dict(patterns),
+            fan_in_fan_out=self.fan_in_fan_out,
+        )
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Write `adapter_config.json` and, for an injected adapter, `gradinit.json` beside it.
+
+        A config that was never injected has no adapter to describe and is written as it is.
+
+        Args:
+            save_directory: the folder; made if missing.
+            kwargs: passed on to PEFT.
+        """
+        if self.saves_lora and self.ranks:
+            self.saved_config().save_pretrained(str(save_directory), **kwargs)
+        else:
+            super().save_pretrained(str(save_directory), **kwargs)
+        if self.ranks:
+            write_provenance(save_directory, self)

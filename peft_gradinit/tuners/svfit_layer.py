@@ -1,0 +1,220 @@
+"""The SVFit layer: `y = W x + U (delta * (Vh x))` around a linear layer whose `W` stays."""
+
+import copy
+import warnings
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils.integrations import dequantize_module_weight
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ..errors import ConfigError, TargetError
+
+
+class SVFitLinear(nn.Module, BaseTunerLayer):
+    """A linear layer with any number of spectral adapters, summed when several are active.
+
+    The bases are frozen parameters rather than buffers: DDP would send buffers around before every
+    forward pass, FSDP and ZeRO would keep a whole copy of them on every rank. (The class must have
+    "Linear" in its name: that is how PEFT finds adapted layers for `"all-linear"`.)
+
+    Args:
+        base_layer: `nn.Linear`, a bitsandbytes layer derived from it, or `Conv1D`.
+
+    Attributes:
+        svfit_delta: `(r,)` by adapter name, float32, the only trainable numbers.
+        svfit_U: `(out, r)` by adapter name, float32, frozen.
+        svfit_Vh: `(r, in)` by adapter name, float32, frozen.
+        weight_hash: `statistics.hash_weight` of the weight that the basis is from.
+    """
+
+    adapter_layer_names = ("svfit_delta",)
+    other_param_names = ("svfit_U", "svfit_Vh", "weight_hash")
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.out_features, self.in_features = linear_shape(base_layer) or (0, 0)
+        self.svfit_delta = nn.ParameterDict()
+        self.svfit_U = nn.ParameterDict()
+        self.svfit_Vh = nn.ParameterDict()
+        self.weight_hash: dict[str, str] = {}
+        self.merged_adapters = []
+        self._active_adapter = []
+
+    @property
+    def r(self) -> dict[str, int]:
+        """Ranks by adapter name."""
+        return {name: len(delta) for name, delta in self.svfit_delta.items()}
+
+    @property
+    def _quantised(self) -> bool:
+        return type(self.weight).__name__ in ("Params4bit", "Int8Params")
+
+    def add_adapter(self, adapter_name: str, r: int) -> None:
+        """Add an adapter whose basis is yet to come.
+
+        Args:
+            adapter_name: name of the adapter.
+            r: its rank, at most `min(out, in)`.
+        """
+        device = self.weight.device
+        shapes = {"svfit_U": (self.out_features, r), "svfit_Vh": (r, self.in_features)}
+        for name, shape in shapes.items():
+            value = torch.zeros(shape, device=device)
+            getattr(self, name)[adapter_name] = nn.Parameter(value, requires_grad=False)
+        self.svfit_delta[adapter_name] = nn.Parameter(torch.zeros(r, device=device))
+
+    @torch.no_grad()
+    def fill(self, adapter_name: str, U: Tensor, Vh: Tensor) -> None:
+        """Write a basis.
+
+        Args:
+            adapter_name: name of the adapter.
+            U: `(out, r)`.
+            Vh: `(r, in)`.
+        """
+        self.svfit_U[adapter_name].copy_(U)
+        self.svfit_Vh[adapter_name].copy_(Vh)
+
+    def base_matrix(self) -> Tensor:
+        """`W` as `(out, in)`, float32, dequantised if need be; shares memory where it can."""
+        base = self.get_base_layer()
+        if self._quantised:
+            base = copy.deepcopy(base)  # the two calls below write to 8-bit and to 4-bit layers
+            if getattr(getattr(base.weight, "quant_state", None), "packing_format_for_cpu", False):
+                base.state_dict()  # bitsandbytes packs 4-bit weights to evaluate; this unpacks them
+        weight = dequantize_module_weight(base).detach().float()
+        return weight.T if isinstance(base, Conv1D) else weight
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """What the adapter adds to the weight, in the layout in which the base layer stores it.
+
+        Args:
+            adapter: name of the adapter.
+
+        Returns:
+            `U diag(delta) Vh`, `(out, in)`; transposed for `Conv1D`.
+        """
+        delta = (self.svfit_U[adapter] * self.svfit_delta[adapter]) @ self.svfit_Vh[adapter]
+        return delta.T if isinstance(self.get_base_layer(), Conv1D) else delta
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Run the base layer and add the active adapters.
+
+        Args:
+            x: `(..., in)`.
+            args: passed on to the base layer.
+            kwargs: passed on to the base layer.
+
+        Returns:
+            `(..., out)` in the base layer's dtype; sums are taken in the adapter's.
+        """
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        result = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters or self.merged:
+            return result
+        dtype = result.dtype
+        for name in self.active_adapters:
+            if name in self.svfit_delta:
+                result = result + self._update(x, name)
+        return result.to(dtype)
+
+    def _update(self, x: Tensor, name: str) -> Tensor:
+        U, delta, Vh = self.svfit_U[name], self.svfit_delta[name], self.svfit_Vh[name]
+        x = self._cast_input_dtype(x, Vh.dtype)
+        return nn.functional.linear(nn.functional.linear(x, Vh) * delta, U)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add adapters to the base weight, rounded to its dtype.
+
+        Args:
+            safe_merge: check that the result is finite before it is written.
+            adapter_names: which adapters; `None` for the active ones.
+
+        Raises:
+            ConfigError: if the weight is quantised.
+            ValueError: if `safe_merge` finds a value that is not finite.
+        """
+        for name in check_adapters_to_merge(self, adapter_names):
+            if name not in self.svfit_delta:
+                continue
+            merged = self._shifted(name, 1)
+            if safe_merge and not merged.isfinite().all():
+                raise ValueError(
+                    f"merging adapter {name!r} gives weights that are not finite; the adapter is "
+                    "broken, load an earlier checkpoint."
+                )
+            self.weight.data = merged
+            self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """Subtract what was merged; exact up to rounding in the base weight's dtype."""
+        if not self.merged:
+            warnings.warn("no adapter is merged, there is nothing to unmerge.", stacklevel=2)
+        while self.merged_adapters:
+            name = self.merged_adapters.pop()
+            if name in self.svfit_delta:
+                self.weight.data = self._shifted(name, -1)
+
+    @torch.no_grad()
+    def _shifted(self, adapter_name: str, sign: int) -> Tensor:
+        weight = self.weight.data
+        if self._quantised:
+            raise ConfigError(
+                f"a {type(self.get_base_layer()).__name__} cannot take in an adapter without being "
+                "quantised anew, which may round it away; merge it into the unquantised model: save "
+                "the adapter and load it there with PeftModel.from_pretrained."
+            )
+        return (weight + sign * self.get_delta_weight(adapter_name)).to(weight.dtype)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """The update is additive, so PEFT may convert it to LoRA."""
+        return True
+
+    def _move_adapter_to_device_of_base_layer(
+        self, adapter_name: str, device: torch.device | None = None
+    ) -> None:
+        # Unlike PEFT's, this keeps the adapter in float32 on a half-precision base.
+        device = device or self.weight.device
+        for parameters in (self.svfit_delta, self.svfit_U, self.svfit_Vh):
+            if adapter_name in parameters:
+                parameters[adapter_name].data = parameters[adapter_name].data.to(device)
+
+    def __repr__(self) -> str:
+        return "svfit." + super().__repr__()
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int] | None:
+    """`(out, in)` of a linear layer's weight in the layout of `nn.Linear`; `None` for others."""
+    if isinstance(module, Conv1D):
+        in_features, out_features = module.weight.shape
+        return out_features, in_features
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    return None
+
+
+def checked_shape(name: str, module: nn.Module) -> tuple[int, int]:
+    """`linear_shape`, or an error that names the module.
+
+    Args:
+        name: full name of the module.
+        module: what the config targets.
+
+    Returns:
+        `(out, in)`.
+
+    Raises:
+        TargetError: if it is no linear layer.
+    """
+    shape = linear_shape(module)
+    if shape is None:
+        raise TargetError(
+            f"SVFit adapts nn.Linear, its bitsandbytes kinds and Conv1D, but target_modules matches "
+            f"{name}, a {type(module).__name__}; add it to exclude_modules."
+        )
+    return shape

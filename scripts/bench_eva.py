@@ -1,0 +1,181 @@
+"""Our EVA against PEFT's on MiniLM: forwards, time, and explained variance against exact PCA.
+
+Both are given the same batches of docstrings, rank 8, rho 2, all 36 linear layers of the encoder.
+PEFT's cycles through the batches until all its components have converged (`tau` 0.99) and then
+shares the ranks out; ours reads the batches once. Compared are the layers' components, as many as PEFT gave to the layer:
+the variance that they explain over what the best projection of that rank explains, on all batches.
+
+    python scripts/bench_eva.py --texts 256 --batch-size 16
+"""
+
+import argparse
+import json
+import re
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from minilm_task import load_model, load_task, load_tokenizer
+from peft import EvaConfig as PeftEvaConfig
+from peft import LoraConfig
+from peft.tuners.lora.eva import get_eva_state_dict
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from peft_gradinit import Calibration, EvaConfig, calibrate
+
+TARGETS = r"bert\.encoder\..*\.(query|key|value|dense)"
+
+
+def main() -> None:
+    """Run all and print one line for each."""
+    options = parse_options()
+    torch.set_num_threads(options.threads)
+    model = load_model().eval()
+    batches = load_batches(options)
+    moments = exact_moments(model, batches)
+
+    theirs, count = run_peft(model, batches, options)
+    ranks = {name: len(A) for name, A in theirs.items()}
+    runs = {"PEFT, tau 0.99": (theirs, count, "converged")}
+    runs["ours"] = run_ours(model, batches, options)
+    for name, (components, count, ended_by) in runs.items():
+        ratios = explained(components, ranks, moments)
+        figures = {
+            "run": name,
+            "forwards": count.n,
+            "seconds": round(count.seconds, 2),
+            "explained_over_pca_median": round(ratios.median().item(), 5),
+            "explained_over_pca_worst": round(ratios.min().item(), 5),
+            "ended_by": ended_by,
+        }
+        print(json.dumps(figures))
+
+
+def parse_options() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--texts", type=int, default=256)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--rho", type=float, default=2.0)
+    parser.add_argument("--tau", type=float, default=None, help="of ours; PEFT's is 0.99")
+    parser.add_argument("--max-forwards", type=int, default=2000, help="cap on PEFT's loop")
+    parser.add_argument("--threads", type=int, default=1)
+    return parser.parse_args()
+
+
+def load_batches(options: argparse.Namespace) -> list[dict[str, Tensor]]:
+    """Batches without labels, in a fixed order."""
+    data = load_task()["train"].remove_columns("labels").select(range(options.texts))
+    tokenizer = load_tokenizer()
+
+    def collate(rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
+        return dict(tokenizer.pad(rows, return_tensors="pt"))
+
+    return list(DataLoader(data, options.batch_size, collate_fn=collate))
+
+
+def exact_moments(model: nn.Module, batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Centred second moment of every layer's inputs over all batches, float64: the reference."""
+    sums: dict[str, list[Any]] = {name: [0.0, 0.0, 0] for name in target_layers(model)}
+    mask = torch.empty(0)
+
+    def hook_of(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            x = args[0][mask].double()
+            total = sums[name]
+            total[0], total[1], total[2] = (
+                total[0] + x.T @ x,
+                total[1] + x.sum(0),
+                total[2] + len(x),
+            )
+
+        return hook
+
+    handles = [
+        m.register_forward_pre_hook(hook_of(name)) for name, m in target_layers(model).items()
+    ]
+    with torch.no_grad():
+        for batch in batches:
+            mask = batch["attention_mask"].bool()
+            model(**batch)
+    for handle in handles:
+        handle.remove()
+    return {name: C / n - torch.outer(m / n, m / n) for name, (C, m, n) in sums.items()}
+
+
+def target_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers that get adapters."""
+    return {name: m for name, m in model.named_modules() if re.fullmatch(TARGETS, name)}
+
+
+class ForwardCount:
+    """Counts the calls of a model while the block runs."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.n = 0
+        self._model = model
+
+    def __enter__(self) -> "ForwardCount":
+        self._handle = self._model.register_forward_pre_hook(self._count)
+        self._started = time.perf_counter()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds = time.perf_counter() - self._started
+        self._handle.remove()
+
+    def _count(self, *_: object) -> None:
+        self.n += 1
+
+
+def run_peft(
+    model: nn.Module, batches: list[dict[str, Tensor]], options: argparse.Namespace
+) -> tuple[dict[str, Tensor], ForwardCount]:
+    """PEFT's loop, which has no budget: end it with an error after `max_forwards`."""
+    config = LoraConfig(
+        r=options.rank,
+        target_modules=TARGETS,
+        init_lora_weights="eva",
+        eva_config=PeftEvaConfig(rho=options.rho, tau=0.99),
+    )
+
+    def forward(model: nn.Module, batch: dict[str, Tensor]) -> object:
+        if count.n >= options.max_forwards:
+            raise SystemExit(f"PEFT's EVA has not converged after {count.n} forwards")
+        return model(**batch)
+
+    with ForwardCount(model) as count:
+        found = get_eva_state_dict(
+            model, batches, config, forward_fn=forward, show_progress_bar=False
+        )
+    return found, count
+
+
+def run_ours(
+    model: nn.Module, batches: list[dict[str, Tensor]], options: argparse.Namespace
+) -> tuple[dict[str, Tensor], ForwardCount, str]:
+    """One pass at most; returns all `r * rho` components of every layer, and why it ended."""
+    config = EvaConfig(r=options.rank, rho=options.rho, tau=options.tau, target_modules=TARGETS)
+    with ForwardCount(model) as count:
+        result = calibrate(model, config, Calibration(batches, progress=False))
+    components = {name: svd.Vh for name, svd in result.triplets.items()}
+    return components, count, result.facts.stopped_by
+
+
+def explained(
+    components: dict[str, Tensor], ranks: dict[str, int], moments: dict[str, Tensor]
+) -> Tensor:
+    """Variance explained by the leading components of every layer, over the best of that rank."""
+    ratios = []
+    for name, rank in ranks.items():
+        A = torch.linalg.qr(components[name][:rank].double().T).Q
+        best = torch.linalg.eigvalsh(moments[name])[-rank:].sum()
+        ratios.append((A.T @ moments[name] @ A).trace() / best)
+    return torch.stack(ratios)
+
+
+if __name__ == "__main__":
+    main()

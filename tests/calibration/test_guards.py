@@ -1,0 +1,216 @@
+"""The model and the process are left as they were found, whatever happens inside."""
+
+import copy
+import random
+
+import accelerate
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from peft_gradinit.calibration import left_as_found
+from tests.calibration.passes import gradients
+from tests.helpers import pad, pico_gpt2, pico_llama, rows_of, token_batches
+
+ROWS = rows_of(token_batches(12))
+
+
+def loader(**options):
+    return DataLoader(ROWS, batch_size=4, collate_fn=pad, **options)
+
+
+def random_states():
+    numpy_state = np.random.get_state()
+    return torch.get_rng_state().tolist(), numpy_state[1].tolist(), random.getstate()
+
+
+def hooks_of(module: nn.Module):
+    names = [n for n in vars(module) if n.endswith(("_hooks", "_with_kwargs", "_always_called"))]
+    assert "_forward_hooks_with_kwargs" in names  # torch still names them so
+    return {n: copy.copy(vars(module)[n]) for n in names}
+
+
+def snapshot(model: nn.Module):
+    """Everything that the pass might touch, in comparable form; weights bit for bit."""
+    state = {}
+    for name, module in model.named_modules():
+        public = {k: v for k, v in vars(module).items() if isinstance(v, float | bool | str | int)}
+        checkpoint = getattr(module, "_gradient_checkpointing_func", None)
+        state[name] = (public, hooks_of(module), id(checkpoint))
+    for name, p in model.named_parameters():
+        state[f"{name}.flags"] = (p.requires_grad, p.grad is None, p.data_ptr(), p._version)
+        state[f"{name}.values"] = p.detach().flatten().tolist()
+        state[f"{name}.grad"] = None if p.grad is None else p.grad.flatten().tolist()
+    for name, buffer in model.named_buffers():
+        state[name] = buffer.flatten().tolist()
+    state["config"] = model.config.to_dict()
+    state["random"] = random_states()
+    return state
+
+
+def lived_in_model(make):
+    """A model in the middle of its user's work: mixed modes and flags, a grad, hooks."""
+    model = make().train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    modules = list(model.modules())
+    for module in modules[::3]:
+        module.training = False
+    for i, parameter in enumerate(model.parameters()):
+        parameter.requires_grad_(i % 2 == 0)
+        if i % 4 == 0:
+            parameter.grad = torch.ones_like(parameter)
+    layer = modules[-1]
+    layer.register_forward_hook(lambda *args: None)
+    layer.register_forward_pre_hook(lambda *args: None)
+    layer.register_full_backward_hook(lambda *args: None)
+    assert model.config.use_cache
+    return model
+
+
+def raises(error):
+    def loss_fn(model, batch):
+        loss = model(**batch).loss
+        random.random()
+        np.random.rand()
+        torch.rand(1)
+        if len(batch["input_ids"]) == 2:  # the second batch
+            raise error
+        return loss
+
+    return loss_fn
+
+
+BATCHES = [pad(ROWS[:4]), pad(ROWS[4:6])]
+
+
+def broken_data():
+    yield BATCHES[0]
+    raise OSError("disk")
+
+
+def backward_error(model, batch):
+    return Fails.apply(model(**batch).loss)
+
+
+class Fails(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, loss):
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise ArithmeticError
+
+
+ENDINGS = {
+    "success": (None, lambda: BATCHES, None),
+    "success with loss_fn": (None, lambda: BATCHES, lambda model, batch: model(**batch).loss),
+    "error in loss_fn": (ZeroDivisionError, lambda: BATCHES, raises(ZeroDivisionError())),
+    "interrupt": (KeyboardInterrupt, lambda: BATCHES, raises(KeyboardInterrupt())),
+    "error in the data": (OSError, broken_data, None),
+    "error in the backward": (ArithmeticError, lambda: BATCHES, backward_error),
+    "no data": (ValueError, list, None),
+    "error in the model": (ValueError, lambda: [{"use_cache": False}], None),
+}
+
+
+@pytest.mark.parametrize("make", [pico_llama, pico_gpt2], ids=["llama", "gpt2"])
+@pytest.mark.parametrize("ending", ENDINGS)
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing when gradients are computed")
+def test_everything_is_as_before(ending, make):
+    error, data, loss_fn = ENDINGS[ending]
+    model = lived_in_model(make)
+    before = snapshot(model)
+    if error is None:
+        gradients(model, data(), loss_fn=loss_fn)
+    else:
+        with pytest.raises(error):
+            gradients(model, data(), loss_fn=loss_fn)
+    after = snapshot(model)
+    assert [k for k in before if before[k] != after[k]] == []
+
+
+def test_inside_the_block_nothing_is_random_and_nothing_is_cached():
+    model = pico_gpt2().train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    with left_as_found(model, None, seed=0):
+        in_train = [type(m).__name__ for m in model.modules() if m.training]
+        assert "GPT2Block" in in_train
+        assert not {"Dropout", "GPT2Attention", "GPT2LMHeadModel"} & set(in_train)
+        assert model.config.use_cache is False
+        keywords = model.transformer.h[0]._gradient_checkpointing_func.keywords
+        assert keywords["use_reentrant"] is False
+
+
+def order_read(model, data, seed=0):
+    seen = []
+
+    def loss_fn(model, batch):
+        seen.extend(batch["input_ids"][:, :8].tolist())
+        return model(**batch).loss
+
+    gradients(model, data, loss_fn=loss_fn, seed=seed)
+    return seen
+
+
+def test_shuffling_loader_is_read_by_the_seed_and_leaves_global_randomness():
+    model = pico_llama()
+    before = random_states()
+    first = order_read(model, loader(shuffle=True))
+    torch.rand(3)
+    assert order_read(model, loader(shuffle=True)) == first
+    assert order_read(model, loader(shuffle=True), seed=1) != first
+    torch.set_rng_state(torch.tensor(before[0], dtype=torch.uint8))
+    order_read(model, loader(shuffle=True))
+    assert random_states() == before
+
+
+@pytest.mark.parametrize("wrap", [False, True], ids=["plain", "prepared by accelerate"])
+def test_a_loaders_own_generator_gets_its_state_back(wrap):
+    generator = torch.Generator().manual_seed(5)
+    data = loader(shuffle=True, generator=generator)
+    if wrap:
+        data = accelerate.Accelerator(cpu=True).prepare(data)
+    before = generator.get_state()
+    order_read(pico_llama(), data)
+    assert torch.equal(generator.get_state(), before)
+    # So training sees the batches that it would have seen without a calibration.
+    untouched = loader(shuffle=True, generator=torch.Generator().manual_seed(5))
+    for a, b in zip(data, untouched, strict=True):
+        assert torch.equal(a["input_ids"], b["input_ids"])
+
+
+def test_generator_of_a_nested_sampler_gets_its_state_back():
+    generator = torch.Generator().manual_seed(5)
+    sampler = torch.utils.data.RandomSampler(ROWS, generator=generator)
+    batches = torch.utils.data.BatchSampler(sampler, 4, drop_last=False)
+    before = generator.get_state()
+    order_read(pico_llama(), DataLoader(ROWS, batch_sampler=batches, collate_fn=pad))
+    assert torch.equal(generator.get_state(), before)
+
+
+def test_grad_and_inference_mode_of_the_caller_come_back_after_an_error():
+    model = pico_llama()
+    for mode in (torch.inference_mode, torch.no_grad):
+        with mode():
+            with pytest.raises(ZeroDivisionError):
+                gradients(model, BATCHES, loss_fn=raises(ZeroDivisionError()))
+            assert not torch.is_grad_enabled()
+            assert torch.is_inference_mode_enabled() == (mode is torch.inference_mode)
+    assert torch.is_grad_enabled()
+
+
+def test_compiled_code_is_used_again_afterwards():
+    model = pico_llama()
+    with left_as_found(model, None, seed=0):
+        pass
+    compilations = []
+
+    def backend(graph, inputs):
+        compilations.append(graph)
+        return graph
+
+    torch.compile(nn.Linear(2, 2), backend=backend)(torch.ones(1, 2))
+    assert compilations

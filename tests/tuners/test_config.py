@@ -1,0 +1,59 @@
+"""Configs share their data with copies and never drag them along."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from peft import LoraConfig
+
+from peft_gradinit import Calibration, LoraGAConfig
+from tests.helpers import (
+    adapted,
+    lora_ga,
+    pico_llama,
+    quiet,
+    token_batches,
+)
+
+
+class Immovable:
+    """Data that must be neither copied nor pickled nor printed."""
+
+    def __iter__(self):
+        return iter(token_batches())
+
+    def _refuse(self, *args):
+        raise AssertionError("the calibration data were dragged along")
+
+    __deepcopy__ = __copy__ = __reduce_ex__ = __repr__ = __eq__ = _refuse
+    __hash__ = object.__hash__
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_config_shares_its_data_with_copies_and_shows_them_nowhere(wrapped):
+    data = Immovable()
+    config = lora_ga(calibration=quiet(data) if wrapped else data)
+    for other in (copy.copy(config), copy.deepcopy(config), dataclasses.replace(config)):
+        assert other == config
+        assert other.calibration.data is data
+    assert repr(config) == repr(lora_ga(calibration="deferred"))
+    assert "calibration" not in config.to_dict()
+    assert "calibration" not in dataclasses.asdict(config)
+    assert dataclasses.replace(config, r=7).r == 7
+    assert config != dataclasses.replace(config, direction="ArBr")
+    assert config == lora_ga(calibration="deferred"), "the data are no part of the method"
+    peft_model = adapted(pico_llama(), dataclasses.replace(config, calibration=quiet(data)))
+    copy.deepcopy(peft_model)
+
+
+def test_replace_can_change_the_calibration():
+    config = dataclasses.replace(lora_ga(), calibration="deferred")
+    assert config.is_deferred
+    assert not dataclasses.replace(config, calibration=quiet(token_batches())).is_deferred
+
+
+def test_config_is_a_lora_config_and_takes_tensors_and_arrays_as_data():
+    assert isinstance(lora_ga(), LoraConfig)
+    data = torch.arange(6).reshape(2, 3).numpy()  # `data == "deferred"` would be an array
+    assert isinstance(LoraGAConfig(calibration=data).calibration, Calibration)

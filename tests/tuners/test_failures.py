@@ -1,0 +1,142 @@
+"""After a failure the model is as it was; targets without a gradient are named."""
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+
+from peft_gradinit.errors import (
+    CalibrationError,
+    ConfigError,
+    GradInitError,
+)
+from tests.helpers import (
+    adapted,
+    anchors,
+    logits,
+    lora_ga,
+    pico_llama,
+    quiet,
+    same_factors,
+    token_batches,
+    train_steps,
+)
+
+
+def snapshot(model):
+    return (
+        [(n, type(m), m.training, len(m._forward_hooks)) for n, m in model.named_modules()],
+        [(n, p.requires_grad, p.grad) for n, p in model.named_parameters()],
+        {n: t.clone() for n, t in model.state_dict().items()},
+    )
+
+
+def assert_as_before(model, before):
+    modules, flags, weights = snapshot(model)
+    assert (modules, flags) == before[:2]
+    assert all(torch.equal(t, before[2][n]) for n, t in weights.items())
+
+
+def failing_calibration(error, call=2):
+    """The loss raises at its `call`-th use: 1 to 3 are the pass, later ones measure the drift."""
+    calls = []
+
+    def loss_fn(model, batch):
+        calls.append(1)
+        if len(calls) == call:
+            raise error
+        return model(**batch).loss
+
+    return quiet(token_batches(), loss_fn=loss_fn)
+
+
+@pytest.mark.parametrize(
+    ("error", "call"),
+    [(RuntimeError("mine"), 2), (KeyboardInterrupt("mine"), 2), (KeyboardInterrupt("mine"), 5)],
+    ids=["error", "interrupt", "interrupt-after-injection"],
+)
+def test_failure_in_get_peft_model_leaves_the_model_as_it_was(error, call):
+    model = pico_llama()
+    model.model.norm.weight.requires_grad_(False)
+    before = snapshot(model)
+    with pytest.raises(type(error), match="mine"):
+        adapted(model, lora_ga(calibration=failing_calibration(error, call)))
+    assert_as_before(model, before)
+    assert not hasattr(model, "peft_config")
+    assert same_factors(anchors(adapted(model)), anchors(adapted(pico_llama())))
+
+
+@pytest.mark.parametrize("call", [2, 5], ids=["in-the-pass", "after-injection"])
+def test_interrupt_in_add_adapter_leaves_the_model_as_it_was(call):
+    peft_model = adapted(pico_llama())
+    train_steps(peft_model)
+    output, before = logits(peft_model), snapshot(peft_model)
+    with pytest.raises(KeyboardInterrupt):
+        peft_model.add_adapter(
+            "second", lora_ga(calibration=failing_calibration(KeyboardInterrupt(), call))
+        )
+    assert list(peft_model.peft_config) == ["default"]
+    assert_as_before(peft_model, before)
+    peft_model.add_adapter("second", lora_ga())
+    assert torch.equal(logits(peft_model), output)
+    assert anchors(peft_model, "second")
+
+
+def test_loss_that_cannot_do_one_sequence_costs_the_drift_only():
+    config = lora_ga(calibration=failing_calibration(RuntimeError("needs pairs"), call=4))
+    assert adapted(pico_llama(), config).base_model.init_report["default"].drift is None
+
+
+def test_same_config_object_calibrates_again_unless_its_generator_is_consumed():
+    config = lora_ga()
+    peft_model = adapted(pico_llama(), config)
+    peft_model.add_adapter("second", config)
+    assert same_factors(anchors(peft_model), anchors(peft_model, "second"))
+
+    config = lora_ga(calibration=quiet(b for b in token_batches()))
+    peft_model = adapted(pico_llama(), config)
+    before = logits(peft_model)
+    with pytest.raises(GradInitError, match="a generator can be read only once"):
+        peft_model.add_adapter("second", config)
+    assert list(peft_model.peft_config) == ["default"]
+    assert torch.equal(logits(peft_model), before)
+
+
+def never_runs(model):
+    model.model.layers[1].spare = torch.nn.Linear(48, 48)
+    return model
+
+
+def test_target_that_never_runs_is_an_error_or_a_named_plain_start(tmp_path):
+    with pytest.raises(CalibrationError, match=r"layers\.1\.spare: it never ran"):
+        adapted(never_runs(pico_llama()))
+    with pytest.warns(UserWarning, match=r"1 targets a plain LoRA start .*layers\.1\.spare"):
+        peft_model = adapted(never_runs(pico_llama()), lora_ga(uncalibrated="lora"))
+    report = peft_model.base_model.init_report["default"]
+    (line,) = [m for m in report.modules if m.name.endswith("spare")]
+    assert (line.method, line.captured_energy, line.start_norm) == ("lora", None, 0.0)
+    assert "never ran" in line.fallback
+    peft_model.train()
+    train_steps(peft_model)
+    peft_model.save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    loaded = PeftModel.from_pretrained(never_runs(pico_llama()), tmp_path)
+    spare = loaded.base_model.model.model.layers[1].spare
+    assert not spare.get_delta_weight("default").any()
+
+
+def test_adapter_made_in_inference_mode_is_trainable():
+    model = pico_llama()
+    with torch.inference_mode():
+        peft_model = adapted(model)
+    losses = train_steps(peft_model, n=6)
+    assert losses[-1] < losses[0]
+
+
+def test_low_cpu_mem_usage_is_refused_since_a_start_needs_memory():
+    model = pico_llama()
+    with pytest.raises(ConfigError, match="low_cpu_mem_usage=True puts the adapter on the meta"):
+        get_peft_model(model, lora_ga(), low_cpu_mem_usage=True)
+    peft_model = adapted(model)
+    with pytest.raises(ConfigError, match="low_cpu_mem_usage=True puts the adapter on the meta"):
+        peft_model.add_adapter("second", lora_ga(), low_cpu_mem_usage=True)
+    assert list(peft_model.peft_config) == ["default"]
