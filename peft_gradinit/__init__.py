@@ -6,7 +6,7 @@ LoraGAConfig(…, calibration=data))` works.
 
 from .calibration import Calibration, CalibrationResult
 from .errors import GradInitError
-from .methods import EvaConfig, LoraGAConfig, SVFitConfig
+from .methods import EvaConfig, LoraGAConfig, LoraOneConfig, SVFitConfig
 from .tuners import InitReport, calibrate, initialize, load_for_training
 
 __version__ = "0.1.0"
@@ -18,6 +18,7 @@ __all__ = [
     "GradInitError",
     "InitReport",
     "LoraGAConfig",
+    "LoraOneConfig",
     "SVFitConfig",
     "calibrate",
     "initialize",

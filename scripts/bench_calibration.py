@@ -190,7 +190,8 @@ def compare(options: argparse.Namespace, passed_on: list[str]) -> dict:
     }
     for name, values in ratios.items():
         console.print(f"{name}: {spread(values)}")
-    return {"options": vars(options), "runs": runs, "ratios": ratios}
+    kept = {k: v for k, v in vars(options).items() if isinstance(v, int)}
+    return {"options": kept, "runs": runs, "ratios": ratios}
 
 
 def main() -> None:
@@ -218,8 +219,7 @@ def main() -> None:
     else:
         figures = compare(options, sys.argv[1:])
         if options.json:
-            figures["options"].pop("json")
-            options.json.write_text(json.dumps(figures, indent=1, default=str))
+            options.json.write_text(json.dumps(figures, indent=1))
 
 
 if __name__ == "__main__":

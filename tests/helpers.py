@@ -119,7 +119,7 @@ def base_weights(model: nn.Module) -> dict[str, Tensor]:
     return {
         name.replace(".base_layer", "").removeprefix("base_model.model."): p.detach().clone()
         for name, p in model.named_parameters()
-        if ".lora_" not in name and "modules_to_save" not in name
+        if not any(part in name for part in (".lora_", ".svfit_", "modules_to_save"))
     }
 
 

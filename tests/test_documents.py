@@ -7,6 +7,7 @@ import pytest
 
 import peft_gradinit
 from peft_gradinit import GradInitError, InitReport, LoraGAConfig
+from peft_gradinit.methods import METHODS
 from tests.helpers import pico_llama, token_batches
 
 ROOT = Path(__file__).parent.parent
@@ -47,3 +48,13 @@ def test_public_names_are_documented():
 def test_changelog_knows_the_version_or_what_is_to_come():
     changelog = (ROOT / "CHANGELOG.md").read_text()
     assert peft_gradinit.__version__ in changelog or "## [Unreleased]" in changelog
+
+
+def test_readme_method_table_is_the_table_of_methods():
+    for method in METHODS:
+        changed = "unchanged" if method.preserves_output else "changed"
+        row = (
+            f"| `{method.config.__name__}` | {method.start} | {method.needs} | {changed} | "
+            f"{method.saved_as} | [{method.paper}](https://arxiv.org/abs/{method.paper}) |"
+        )
+        assert row in README

@@ -9,6 +9,7 @@ from torch import nn
 
 from ..errors import CalibrationError
 from ..statistics import Fingerprint, GradientStatistic, TestMatrixPool, gradient_statistic
+from .replay import Replay
 from .result import CalibrationResult
 from .run import collect
 from .spec import Calibration
@@ -21,6 +22,8 @@ def measure_gradients(
     modules: Mapping[str, nn.Module],
     calibration: Calibration,
     fingerprint: Fingerprint,
+    *,
+    keep_batches: bool = False,
 ) -> CalibrationResult:
     """Run a pass and factor each module's mean gradient.
 
@@ -29,6 +32,7 @@ def measure_gradients(
         modules: linear layers by name; the names of `fingerprint.targets`.
         calibration: data, budgets, estimator.
         fingerprint: goes into the result; its targets give shape and rank of each module.
+        keep_batches: keep the first batches in the result, see `Replay`.
 
     Returns:
         The triplets of every module whose gradient is not zero, and the reasons for the others.
@@ -47,7 +51,9 @@ def measure_gradients(
         )
         for name, (out_features, in_features, rank) in fingerprint.targets.items()
     }
-    facts, probe = collect(model, modules, statistics, calibration)
+    replay = Replay() if keep_batches else None
+    on_batch = replay.keep if replay else None
+    facts, probe = collect(model, modules, statistics, calibration, on_batch)
     energy, failures = _judge(statistics, facts.n_batches)
     triplets = {}
     for name, (_, _, rank) in fingerprint.targets.items():
@@ -63,6 +69,8 @@ def measure_gradients(
         fingerprint=fingerprint,
         facts=dataclasses.replace(facts, seconds=time.perf_counter() - started),
         probe=probe,
+        replay=replay,
+        options=dataclasses.replace(calibration, data=()),
     )
 
 

@@ -63,6 +63,7 @@ def measure_inputs(
         fingerprint=fingerprint,
         facts=dataclasses.replace(facts, seconds=time.perf_counter() - started),
         probe=forwards.probe,
+        options=dataclasses.replace(calibration, data=()),
     )
 
 

@@ -45,11 +45,14 @@ class CalibrationResult:
 
     Attributes:
         triplets: by module name; targets that could not be measured are absent.
-        energy: squared Frobenius norm of each target's mean gradient (an estimate for sketches).
+        energy: what the squares of all singular values of each target sum to: the squared norm of
+            its mean gradient (estimated, for sketches), or the variance of its inputs.
         failures: why a target is absent, by module name.
         fingerprint: model, targets and options; `save` keeps it and a config checks it.
         facts: what happened during the pass.
         probe: first sequence of the data, to measure the drift of the output with; not saved.
+        replay: batches to measure the loss on again, for methods that take a step; not saved.
+        options: the calibration without its data: the loss of `probe` and `replay`; not saved.
     """
 
     triplets: Mapping[str, TruncatedSVD]
@@ -58,6 +61,8 @@ class CalibrationResult:
     fingerprint: Fingerprint
     facts: PassFacts
     probe: Any = dataclasses.field(default=None, repr=False, compare=False)
+    replay: Any = dataclasses.field(default=None, repr=False, compare=False)
+    options: Any = dataclasses.field(default=None, repr=False, compare=False)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the result to a file, for `calibration=` in a config made later or elsewhere.

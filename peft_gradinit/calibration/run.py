@@ -3,7 +3,7 @@
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -30,6 +30,7 @@ def collect(
     modules: Mapping[str, nn.Module],
     statistics: Mapping[str, GradientStatistic],
     calibration: Calibration,
+    on_batch: Callable[[Any, float, float], None] | None = None,
 ) -> tuple[PassFacts, Any]:
     """Run the data through the model and fill the statistics.
 
@@ -40,6 +41,7 @@ def collect(
         modules: linear layers to capture, by name.
         statistics: accumulators by the same names.
         calibration: data, budgets, loss.
+        on_batch: called with every sub-batch that counted, its loss and its weight.
 
     Returns:
         The facts of the pass, and the first sequence of the data as a batch.
@@ -47,6 +49,7 @@ def collect(
     """
     _check_model(model)
     pass_ = _Pass(model, statistics, calibration)
+    pass_.on_batch = on_batch
     started, peak = time.perf_counter(), _peak_bytes()
     with (
         left_as_found(model, calibration.data, calibration.seed),
@@ -87,6 +90,7 @@ class _Pass:
         self.weight = self.loss_sum = 0.0
         self.probe: Any = None
         self.scale = FLOAT16_LOSS_SCALE if _computes_in_float16(model, calibration) else 1.0
+        self.on_batch: Callable[[Any, float, float], None] | None = None
         self._step_weight = 0.0
 
     def sinks(self) -> dict[str, Any]:
@@ -104,19 +108,23 @@ class _Pass:
                 statistic.orient()
         if self.calibration.loss_fn is None and not loss_weight(self.model, step.batch):
             return
-        loss, weight = self._loss(step.batch)
+        loss, weight = loss_and_weight(self.model, step.batch, self.calibration)
         if weight == 0:
             return
         seen.check()
         self._check_loss(loss)
         if self.probe is None:
-            self.probe = first_sequence(step.batch)
+            # A loss of the user's may be of several sequences together.
+            cut = self.calibration.loss_fn is None
+            self.probe = first_sequence(step.batch) if cut else step.batch
         self._step_weight = weight
         (loss * self.scale).backward(inputs=[seen.anchor])
         for statistic in self.statistics.values():
             statistic.count(weight)
         self.weight += weight
         self.loss_sum += weight * loss.item()
+        if self.on_batch is not None:
+            self.on_batch(step.batch, loss.item(), weight)
 
     def check(self) -> None:
         """Tell why nothing was measured, if so.
@@ -135,16 +143,6 @@ class _Pass:
                 "loss_fn gave weight 0), so none of their tokens carries loss; check the prompt "
                 "masking and the truncation."
             )
-
-    def _loss(self, batch: Any) -> tuple[Any, float]:
-        accelerator = self.calibration.accelerator
-        with accelerator.autocast() if accelerator else nullcontext():
-            if self.calibration.loss_fn is None:
-                return _model_loss(self.model, batch), loss_weight(self.model, batch)
-            result = self.calibration.loss_fn(self.model, batch)
-        if isinstance(result, tuple):
-            return result[0], _checked_weight(result)
-        return result, loss_weight(self.model, batch)
 
     def _check_loss(self, loss: Any) -> None:
         source = "loss_fn" if self.calibration.loss_fn else type(self.model).__name__
@@ -166,6 +164,27 @@ class _Pass:
                 "computed under torch.no_grad(), or does not depend on any targeted module; return "
                 "the loss that training would differentiate."
             )
+
+
+def loss_and_weight(model: nn.Module, batch: Any, calibration: Calibration) -> tuple[Any, float]:
+    """The loss of a batch, and the number of terms that it is the mean of.
+
+    Args:
+        model: the model to run.
+        batch: on its device.
+        calibration: gives `loss_fn` and the user's accelerator.
+
+    Returns:
+        The loss, unchecked, and its weight.
+    """
+    accelerator = calibration.accelerator
+    with accelerator.autocast() if accelerator else nullcontext():
+        if calibration.loss_fn is None:
+            return _model_loss(model, batch), loss_weight(model, batch)
+        result = calibration.loss_fn(model, batch)
+    if isinstance(result, tuple):
+        return result[0], _checked_weight(result)
+    return result, loss_weight(model, batch)
 
 
 def _model_loss(model: nn.Module, batch: Any) -> Any:

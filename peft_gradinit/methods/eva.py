@@ -13,8 +13,7 @@ their layer's variance.
 |---|---|
 | incremental SVD of the inputs, Algorithm 1 | `calibration.measure_inputs`: one sum, one Nystrom |
 | `A0 = V_r^T`, `B0 = 0` | `eva_factors` |
-| explained variance of a component | `eva_scores` |
-| redistribution of ranks, budget `sum r` | `linalg.allocate_ranks` on the scores |
+| explained variance of a component, redistribution of ranks with budget `sum r` | `tuners.allocation` |
 | convergence, cosine `tau` | `tau`, a share of the explained variance |
 
 **Departures from the authors' code** (and from PEFT's `EvaConfig`).
@@ -38,7 +37,6 @@ their layer's variance.
 At initialisation the function is unchanged: `B0 = 0`.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -52,7 +50,7 @@ from ..calibration import Calibration, CalibrationResult, measure_inputs
 from ..errors import ConfigError
 from ..linalg import TruncatedSVD
 from ..statistics import Fingerprint
-from ..tuners import GradInitConfig, Target
+from ..tuners import GradInitConfig, RankAllocation, Target
 
 
 @dataclass
@@ -63,8 +61,10 @@ class EvaConfig(GradInitConfig):
     Everything of `peft.LoraConfig` keeps its meaning; the authors use `lora_alpha=1`.
 
     Args:
-        rho: every layer offers `r * rho` components when ranks are redistributed; at 1 all ranks
-            stay `r`. 2, as in the paper.
+        rank_allocation: `"explained_variance"` (default), as in the paper: every layer offers
+            `r * rho` components, and ranks go to those that explain the largest share of their
+            layer's variance. A layer may lose its adapter (`min_rank=0`). `"uniform"`, or `rho=1`:
+            all ranks stay `r`.
         tau: stop reading when, in every layer, the components found by one orientation of the
             sketches explain this share of what those of the next explain, found from three times
             the data. Default: read the whole budget. Stricter than the paper's cosine between
@@ -76,14 +76,18 @@ class EvaConfig(GradInitConfig):
         use_label_mask: take only tokens that carry loss, where batches have labels for each token.
 
     Raises:
-        ConfigError: if `rho` or `tau` is out of range.
+        ConfigError: if `tau` is out of range.
     """
 
     method: ClassVar[str] = "EVA"
     statistic: ClassVar[str] = "inputs"
     anchored: ClassVar[bool] = False
 
-    rho: float = field(default=2.0, metadata={"help": "Components that a layer offers, over r."})
+    rank_allocation: RankAllocation = field(
+        default="explained_variance",
+        metadata={"help": "How layers share their ranks; 'uniform' leaves them as configured."},
+    )
+    min_rank: int = field(default=0, metadata={"help": "The least rank of a layer."})
     tau: float | None = field(
         default=None, metadata={"help": "Share of variance at which to stop reading."}
     )
@@ -99,16 +103,18 @@ class EvaConfig(GradInitConfig):
     def __post_init__(self, calibration: Any) -> None:
         super().__post_init__(calibration)
         self.peft_type = PeftType("EVA")
-        if not _is_number(self.rho) or not 1 <= self.rho < math.inf:
-            raise ConfigError(f"EvaConfig: rho must be a number of at least 1, got {self.rho!r}.")
         if self.tau is not None and not (_is_number(self.tau) and 0 < self.tau <= 1):
             raise ConfigError(f"EvaConfig: tau must be in (0, 1] or None, got {self.tau!r}.")
 
-    def max_rank(self, shape: tuple[int, int]) -> int:  # noqa: D102
+    @property
+    def adjusts_scaling(self) -> bool:  # noqa: D102
+        return self.adjust_scaling_factors
+
+    def rank_limit(self, shape: tuple[int, int]) -> int:  # noqa: D102
         return shape[1]
 
     def n_triplets(self, r: int) -> int:  # noqa: D102
-        return math.ceil(r * self.rho)
+        return r
 
     def measure(  # noqa: D102
         self,
@@ -136,21 +142,6 @@ class EvaConfig(GradInitConfig):
         out_features = 0 if target.shape is None else target.shape[0]
         return eva_factors(triplets, r=target.r, out_features=out_features, whiten=self.whiten)
 
-    def redistributed_alpha(self, alpha: float, r: int, new_r: int) -> float:
-        """The `lora_alpha` of a layer whose rank changes from `r` to `new_r`.
-
-        Args:
-            alpha: its `lora_alpha` at rank `r`.
-            r: the rank that was asked for.
-            new_r: the rank that it gets, at least 1.
-
-        Returns:
-            `alpha` such that the scaling stays, if `adjust_scaling_factors`; else `alpha`.
-        """
-        if not self.adjust_scaling_factors:
-            return alpha
-        return alpha * (math.sqrt(new_r / r) if self.use_rslora else new_r / r)
-
 
 def eva_factors(
     triplets: TruncatedSVD, *, r: int, out_features: int, whiten: bool = False
@@ -174,24 +165,6 @@ def eva_factors(
         varies = torch.finfo(S.dtype).eps ** 0.5 * S[:1] < S
         A0 = A0 / torch.where(varies, S, torch.ones_like(S)).sqrt()[:, None]
     return A0, A0.new_zeros(out_features, r)
-
-
-def eva_scores(result: CalibrationResult) -> dict[str, Tensor]:
-    """The share of a layer's input variance that each of its components explains.
-
-    Args:
-        result: of a pass over inputs.
-
-    Returns:
-        By module name, descending and summing to at most 1; for `linalg.allocate_ranks`.
-
-    Source:
-        The ratio that the authors' code scores with; the paper's text divides by the sum of the
-        singular values instead.
-    """
-    return {
-        name: svd.S.double().square() / result.energy[name] for name, svd in result.triplets.items()
-    }
 
 
 def _is_number(value: object) -> bool:

@@ -101,11 +101,15 @@ class LoraGAConfig(GradInitConfig):
                 f"LoraGAConfig: stable_gamma must be a positive number, got {gamma!r}."
             )
 
-    def max_rank(self, shape: tuple[int, int]) -> int:  # noqa: D102
+    def rank_limit(self, shape: tuple[int, int]) -> int:  # noqa: D102
         return min(shape) // 2
 
     def n_triplets(self, r: int) -> int:  # noqa: D102
         return 2 * r
+
+    def rank_scores(self, triplets: TruncatedSVD) -> Tensor:  # noqa: D102
+        # Rank i of the adapter uses two more triplets.
+        return triplets.S.double().square().unflatten(0, (-1, 2)).sum(dim=1)
 
     def measure(  # noqa: D102
         self,
@@ -123,7 +127,7 @@ class LoraGAConfig(GradInitConfig):
         if self.scale == "weight_svd":
             sigma = torch.linalg.svdvals(target.weight())
         return lora_ga_factors(
-            triplets,
+            triplets.truncate(2 * target.r),
             direction=self.direction,
             length=_lengths(
                 self.scale,

@@ -25,6 +25,7 @@ rsLoRA, `s = alpha / r^(1/2)`, as the paper reads.
 The scale of the loss does not matter, as the singular values are normalised by the first.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -70,12 +71,17 @@ class LoraOneConfig(GradInitConfig):
     def __post_init__(self, calibration: Any) -> None:
         super().__post_init__(calibration)
         self.peft_type = PeftType("LORA_ONE")
-        if not self.stable_gamma > 0:
+        gamma = self.stable_gamma
+        if not isinstance(gamma, int | float) or not 0 < gamma < math.inf:
             raise ConfigError(
-                f"LoraOneConfig: stable_gamma must be positive, got {self.stable_gamma!r}."
+                f"LoraOneConfig: stable_gamma must be a positive number, got {gamma!r}."
             )
 
-    def max_rank(self, shape: tuple[int, int]) -> int:  # noqa: D102
+    @property
+    def checks_step(self) -> bool:  # noqa: D102
+        return self.check_step
+
+    def rank_limit(self, shape: tuple[int, int]) -> int:  # noqa: D102
         return min(shape)
 
     def n_triplets(self, r: int) -> int:  # noqa: D102
@@ -88,13 +94,15 @@ class LoraOneConfig(GradInitConfig):
         calibration: Calibration,
         fingerprint: Fingerprint,
     ) -> CalibrationResult:
-        return measure_gradients(model, modules, calibration, fingerprint)
+        return measure_gradients(
+            model, modules, calibration, fingerprint, keep_batches=self.check_step
+        )
 
     def factors(  # noqa: D102
         self, triplets: TruncatedSVD, target: Target, scaling: float, seed: int
     ) -> tuple[Tensor, Tensor]:
-        del target, scaling, seed
-        return lora_one_factors(triplets, gamma=self.stable_gamma)
+        del scaling, seed
+        return lora_one_factors(triplets.truncate(target.r), gamma=self.stable_gamma)
 
 
 def lora_one_factors(

@@ -1,5 +1,6 @@
 """The only package that edits PEFT objects: registration, the tuner model, the anchored pair."""
 
+from .allocation import RankAllocation
 from .config import GradInitConfig
 from .model import GradInitModel
 from .registration import register
@@ -14,6 +15,7 @@ __all__ = [
     "GradInitModel",
     "InitReport",
     "ModuleReport",
+    "RankAllocation",
     "SVFitModel",
     "SpectralConfig",
     "Target",

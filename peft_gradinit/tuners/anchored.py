@@ -14,7 +14,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..errors import NotInitializedError, ShapeError
+from ..errors import ShapeError
 
 ORIGINAL = "parametrizations.weight.original"
 ANCHOR = "parametrizations.weight.0.anchor"
@@ -26,7 +26,6 @@ class Anchor(nn.Module):
     Attributes:
         anchor: `A0` (`-B0`), of the shape of the trainable weight, float32.
         dim: 0 for `lora_A`, 1 for `lora_B`.
-        pending: the start is yet to come; training is refused until then.
     """
 
     anchor: Tensor
@@ -35,7 +34,6 @@ class Anchor(nn.Module):
         super().__init__()
         self.register_buffer("anchor", anchor)
         self.dim = dim
-        self.pending = False
 
     def forward(self, trainable: Tensor) -> Tensor:
         """Concatenate; the anchor takes the trainable weight's dtype, so that both round alike.
@@ -45,24 +43,15 @@ class Anchor(nn.Module):
 
         Returns:
             `[A; A0]`, `(2r, in)`, or `[B, -B0]`, `(out, 2r)`.
-
-        Raises:
-            NotInitializedError: if the adapter is deferred and a training step is being computed.
         """
-        if self.pending and self.training and trainable.requires_grad and torch.is_grad_enabled():
-            raise NotInitializedError(
-                "this adapter was made with calibration='deferred' and has no start yet; call "
-                "peft_gradinit.initialize(model, data), or load a checkpoint, before training."
-            )
         return torch.cat([trainable, self.anchor.to(trainable)], dim=self.dim)
 
 
 def anchor_layer(layer: LoraLayer, adapter_name: str) -> None:
-    """Give an injected LoRA layer an empty, pending anchor."""
+    """Give an injected LoRA layer an empty anchor."""
     for linear, dim in _sides(layer, adapter_name):
         anchor = Anchor(torch.zeros_like(linear.weight, dtype=torch.float32), dim)
         parametrize.register_parametrization(linear, "weight", anchor, unsafe=True)
-        anchor.pending = True
 
 
 def fill_anchored(layer: LoraLayer, adapter_name: str, A0: Tensor, B0: Tensor) -> None:
@@ -80,13 +69,12 @@ def fill_anchored(layer: LoraLayer, adapter_name: str, A0: Tensor, B0: Tensor) -
         original = linear.parametrizations.weight.original
         original.data.copy_(start)
         anchor_of(linear).anchor.copy_(anchor)
-        anchor_of(linear).pending = False
 
 
-def release_anchor(layer: LoraLayer, adapter_name: str) -> None:
-    """Mark an anchor as valid without a start: the layer keeps its plain LoRA factors."""
-    for linear, _ in _sides(layer, adapter_name):
-        anchor_of(linear).pending = False
+def fill_plain(layer: LoraLayer, adapter_name: str, A0: Tensor, B0: Tensor) -> None:
+    """Set the factors of a layer without an anchor; arguments as for `fill_anchored`."""
+    for (linear, _), start in zip(_sides(layer, adapter_name), (A0, B0), strict=True):
+        linear.weight.data.copy_(start)
 
 
 def is_anchored(layer: nn.Module, adapter_name: str) -> bool:
@@ -94,13 +82,6 @@ def is_anchored(layer: nn.Module, adapter_name: str) -> bool:
     if not isinstance(layer, LoraLayer) or adapter_name not in layer.lora_A:
         return False
     return parametrize.is_parametrized(layer.lora_A[adapter_name], "weight")
-
-
-def is_pending(layer: nn.Module, adapter_name: str) -> bool:
-    """Whether this adapter of this layer still waits for its start."""
-    if not isinstance(layer, LoraLayer) or not is_anchored(layer, adapter_name):
-        return False
-    return anchor_of(layer.lora_A[adapter_name]).pending
 
 
 def anchor_of(linear: nn.Module) -> Anchor:

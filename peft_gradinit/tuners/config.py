@@ -16,6 +16,8 @@ from ..calibration import DEFERRED, Calibration, CalibrationResult
 from ..errors import ConfigError
 from ..linalg import TruncatedSVD
 from ..statistics import Fingerprint
+from .allocation import ALLOCATIONS as _ALLOCATIONS
+from .allocation import RankAllocation, check_allocation
 from .provenance import write_provenance
 from .report import InitReport
 from .targets import Target
@@ -52,6 +54,15 @@ class GradInitConfig(LoraConfig, abc.ABC):
         uncalibrated: what happens to targets that the method cannot serve (embeddings,
             convolutions) or that the data do not reach: `"error"` (default), or `"lora"` for a
             plain LoRA start with a warning that names them.
+        rank_allocation: how the layers share the sum of their ranks. `"uniform"` (default): as
+            configured. `"explained_variance"`: a rank goes where it explains the largest share of
+            the layer's own statistic. `"gradient_energy"`: where it captures most of the gradient
+            of all layers together. The sum is kept exactly; `rank_pattern` and `alpha_pattern` say
+            what came out, and the scaling of each layer stays.
+        rho: with an allocation, a layer can get up to `rho * r` ranks. 2, as in the EVA paper; at 1
+            all ranks stay.
+        min_rank: with an allocation, the least that a layer gets; at 0 it may lose its adapter.
+        max_rank: with an allocation, the most that a layer gets. Default: `rho * r`.
 
     Raises:
         ConfigError: if a rank or an alpha is not positive, or an option of `LoraConfig` excludes
@@ -66,6 +77,12 @@ class GradInitConfig(LoraConfig, abc.ABC):
         default="error",
         metadata={"help": "What happens to targets without a start: 'error' or plain 'lora'."},
     )
+    rank_allocation: RankAllocation = field(
+        default="uniform", metadata={"help": f"How layers share their ranks: {_ALLOCATIONS}."}
+    )
+    rho: float = field(default=2.0, metadata={"help": "Ranks that a layer may get, over r."})
+    min_rank: int = field(default=1, metadata={"help": "The least rank of a layer."})
+    max_rank: int | None = field(default=None, metadata={"help": "The largest rank of a layer."})
     calibration: InitVar[Any] = None
 
     def __post_init__(self, calibration: Any) -> None:
@@ -86,6 +103,7 @@ class GradInitConfig(LoraConfig, abc.ABC):
             raise ConfigError(
                 f"{self._name}: uncalibrated must be 'error' or 'lora', got {self.uncalibrated!r}."
             )
+        check_allocation(self)
         for name, reason in _UNUSABLE_OPTIONS.items():
             if value := getattr(self, name, None):
                 raise ConfigError(f"{self._name} cannot be used with {name}={value!r}: {reason}.")
@@ -125,13 +143,32 @@ class GradInitConfig(LoraConfig, abc.ABC):
 
     # What a method fills in -------------------------------------------------------------------
 
+    @property
+    def checks_step(self) -> bool:
+        """Whether the start moves the function, and its loss is to be measured."""
+        return False
+
+    @property
+    def allocates_ranks(self) -> bool:
+        """Whether the layers' ranks are decided from what was measured."""
+        return self.rank_allocation != "uniform" and self.rho > 1
+
+    @property
+    def adjusts_scaling(self) -> bool:
+        """Whether a layer keeps its scaling when an allocation changes its rank."""
+        return True
+
     @abc.abstractmethod
-    def max_rank(self, shape: tuple[int, int]) -> int:
+    def rank_limit(self, shape: tuple[int, int]) -> int:
         """The largest `r` for which an `(out, in)` layer has enough singular triplets."""
 
     @abc.abstractmethod
     def n_triplets(self, r: int) -> int:
         """How many triplets a start of rank `r` needs."""
+
+    def rank_scores(self, triplets: TruncatedSVD) -> Tensor:
+        """What each further rank of a layer adds, in squared singular values: `(max rank,)`."""
+        return triplets.S.double().square()
 
     def measured_options(self) -> dict[str, Any]:
         """Options of the method that shape the measurement; a saved result must agree in them."""

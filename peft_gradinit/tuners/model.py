@@ -1,7 +1,9 @@
 """The tuner model of all methods: calibrates, lets PEFT inject LoRA, and writes the start in."""
 
 import copy
+import math
 import warnings
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -10,20 +12,19 @@ from torch import Tensor, nn
 
 from ..calibration import left_as_found
 from ..errors import ConfigError, NotInitializedError
+from .allocation import without_empty
 from .anchored import (
-    ORIGINAL,
     anchor_layer,
-    anchor_of,
     fill_anchored,
+    fill_plain,
     is_anchored,
-    is_pending,
     join,
-    release_anchor,
     split,
 )
 from .config import GradInitConfig
-from .report import InitReport
-from .start import Start, compute_start
+from .pending import hold, is_pending, release
+from .report import InitReport, StepCheck
+from .start import Start, check_step, compute_start
 from .switching import adapter_alone, adapters_disabled
 from .targets import Target, resolve_targets, write_patterns
 
@@ -92,9 +93,11 @@ class GradInitModel(LoraModel):
         if not config.is_deferred:
             data = config.calibration  # pyright: ignore[reportAttributeAccessIssue]
             start = compute_start(model, targets, config, data)
+            targets = start.targets
+        without_empty(config, targets)
         write_patterns(targets, config)
         super().inject_adapter(model, adapter_name, *options)
-        self._anchor(targets, adapter_name)
+        self._prepare_layers(targets, adapter_name)
         if start is not None:
             self.fill(adapter_name, start)
             self._just_started = (adapter_name, start)
@@ -122,32 +125,46 @@ class GradInitModel(LoraModel):
         """
         config = self._config(adapter_name)
         self._write(adapter_name, start)
-        if start.result.failures:
-            self._release(adapter_name)
         config.fingerprint = start.result.fingerprint
-        config.init_report = start.report(config.method, self._drift(adapter_name, start))
+        step = self._checked_step(adapter_name, start) if config.checks_step else None
+        drift = self._drift(adapter_name, start)
+        config.init_report = start.report(config.method, drift, step)
         return config.init_report
 
-    def _anchor(self, targets: dict[str, Target], adapter_name: str) -> None:
+    def _checked_step(self, adapter_name: str, start: Start) -> StepCheck | None:
+        """Measure the loss after the start, and halve a start that raises it."""
+        replay = start.result.replay
+        if replay is None:
+            return None
+
+        def loss_at(scale: float) -> float:
+            # Both factors share the scale of their product.
+            self._write(adapter_name, start, shrink=math.sqrt(scale))
+            with adapter_alone(self.model, adapter_name):
+                return replay.mean_loss(self.model, start.calibration)
+
+        return check_step(self._config(adapter_name).method, replay.loss, loss_at)
+
+    def _prepare_layers(self, targets: Mapping[str, Target], adapter_name: str) -> None:
+        """Anchor the layers where the method does, and hold them until they have their start."""
         config = self._config(adapter_name)
-        if not config.anchored:
-            return
         for name, target in targets.items():
-            layer = self.model.get_submodule(name)
-            if target.shape is not None and isinstance(layer, LoraLayer):
-                anchor_layer(layer, adapter_name)
+            if target.shape is not None and target.r:
+                layer = self._layer(name)
+                if config.anchored:
+                    anchor_layer(layer, adapter_name)
+                hold(layer, adapter_name)
         others = {n: type(t.module).__name__ for n, t in targets.items() if t.shape is None}
         if others:
             warnings.warn(f"{config.method} gives {others} a plain LoRA start.", stacklevel=2)
 
-    def _write(self, adapter_name: str, start: Start) -> None:
+    def _write(self, adapter_name: str, start: Start, shrink: float = 1.0) -> None:
+        """Write the factors, both `shrink` times as long, and let the adapter train."""
+        fill = fill_anchored if self._config(adapter_name).anchored else fill_plain
         for name, (A0, B0) in start.factors.items():
-            fill_anchored(self._layer(name), adapter_name, A0, B0)
-
-    def _release(self, adapter_name: str) -> None:
+            fill(self._layer(name), adapter_name, shrink * A0, shrink * B0)
         for layer in self.model.modules():
-            if is_pending(layer, adapter_name) and isinstance(layer, LoraLayer):
-                release_anchor(layer, adapter_name)
+            release(layer, adapter_name)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Cast like PEFT; if that widens a dtype, write the start again without its rounding."""
@@ -161,7 +178,7 @@ class GradInitModel(LoraModel):
         return [
             p.dtype
             for layer in self.model.modules()
-            if is_anchored(layer, adapter_name)
+            if isinstance(layer, LoraLayer) and adapter_name in layer.lora_A
             for p in layer.lora_A[adapter_name].parameters()
         ]
 
@@ -234,11 +251,11 @@ class GradInitModel(LoraModel):
                 _as_in_file(name, prefixed): layer.r[adapter_name] for name, layer in layers.items()
             }
             state_dict = split(state_dict, ranks)
-            for name, layer in layers.items():
-                if f"{_as_in_file(name, prefixed)}.lora_A.{ORIGINAL}" in state_dict:
-                    for side in (layer.lora_A, layer.lora_B):
-                        anchor_of(side[adapter_name]).pending = False
-        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        loaded = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        for name, layer in model.named_modules():
+            if is_pending(layer, adapter_name) and any(k.startswith(f"{name}.") for k in loaded):
+                release(layer, adapter_name)
+        return loaded
 
 
 def _check_memory(low_cpu_mem_usage: bool) -> None:

@@ -33,6 +33,21 @@ class ModuleReport:
 
 
 @dataclasses.dataclass(frozen=True)
+class StepCheck:
+    """What the step that a method starts with does to the loss on the calibration data.
+
+    Attributes:
+        loss_before: of the base model.
+        loss_after: at the start.
+        scale: what the step was scaled by; 1 if it lowers the loss as it is.
+    """
+
+    loss_before: float
+    loss_after: float
+    scale: float
+
+
+@dataclasses.dataclass(frozen=True)
 class InitReport:
     """What an initialisation did; prints as a table.
 
@@ -42,12 +57,19 @@ class InitReport:
         facts: what happened during the pass.
         drift: relative change of the model's output on the first sequence, `|y - y0| / |y0|`;
             `None` if there was no data to measure it on.
+        step: the built-in step's effect on the loss, for methods that take one and were given
+            data; else `None`.
     """
 
     method: str
     modules: tuple[ModuleReport, ...]
     facts: PassFacts
     drift: float | None
+    step: StepCheck | None = None
+
+    def ranks(self) -> dict[str, int]:
+        """The rank of every module, by full name; `json.dumps` takes it."""
+        return {line.name: line.r for line in self.modules}
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain dicts and lists, for JSON."""
@@ -61,6 +83,7 @@ class InitReport:
             modules=tuple(ModuleReport(**line) for line in values["modules"]),
             facts=PassFacts(**values["facts"]),
             drift=values["drift"],
+            step=StepCheck(**values["step"]) if values.get("step") else None,
         )
 
     def summary(self) -> str:
@@ -74,7 +97,15 @@ class InitReport:
             f"{facts.stopped_by}){loss}\n"
             f"time {facts.seconds:.2f} s, statistics {facts.state_bytes / 2**20:.1f} MiB, peak memory "
             f"+{facts.peak_bytes / 2**20:.0f} MiB, drift of the output {drift}"
+            + (f"\n{self._step()}" if self.step else "")
         )
+
+    def _step(self) -> str:
+        step = self.step
+        if step is None:
+            return ""
+        scaled = "" if step.scale == 1 else f" (scaled by {step.scale:g})"
+        return f"built-in step{scaled}: loss {step.loss_before:.4f} to {step.loss_after:.4f}"
 
     def table(self) -> Table:
         """The modules as a rich table."""

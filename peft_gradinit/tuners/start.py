@@ -4,7 +4,7 @@ import dataclasses
 import math
 import warnings
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from ..calibration import Calibration, CalibrationResult, model_fingerprint
 from ..errors import CalibrationError, ConfigError
 from ..statistics import Fingerprint
+from .allocation import allocated, offered_rank
 from .config import GradInitConfig
-from .report import InitReport, ModuleReport
+from .report import InitReport, ModuleReport, StepCheck
 from .svfit_config import SpectralConfig
 from .switching import adapters_disabled
 from .targets import Target, frobenius_of_product
@@ -22,25 +23,35 @@ from .targets import Target, frobenius_of_product
 _ADAPTER_PARAMETERS = (".lora_", ".svfit_", ".modules_to_save.", ".trainable_tokens_")
 
 
+SMALLEST_STEP = 2.0**-8
+"""Where halving a step ends: by then its direction, not its length, is at fault."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Start:
     """The start of an adapter, before it is written into the layers.
 
     Attributes:
+        targets: with the ranks that they get; rank 0 for those that lose their adapter.
         factors: `A0 (r, in)`, `B0 (out, r)` by module name; absent for plain starts.
         result: what the factors were computed from.
         modules: lines of the report.
-        calibration: data and loss, to measure the drift with.
+        calibration: the loss that the pass was made with, to measure the start with.
     """
 
+    targets: Mapping[str, Target]
     factors: Mapping[str, tuple[Tensor, Tensor]]
     result: CalibrationResult
     modules: tuple[ModuleReport, ...]
     calibration: Calibration
 
-    def report(self, method: str, drift: float | None) -> InitReport:
+    def report(self, method: str, drift: float | None, step: StepCheck | None) -> InitReport:
         """The report of this start."""
-        return InitReport(method, self.modules, self.result.facts, drift)
+        scale = step.scale if step else 1.0
+        modules = tuple(
+            dataclasses.replace(m, start_norm=scale * m.start_norm) for m in self.modules
+        )
+        return InitReport(method, modules, self.result.facts, drift, step)
 
 
 def compute_start(
@@ -75,11 +86,12 @@ def compute_start(
     _check_failures(result.failures, config)
     seed = result.fingerprint.options.get("seed", 0)
     factors, lines = {}, []
+    targets = allocated(targets, result, config)
     for name, target in targets.items():
-        if name in result.triplets:
+        if name in result.triplets and target.r:
             factors[name] = _factors(result, target, config, seed)
         lines.append(_line(result, target, config, factors.get(name)))
-    return Start(factors, result, tuple(lines), calibration)
+    return Start(targets, factors, result, tuple(lines), result.options or calibration)
 
 
 def measured(
@@ -133,7 +145,7 @@ def _fingerprint(
         statistic=config.statistic,
         weights=_base_hashes(model),
         targets={
-            name: [*t.shape, config.n_triplets(t.r)]
+            name: [*t.shape, config.n_triplets(offered_rank(t, config))]
             for name, t in targets.items()
             if t.shape is not None
         },
@@ -156,6 +168,40 @@ def _check_failures(failures: Mapping[str, str], config: GradInitConfig) -> None
     )
 
 
+def _rank_note(target: Target, config: GradInitConfig) -> str:
+    if target.r == target.requested_r:
+        return ""
+    if not config.allocates_ranks:
+        return f"r lowered from {target.requested_r}"
+    return f"r allocated, {target.requested_r} asked for"
+
+
+def check_step(method: str, loss_before: float, loss_at: Callable[[float], float]) -> StepCheck:
+    """Halve a step until it does not raise the loss.
+
+    Args:
+        method: name for the warning.
+        loss_before: loss of the base model.
+        loss_at: takes the step at a scale, 1 being the method's, and returns the loss there.
+
+    Returns:
+        The losses, and the scale that was taken last.
+    """
+    scale, loss = 1.0, loss_at(1.0)
+    full = loss
+    while not loss <= loss_before and scale > SMALLEST_STEP:
+        scale /= 2
+        loss = loss_at(scale)
+    if scale < 1:
+        warnings.warn(
+            f"the step that {method} starts with would raise the loss on the calibration data from "
+            f"{loss_before:.4f} to {full:.4f}; it was scaled by {scale:g}, which gives {loss:.4f}. "
+            "Calibrate on more data, or set a larger stable_gamma.",
+            stacklevel=2,
+        )
+    return StepCheck(loss_before, loss, scale)
+
+
 def _factors(
     result: CalibrationResult, target: Target, config: GradInitConfig, seed: int
 ) -> tuple[Tensor, Tensor]:
@@ -176,12 +222,15 @@ def _line(
     config: GradInitConfig,
     factors: tuple[Tensor, Tensor] | None,
 ) -> ModuleReport:
-    note = "" if target.r == target.requested_r else f"r lowered from {target.requested_r}"
+    note = _rank_note(target, config)
+    if target.r == 0:
+        return ModuleReport(target.name, "none", 0, target.requested_r, None, 0.0, note)
     if factors is None:
         kind = f"{type(target.module).__name__} has no gradient of this kind"
         note = result.failures.get(target.name, kind)
         return ModuleReport(target.name, "lora", target.r, target.requested_r, None, 0.0, note)
-    captured = result.triplets[target.name].S.double().square().sum().item()
+    used = result.triplets[target.name].S[: config.n_triplets(target.r)]
+    captured = used.double().square().sum().item()
     A0, B0 = factors
     start = _scaling(target, config) * frobenius_of_product(B0, A0)
     norm = torch.linalg.matrix_norm(target.weight()).item()

@@ -91,21 +91,23 @@ def live_targets(
 
 
 def write_patterns(targets: Mapping[str, Target], config: "GradInitConfig") -> None:
-    """Record lowered ranks in `rank_pattern` and `alpha_pattern`, under anchored full names.
+    """Record changed ranks in `rank_pattern` and `alpha_pattern`, under anchored full names.
 
     Args:
         targets: all targets.
-        config: gets new pattern dicts; the old ones are not changed. Remembers what was asked for.
+        config: gets new pattern dicts, which say for every target what the old ones said or what
+            has changed; the old ones are not changed. Remembers what was asked for.
     """
-    lowered = [t for t in targets.values() if t.r != t.requested_r]
+    lowered = [t for t in targets.values() if t.r and t.r != t.requested_r]
     if not lowered:
         return
-    ranks = {f"^{re.escape(t.name)}": t.r for t in lowered}
-    alphas = {f"^{re.escape(t.name)}": t.alpha for t in lowered}
     config.requested_ranks = {t.name: t.requested_r for t in lowered}
-    # PEFT takes the first pattern that matches.
-    config.rank_pattern = {**ranks, **(config.rank_pattern or {})}
-    config.alpha_pattern = {**alphas, **(config.alpha_pattern or {})}
+    # All targets and no other pattern: PEFT takes the first that matches, and sorts them on saving.
+    adapted = {f"^{re.escape(t.name)}": t for t in targets.values() if t.r}
+    config.rank_pattern = {k: t.r for k, t in adapted.items() if t.r != config.r}
+    config.alpha_pattern = {k: t.alpha for k, t in adapted.items() if t.alpha != config.lora_alpha}
+    if config.allocates_ranks:
+        return
     names = ", ".join(f"{t.name} ({t.r} of {t.requested_r})" for t in lowered)
     warnings.warn(
         f"{config.method} needs {config.n_triplets(config.r)} singular directions for r={config.r}; "
@@ -120,7 +122,7 @@ def _target(name: str, module: nn.Module, config: "GradInitConfig") -> Target:
     ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
     requested = ranks.get(get_pattern_key(list(ranks), name), config.r)
     alpha = alphas.get(get_pattern_key(list(alphas), name), config.lora_alpha)
-    r = requested if shape is None else min(requested, config.max_rank(shape))
+    r = requested if shape is None else min(requested, config.rank_limit(shape))
     if r < 1:
         raise TargetError(
             f"{config.method} with r={requested} cannot start {name}: its weight is {shape}, and "

@@ -11,9 +11,9 @@ from torch import nn
 from ..calibration import DEFERRED, Calibration, CalibrationResult
 from ..errors import ConfigError, DataError, FingerprintError
 from ..statistics import Fingerprint
-from .anchored import is_pending
 from .config import GradInitConfig
 from .model import GradInitModel
+from .pending import is_pending
 from .provenance import read_provenance
 from .report import InitReport
 from .start import base_fingerprint, compute_start, measured

@@ -282,6 +282,18 @@ def test_first_sequence_is_a_batch_of_one_or_the_whole():
     assert first_sequence(coupled) is coupled
 
 
+def test_first_sequence_of_long_texts_is_cut_to_a_few_tokens():
+    long = {"input_ids": torch.ones(2, 500), "labels": torch.ones(2, 500)}
+    assert {k: v.shape for k, v in first_sequence(long).items()} == {
+        "input_ids": (1, 64),
+        "labels": (1, 64),
+    }
+    classes = {"input_ids": torch.ones(2, 500), "labels": torch.ones(2)}
+    assert first_sequence(classes)["labels"].shape == (1,)
+    images = {"pixel_values": torch.ones(2, 3, 80, 80), "labels": torch.ones(2, 80)}
+    assert first_sequence(images)["pixel_values"].shape == (1, 3, 80, 80)
+
+
 ROW = ROWS[0].tolist()
 FAULTY = {
     "number": (5, "type int cannot be iterated"),

@@ -7,6 +7,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModel, AutoTokenizer
 
@@ -14,11 +15,19 @@ import peft_gradinit
 from peft_gradinit import Calibration, EvaConfig
 from peft_gradinit.calibration import measure_inputs
 from peft_gradinit.errors import ConfigError, FingerprintError
-from peft_gradinit.linalg import TruncatedSVD, allocate_ranks
-from peft_gradinit.methods import eva_factors, eva_scores
+from peft_gradinit.linalg import TruncatedSVD
+from peft_gradinit.methods import eva_factors
 from peft_gradinit.statistics import Fingerprint
 from tests.docstrings import labelled_docstrings
-from tests.helpers import overlap, pico_llama, quiet, token_batches
+from tests.helpers import (
+    logits,
+    overlap,
+    pico_llama,
+    quiet,
+    relative_error,
+    token_batches,
+    train_steps,
+)
 
 R = 8
 TARGETS = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"]}
@@ -112,55 +121,118 @@ def test_gradients_of_b_are_largest_at_this_start():
     assert squared(A0) > 2 * max(random)
 
 
-# Scores and ranks --------------------------------------------------------------------------------
+# End to end --------------------------------------------------------------------------------------
+
+CALIBRATED = {**TARGETS, "task_type": "CAUSAL_LM"}
 
 
-def test_scores_are_shares_of_the_variance():
+def adapted_by_eva(name="default", model=None, **options):
+    options = {**CALIBRATED, "calibration": quiet(token_batches()), **options}
+    return get_peft_model(model or pico_llama(), EvaConfig(**options), name)
+
+
+def eva_layers(peft_model, name="default"):
+    modules = peft_model.base_model.model.named_modules()
+    return {n: m for n, m in modules if name in getattr(m, "lora_A", {})}
+
+
+def test_the_adapter_starts_at_the_components_and_zero():
     result = measured()
-    scores = eva_scores(result)
+    peft_model = adapted_by_eva(calibration=result)
+    layers = eva_layers(peft_model)
+    assert layers
+    for name, layer in layers.items():
+        r = layer.r["default"]
+        assert torch.equal(layer.lora_A["default"].weight, result.triplets[name].Vh[:r])
+        assert not layer.lora_B["default"].weight.any()
+    assert torch.equal(logits(peft_model), logits(pico_llama()))
 
-    assert scores.keys() == result.triplets.keys()
-    for share in scores.values():
-        assert len(share) == 8  # rho 2 at r 4
-        assert (share.diff() <= 0).all()
-        assert 0 < share.sum() <= 1 + 1e-6
+
+def test_whitening_reaches_the_adapter():
+    result = measured()
+    for name, layer in eva_layers(adapted_by_eva(calibration=result, whiten=True)).items():
+        want = result.triplets[name].S[: layer.r["default"]].rsqrt()
+        torch.testing.assert_close(layer.lora_A["default"].weight.norm(dim=1), want)
 
 
-def test_ranks_are_shared_by_the_scores_within_the_budget():
-    scores = eva_scores(measured())
-    ranks = allocate_ranks(scores, 4 * len(scores))
+def test_by_default_ranks_go_where_the_variance_is_within_the_budget():
+    result = measured()
+    ranks = adapted_by_eva(calibration=result).base_model.init_report["default"].ranks()
+    shares = {n: t.S.double().square() / result.energy[n] for n, t in result.triplets.items()}
 
-    assert sum(ranks.values()) == 4 * len(scores)
+    assert EvaConfig(calibration=result).rho == 2
+    assert sum(ranks.values()) == 4 * len(ranks)
     assert len(set(ranks.values())) > 1
     assert max(ranks.values()) <= 8
-    least_kept = min(scores[n][r - 1] for n, r in ranks.items() if r)
-    most_left = max(scores[n][r] for n, r in ranks.items() if r < 8)
+    least_kept = min(shares[n][r - 1] for n, r in ranks.items() if r)
+    most_left = max(shares[n][r] for n, r in ranks.items() if r < 8)
     assert least_kept >= most_left
 
 
-def test_at_rho_one_every_layer_keeps_its_rank():
-    scores = eva_scores(measured(rho=1.0))
-    assert set(allocate_ranks(scores, 4 * len(scores)).values()) == {4}
+@pytest.mark.parametrize("options", [{"rho": 1.0}, {"rank_allocation": "uniform"}], ids=str)
+def test_at_rho_one_or_uniform_every_layer_keeps_its_rank(options):
+    peft_model = adapted_by_eva(**options)
+    assert set(peft_model.base_model.init_report["default"].ranks().values()) == {4}
+    assert not peft_model.peft_config["default"].rank_pattern
 
 
-@pytest.mark.parametrize(("use_rslora", "want"), [(False, 32.0), (True, 16 * math.sqrt(2))])
-def test_the_scaling_stays_when_a_rank_doubles(use_rslora, want):
-    config = EvaConfig(r=8, use_rslora=use_rslora, calibration="deferred")
-    assert config.redistributed_alpha(16.0, 8, 16) == pytest.approx(want)
-    config.adjust_scaling_factors = False
-    assert config.redistributed_alpha(16.0, 8, 16) == 16.0
+@pytest.mark.parametrize("use_rslora", [False, True])
+@pytest.mark.parametrize("adjust", [True, False])
+def test_scalings_stay_when_ranks_change_unless_switched_off(use_rslora, adjust):
+    peft_model = adapted_by_eva(use_rslora=use_rslora, adjust_scaling_factors=adjust)
+    changed = 0
+    for layer in eva_layers(peft_model).values():
+        r = layer.r["default"]
+        own = 8 / (math.sqrt(r) if use_rslora else r)
+        as_asked = 8 / (2 if use_rslora else 4)
+        assert layer.scaling["default"] == pytest.approx(as_asked if adjust else own)
+        changed += r != 4
+    assert changed
+
+
+def narrow(model):
+    """Inputs of `down_proj` with two directions: the second explains more than a query's first."""
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.up_proj.weight[2:] = 0
+            layer.mlp.gate_proj.weight[2:] = 0
+    return model
+
+
+def test_a_layer_without_ranks_has_no_adapter_and_another_adapter_may_have_it(tmp_path):
+    peft_model = adapted_by_eva(model=narrow(pico_llama()), r=1)
+    ranks = peft_model.base_model.init_report["default"].ranks()
+    empty = {n for n, r in ranks.items() if r == 0}
+    assert empty
+    assert sum(ranks.values()) == len(ranks)
+    assert eva_layers(peft_model).keys() == ranks.keys() - empty
+    train_steps(peft_model)
+    first = logits(peft_model)
+
+    options = {**CALIBRATED, "rank_allocation": "uniform", "calibration": quiet(token_batches())}
+    peft_model.add_adapter("second", EvaConfig(**options))
+    assert eva_layers(peft_model, "second").keys() == ranks.keys()
+    peft_model.set_adapter("second")
+    train_steps(peft_model)
+    assert relative_error(logits(peft_model), first) > 1e-3
+    peft_model.set_adapter("default")
+    assert torch.equal(logits(peft_model), first)
+
+    peft_model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(narrow(pico_llama()), tmp_path)
+    assert relative_error(logits(loaded), first) <= 1e-5
 
 
 # The config --------------------------------------------------------------------------------------
 
 
 def test_it_is_a_lora_config_of_its_own_type():
-    config = EvaConfig(calibration="deferred")
+    config = EvaConfig()
+    assert (config.rank_allocation, config.rho, config.min_rank) == ("explained_variance", 2.0, 0)
     assert isinstance(config, peft.LoraConfig)
     assert config.peft_type.value == "EVA"
-    assert (config.rho, config.n_triplets(8), config.n_triplets(3)) == (2.0, 16, 6)
-    assert EvaConfig(rho=1.3, calibration="deferred").n_triplets(3) == 4
-    assert config.max_rank((2, 384)) == 384  # a narrow head: only inputs count
+    assert (config.n_triplets(8), config.n_triplets(3)) == (8, 3)
+    assert config.rank_limit((2, 384)) == 384  # a narrow head: only inputs count
 
 
 def test_pefts_sub_config_is_refused_by_name():
@@ -169,11 +241,11 @@ def test_pefts_sub_config_is_refused_by_name():
 
 
 @pytest.mark.parametrize(
-    "options", [{"rho": 0.5}, {"rho": math.inf}, {"rho": "2"}, {"tau": 0}, {"tau": 1.5}]
+    "options", [{"rho": 0.5}, {"rho": math.inf}, {"rho": "2"}, {"tau": 0}, {"tau": 1.5}], ids=str
 )
 def test_options_out_of_range_are_refused(options):
     with pytest.raises(ConfigError, match=f"EvaConfig: {next(iter(options))} must be"):
-        EvaConfig(**options, calibration="deferred")
+        EvaConfig(**options)
 
 
 def test_options_reach_the_measurement():

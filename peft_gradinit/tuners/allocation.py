@@ -1,0 +1,126 @@
+"""Ranks shared by a budget: who gets how many, from what a calibration measured."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Literal
+
+from ..calibration import CalibrationResult
+from ..errors import ConfigError
+from ..linalg import allocate_ranks
+from .targets import Target
+
+if TYPE_CHECKING:
+    from .config import GradInitConfig
+
+RankAllocation = Literal["uniform", "explained_variance", "gradient_energy"]
+ALLOCATIONS = ("uniform", "explained_variance", "gradient_energy")
+
+
+def check_allocation(config: "GradInitConfig") -> None:
+    """Refuse options of an allocation that cannot work together.
+
+    Args:
+        config: whatever the user set.
+
+    Raises:
+        ConfigError: naming the option.
+    """
+    name, allocation = type(config).__name__, config.rank_allocation
+    if allocation not in ALLOCATIONS:
+        raise ConfigError(
+            f"{name}: rank_allocation must be one of {ALLOCATIONS}, got {allocation!r}."
+        )
+    if not _is_number(config.rho) or not 1 <= config.rho < math.inf:
+        raise ConfigError(f"{name}: rho must be a number of at least 1, got {config.rho!r}.")
+    highest = config.max_rank
+    if not isinstance(config.min_rank, int) or not 0 <= config.min_rank <= config.r:
+        raise ConfigError(
+            f"{name}: min_rank must be between 0 and r={config.r}, got {config.min_rank!r}."
+        )
+    if highest is not None and (not isinstance(highest, int) or highest < config.r):
+        raise ConfigError(
+            f"{name}: max_rank must be an integer of at least r={config.r}, got {highest!r}."
+        )
+    if allocation == "gradient_energy" and config.statistic != "gradient":
+        raise ConfigError(
+            f"{name} measures {config.statistic}, not gradients; use "
+            "rank_allocation='explained_variance'."
+        )
+    if config.allocates_ranks and config.is_deferred and not config.restored:
+        raise ConfigError(
+            f"{name}: rank_allocation={allocation!r} decides shapes from data, which a deferred "
+            "adapter does not have yet; calibrate first and pass the result, or set "
+            "rho=1."
+        )
+
+
+def offered_rank(target: Target, config: "GradInitConfig") -> int:
+    """The largest rank that a target may get, which is what has to be measured."""
+    if not config.allocates_ranks or config.restored or target.shape is None:
+        return target.r
+    highest = math.ceil(config.rho * target.requested_r)
+    if config.max_rank is not None:
+        highest = min(highest, config.max_rank)
+    return max(target.r, min(highest, config.rank_limit(target.shape)))
+
+
+def allocated(
+    targets: Mapping[str, Target], result: CalibrationResult, config: "GradInitConfig"
+) -> dict[str, Target]:
+    """Share the sum of the targets' ranks among them.
+
+    Targets that could not be measured keep their rank.
+
+    Args:
+        targets: with the ranks that the config asks for.
+        result: what was measured.
+        config: `rank_allocation` and its limits.
+
+    Returns:
+        The targets with their new ranks, at the scaling that they had; rank 0 for those that lose
+        their adapter.
+    """
+    if not config.allocates_ranks:
+        return dict(targets)
+    scores = {}
+    for name, svd in result.triplets.items():
+        values = config.rank_scores(svd)[: offered_rank(targets[name], config)]
+        whole = config.rank_allocation == "gradient_energy"
+        scores[name] = values if whole else values / max(result.energy[name], 1e-300)
+    budget = sum(targets[name].r for name in scores)
+    ranks = allocate_ranks(scores, budget, min_rank=config.min_rank, max_rank=config.max_rank)
+    return {name: _with_rank(t, ranks.get(name, t.r), config) for name, t in targets.items()}
+
+
+def without_empty(config: "GradInitConfig", targets: Mapping[str, Target]) -> None:
+    """Exclude targets of rank 0 from the injection.
+
+    Args:
+        config: gets a new `exclude_modules`.
+        targets: all targets.
+    """
+    empty = [t.name for t in targets.values() if t.r == 0]
+    if not empty:
+        return
+    old = config.exclude_modules or []
+    # One regular expression, which matches full names: in a list, "0" would exclude "1.0" as well.
+    if isinstance(old, str):
+        kept = [f"(?:{old})"]
+    else:
+        kept = [rf"(?:.*\.)?{re.escape(name)}" for name in sorted(old)]
+    config.exclude_modules = "|".join([*kept, *(re.escape(name) for name in empty)])
+
+
+def _with_rank(target: Target, r: int, config: "GradInitConfig") -> Target:
+    if r == target.r or not config.adjusts_scaling:
+        return dataclasses.replace(target, r=r)
+    ratio = r / target.r
+    return dataclasses.replace(
+        target, r=r, alpha=target.alpha * (math.sqrt(ratio) if config.use_rslora else ratio)
+    )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,0 +1,45 @@
+"""Adapters whose start is yet to come: they evaluate as the base model and refuse to train."""
+
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from ..errors import NotInitializedError
+
+_HANDLE = "_gradinit_pending"
+
+
+def hold(layer: LoraLayer, adapter_name: str) -> None:
+    """Let a training step through this adapter raise `NotInitializedError`."""
+    for linear in _factors(layer, adapter_name):
+        setattr(linear, _HANDLE, linear.register_forward_pre_hook(_refuse_to_train))
+
+
+def release(layer: nn.Module, adapter_name: str) -> None:
+    """Let the adapter train: its factors are what they should be."""
+    for linear in _factors(layer, adapter_name):
+        handle = linear.__dict__.pop(_HANDLE, None)
+        if handle is not None:
+            handle.remove()
+
+
+def is_pending(layer: nn.Module, adapter_name: str) -> bool:
+    """Whether this adapter of this layer still waits for its start."""
+    return any(_HANDLE in linear.__dict__ for linear in _factors(layer, adapter_name))
+
+
+def _factors(layer: Any, adapter_name: str) -> list[nn.Module]:
+    if not isinstance(layer, LoraLayer) or adapter_name not in layer.lora_A:
+        return []
+    return [layer.lora_A[adapter_name]]
+
+
+def _refuse_to_train(module: nn.Module, args: Any) -> None:
+    trains = any(p.requires_grad for p in module.parameters())
+    if module.training and trains and torch.is_grad_enabled():
+        raise NotInitializedError(
+            "this adapter was made with calibration='deferred' and has no start yet; call "
+            "peft_gradinit.initialize(model, data), or load a checkpoint, before training."
+        )
