@@ -1,11 +1,11 @@
-"""Fine-tune MiniLM from a LoRA-GA start and from plain LoRA, at the same budget.
+"""Fine-tune MiniLM from every start and from plain LoRA, at the same budget.
 
     scripts/quickstart                 # sets up .venv, then runs this file
     python scripts/quickstart.py       # in an environment that has the extra `quickstart`
-    python scripts/quickstart.py --sweep   # the learning rates behind METHODS
+    python scripts/quickstart.py --sweep [METHOD …]   # the learning rates behind METHODS
 
-Prints a table, writes `out/quickstart/` (adapters, picture, results), and loads the LoRA-GA adapter
-in a new process with plain PEFT.
+Prints a table, writes `out/quickstart/` (adapters, picture, results), and loads every adapter in a
+new process with plain PEFT.
 """
 
 import argparse
@@ -25,7 +25,7 @@ import datasets
 import numpy as np
 import transformers
 from minilm_task import MODULES, load_model, load_task, load_tokenizer
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, get_peft_model
 from quickstart_metrics import Accuracy, MacroF1
 from quickstart_plots import draw
 from rich.console import Console
@@ -33,10 +33,17 @@ from rich.table import Table
 from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
 
-from peft_gradinit import Calibration, CalibrationResult, LoraGAConfig, calibrate
+from peft_gradinit import (
+    Calibration,
+    EvaConfig,
+    LoraGAConfig,
+    LoraOneConfig,
+    SVFitConfig,
+    calibrate,
+)
 
 OUT = Path("out/quickstart")
-N_STEPS, BATCH_SIZE, N_CALIBRATION = 150, 16, 64
+N_STEPS, BATCH_SIZE, N_CALIBRATION = 120, 16, 64
 ADAPTER = {
     "r": 8,
     "lora_alpha": 8,
@@ -44,8 +51,14 @@ ADAPTER = {
     "target_modules": "all-linear",
     "task_type": "SEQ_CLS",
 }
-METHODS = {"LoRA": 3e-3, "LoRA-GA": 1e-3}  # each at its best of GRID, see --sweep
-GRID = (5e-4, 1e-3, 2e-3, 3e-3, 5e-3)
+METHODS = {"LoRA": 3e-3, "LoRA-GA": 2e-3, "LoRA-One": 3e-3, "EVA": 3e-3, "SVFit": 3e-2}
+GRID = {  # METHODS holds the best of each, see --sweep
+    "LoRA": (1e-3, 2e-3, 3e-3, 5e-3),
+    "LoRA-GA": (5e-4, 1e-3, 2e-3, 3e-3),
+    "LoRA-One": (2e-3, 3e-3, 5e-3),
+    "EVA": (2e-3, 3e-3, 5e-3),
+    "SVFit": (1e-2, 3e-2, 1e-1),
+}
 console = Console()
 
 
@@ -56,37 +69,39 @@ class Run:
     Attributes:
         losses: training loss of every step.
         scores: `accuracy` and `macro_f1` on the test split.
-        calibration_seconds: cost of the start.
-        seconds: training time, calibration not counted.
+        start_seconds: `get_peft_model`, calibration included.
+        seconds: training time.
+        n_trainable: trainable numbers of the adapter, the classification head not counted.
     """
 
     losses: list[float]
     scores: dict[str, float]
-    calibration_seconds: float
+    start_seconds: float
     seconds: float
+    n_trainable: int
 
     def mean_loss(self, first: int, last: int) -> float:
         """Mean loss of the steps `first` to `last`, 1-based."""
         return float(np.mean(self.losses[first - 1 : last]))
 
 
-def make_config(method: str, calibration: CalibrationResult | None) -> LoraConfig:
-    """The config of a method; both have the same adapter shape."""
+def make_config(method: str, data: datasets.DatasetDict) -> PeftConfig:
+    """The config of a method, all of rank 8."""
+    if method == "SVFit":
+        return SVFitConfig(r=8, target_modules="all-linear", task_type="SEQ_CLS")
     if method == "LoRA":
         return LoraConfig(**ADAPTER)
-    return LoraGAConfig(**ADAPTER, stable_gamma=64, calibration=calibration)  # the paper's commands
+    calibration = Calibration(calibration_loader(data))
+    if method == "LoRA-GA":
+        return LoraGAConfig(**ADAPTER, stable_gamma=64, calibration=calibration)  # paper's commands
+    config_class = {"LoRA-One": LoraOneConfig, "EVA": EvaConfig}[method]
+    return config_class(**ADAPTER, calibration=calibration)
 
 
-def measure(data: datasets.DatasetDict) -> CalibrationResult:
-    """Calibrate on the first 64 training docstrings."""
-    collate = DataCollatorWithPadding(load_tokenizer())
-    loader = DataLoader(
-        data["train"].select(range(N_CALIBRATION)), batch_size=8, collate_fn=collate
-    )
-    config = LoraGAConfig(**ADAPTER)
-    # get_peft_model does this by itself when the config holds the loader; here the result is kept
-    # for the picture, and shows that it can be saved and reused.
-    return calibrate(load_model(), config, Calibration(loader))
+def calibration_loader(data: datasets.DatasetDict) -> DataLoader:
+    """The first 64 training docstrings."""
+    rows = data["train"].select(range(N_CALIBRATION))
+    return DataLoader(rows, batch_size=8, collate_fn=DataCollatorWithPadding(load_tokenizer()))
 
 
 def compute_metrics(prediction: transformers.EvalPrediction) -> dict[str, float]:
@@ -98,11 +113,12 @@ def compute_metrics(prediction: transformers.EvalPrediction) -> dict[str, float]
     return Accuracy().compute(**arguments) | MacroF1().compute(**arguments)
 
 
-def train(
-    method: str, lr: float, data: datasets.DatasetDict, calibration: CalibrationResult
-) -> tuple[Run, Trainer]:
+def train(method: str, lr: float, data: datasets.DatasetDict) -> tuple[Run, Trainer]:
     """One run of `transformers.Trainer`."""
-    model = get_peft_model(load_model(), make_config(method, calibration))
+    base = load_model()
+    started = time.perf_counter()
+    model = get_peft_model(base, make_config(method, data))
+    cost = time.perf_counter() - started
     arguments = TrainingArguments(
         output_dir=str(OUT / method),
         max_steps=N_STEPS,
@@ -132,8 +148,9 @@ def train(
     seconds = time.perf_counter() - started
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     scores = {k.removeprefix("eval_"): v for k, v in trainer.evaluate().items()}
-    cost = calibration.facts.seconds if method != "LoRA" else 0.0
-    return Run(losses, {k: scores[k] for k in ("accuracy", "macro_f1")}, cost, seconds), trainer
+    kept = {k: scores[k] for k in ("accuracy", "macro_f1")}
+    adapter = [p for n, p in model.named_parameters() if "classifier" not in n and p.requires_grad]
+    return Run(losses, kept, cost, seconds, sum(p.numel() for p in adapter)), trainer
 
 
 def table(runs: dict[str, Run], rates: dict[str, float]) -> Table:
@@ -147,7 +164,8 @@ def table(runs: dict[str, Run], rates: dict[str, float]) -> Table:
         rows.add_row(name, *values)
 
     add("learning rate", [f"{rates[m]:g}" for m in runs])
-    add("calibration, s", [f"{r.calibration_seconds:.1f}" for r in runs.values()])
+    add("trainable", [f"{r.n_trainable:,}" for r in runs.values()])
+    add("start, s", [f"{r.start_seconds:.1f}" for r in runs.values()])
     add("training, s", [f"{r.seconds:.0f}" for r in runs.values()])
     for last in (10, 25, 50, 100, N_STEPS):
         first = max(1, last - 9)
@@ -160,78 +178,93 @@ def table(runs: dict[str, Run], rates: dict[str, float]) -> Table:
     return rows
 
 
-def reload_in_new_process(folder: Path) -> dict:
-    """Evaluate the saved adapter where this package is never imported."""
+def reload_in_new_process(folders: list[Path]) -> list[dict]:
+    """Evaluate the saved adapters where this package is never imported."""
     script = Path(__file__).with_name("reload_with_plain_peft.py")
     done = subprocess.run(
-        [sys.executable, str(script), str(folder), str(OUT / "test")],
+        [sys.executable, str(script), str(OUT / "test"), *map(str, folders)],
         check=True,
         capture_output=True,
         text=True,
     )
-    return json.loads(done.stdout.splitlines()[-1])
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
 def quickstart() -> None:
     """The comparison at each method's own learning rate."""
     data = load_task()
     console.print(f"{len(data['train'])} training and {len(data['test'])} test docstrings")
-    calibration = measure(data)
-    runs, trainers = {}, {}
-    for method, lr in METHODS.items():
-        console.print(f"training {method} at learning rate {lr:g} …")
-        runs[method], trainers[method] = train(method, lr, data, calibration)
-    folder = OUT / "adapter"
-    tuned = trainers["LoRA-GA"].model
-    tuned.save_pretrained(folder)
     data["test"].save_to_disk(OUT / "test")  # other imports could change the docstrings there
-    console.print(tuned.base_model.init_report["default"].summary())
+    runs = {}
+    for method, lr in METHODS.items():
+        console.print(f"{method} at learning rate {lr:g} …")
+        runs[method], trainer = train(method, lr, data)
+        trainer.model.save_pretrained(OUT / method)
+        reports = getattr(trainer.model.base_model, "init_report", {})
+        if reports:
+            console.print(reports["default"].summary(), style="dim")
     console.print(table(runs, METHODS))
-    picture = draw({m: r.losses for m, r in runs.items()}, calibration, OUT / "quickstart.png")
-    results = {m: vars(r) for m, r in runs.items()}
-    (OUT / "results.json").write_text(json.dumps(results, indent=1))
-    reloaded = reload_in_new_process(folder)
-    console.print(
-        f"adapter saved to {folder}, picture to {picture}\n"
-        f"loaded by plain PEFT {reloaded['peft']} in a new process (peft_gradinit imported: "
-        f"{reloaded['plugin_imported']}): accuracy {reloaded['accuracy']:.3f}, live "
-        f"{runs['LoRA-GA'].scores['accuracy']:.3f}"
-    )
-    if abs(reloaded["accuracy"] - runs["LoRA-GA"].scores["accuracy"]) > 1e-9:
-        raise SystemExit("the reloaded adapter does not give the accuracy of the live one")
+    # What get_peft_model measured for LoRA-GA, by itself: it can be saved and reused.
+    gradients = calibrate(load_model(), LoraGAConfig(**ADAPTER), calibration_loader(data))
+    picture = draw({m: r.losses for m, r in runs.items()}, gradients, OUT / "quickstart.png")
+    (OUT / "results.json").write_text(json.dumps({m: vars(r) for m, r in runs.items()}, indent=1))
+    console.print(f"adapters, results and the picture are in {picture.parent}")
+    report_reload(runs)
 
 
-def sweep() -> None:
-    """Final loss and accuracy of each method over the grid of learning rates."""
+def report_reload(runs: dict[str, Run]) -> None:
+    """Compare every adapter, loaded by plain PEFT in a new process, with the live one."""
+    reloaded = reload_in_new_process([OUT / method for method in runs])
+    rows = Table(title=f"loaded by plain PEFT {reloaded[0]['peft']} in a new process")
+    for column in ("adapter", "peft_type", "r", "accuracy", "live", "peft_gradinit imported"):
+        rows.add_column(column)
+    for (method, run), found in zip(runs.items(), reloaded, strict=True):
+        live = run.scores["accuracy"]
+        rows.add_row(
+            method,
+            found["peft_type"],
+            str(found["r"]),
+            f"{found['accuracy']:.4f}",
+            f"{live:.4f}",
+            str(found["plugin_imported"]),
+        )
+        if found["accuracy"] != live or found["plugin_imported"]:
+            console.print(rows)
+            raise SystemExit(f"the reloaded {method} adapter is not the live one")
+    console.print(rows)
+
+
+def sweep(methods: list[str]) -> None:
+    """Final loss and accuracy of each method over its grid of learning rates."""
     data = load_task()
-    calibration = measure(data)
     rows = Table(title="loss of the last 25 steps / test accuracy")
-    rows.add_column("learning rate")
-    for method in METHODS:
-        rows.add_column(method, justify="right")
-    for lr in GRID:
-        cells = []
-        for method in METHODS:
-            run, _ = train(method, lr, data, calibration)
-            cells.append(
-                f"{run.mean_loss(N_STEPS - 24, N_STEPS):.3f} / {run.scores['accuracy']:.3f}"
-            )
-        rows.add_row(f"{lr:g}", *cells)
-        console.print(f"{lr:g}", *cells)
+    for column in ("method", "learning rate", "loss", "accuracy"):
+        rows.add_column(column)
+    for method in methods:
+        for lr in GRID[method]:
+            run, _ = train(method, lr, data)
+            loss = run.mean_loss(N_STEPS - 24, N_STEPS)
+            console.print(f"{method} {lr:g}: {loss:.3f}, {run.scores['accuracy']:.3f}")
+            rows.add_row(method, f"{lr:g}", f"{loss:.3f}", f"{run.scores['accuracy']:.3f}")
     console.print(rows)
 
 
 def main() -> None:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sweep", action="store_true", help="compare learning rates instead")
+    parser.add_argument(
+        "--sweep", nargs="*", metavar="METHOD", help="compare learning rates instead"
+    )
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     OUT.mkdir(parents=True, exist_ok=True)
-    sweep() if arguments.sweep else quickstart()
+    if arguments.sweep is None:
+        quickstart()
+    else:
+        sweep(arguments.sweep or list(METHODS))
 
 
 if __name__ == "__main__":

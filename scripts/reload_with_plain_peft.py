@@ -1,6 +1,6 @@
-"""Evaluate a saved adapter with plain PEFT; prints one line of JSON.
+"""Evaluate saved adapters with plain PEFT; prints a line of JSON for each.
 
-python scripts/reload_with_plain_peft.py out/quickstart/adapter out/quickstart/test
+python scripts/reload_with_plain_peft.py out/quickstart/test out/quickstart/LoRA-GA …
 """
 
 import json
@@ -15,24 +15,32 @@ from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding
 
 
-def main() -> None:
-    """Load the adapter onto a fresh base and count right predictions."""
-    model = PeftModel.from_pretrained(load_model(), sys.argv[1]).eval()
-    collate = DataCollatorWithPadding(load_tokenizer())
-    loader = DataLoader(load_from_disk(sys.argv[2]), batch_size=64, collate_fn=collate)
+def evaluate(folder: str, loader: DataLoader) -> dict:
+    """Load an adapter onto a fresh base and count right predictions."""
+    model = PeftModel.from_pretrained(load_model(), folder).eval()
     n_right = n = 0
     with torch.no_grad():
         for batch in loader:
             predictions = model(**batch).logits.argmax(-1)
             n_right += int((predictions == batch["labels"]).sum())
             n += len(predictions)
-    facts = {
+    config = model.peft_config["default"]
+    return {
         "accuracy": n_right / n,
         "peft": peft.__version__,
-        "peft_type": str(model.peft_config["default"].peft_type.value),
+        "peft_type": str(config.peft_type.value),
+        "r": config.r,
         "plugin_imported": "peft_gradinit" in sys.modules,
     }
-    print(json.dumps(facts))
+
+
+def main() -> None:
+    """Evaluate every folder on the command line."""
+    data, *folders = sys.argv[1:]
+    collate = DataCollatorWithPadding(load_tokenizer())
+    loader = DataLoader(load_from_disk(data), batch_size=64, collate_fn=collate)
+    for folder in folders:
+        print(json.dumps(evaluate(folder, loader)))
 
 
 if __name__ == "__main__":

@@ -35,7 +35,8 @@ def test_readme_first_example_runs_as_printed(tmp_path, monkeypatch, capsys):
 def test_readme_options_are_those_of_the_config():
     config = LoraGAConfig(target_modules="all-linear", calibration="deferred")
     for option, default in (("direction", "ArB2r"), ("scale", "stable"), ("stable_gamma", "16")):
-        row = re.search(rf"^\| `{option}` \|.*\| `?([\w.]+)`? \|$", README, flags=re.MULTILINE)
+        pattern = rf"^\| LoRA-GA \| `{option}` \|.*\| `([\w.]+)` \|$"
+        row = re.search(pattern, README, flags=re.MULTILINE)
         assert row.group(1) == default == f"{getattr(config, option)}".removesuffix(".0")
 
 
