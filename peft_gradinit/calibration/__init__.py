@@ -4,11 +4,12 @@ Knows nothing of LoRA: it is given modules and accumulators, and returns facts.
 """
 
 from .capture import capture
+from .fingerprint import model_fingerprint
 from .gradients import measure_gradients
 from .guards import left_as_found
 from .inputs import measure_inputs
 from .result import CalibrationResult, PassFacts
-from .run import collect, model_fingerprint
+from .run import collect
 from .spec import DEFERRED, Calibration
 
 __all__ = [

@@ -6,7 +6,6 @@ depends on the batch size; a batch that cannot be cut is taken whole.
 """
 
 import copy
-import dataclasses
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ..errors import DataError
+from .budget import Budget, Step
 from .spec import Calibration
 from .tokens import IGNORE_INDEX, n_input_tokens, n_sequences, sequence_tokens
 
@@ -35,53 +35,6 @@ _LABEL_COLUMNS = ("label", "label_ids")
 PROBE_TOKENS = 64
 """Enough to see whether a start changes the output; a whole sequence of 512 tokens would cost 10 % of
 a calibration on 4,096."""
-
-
-@dataclasses.dataclass
-class Step:
-    """One sub-batch of the pass.
-
-    Attributes:
-        batch: on the model's device.
-        n_sequences: its leading dimension.
-        n_tokens: its input tokens, padding not counted.
-        orient: orient the sketches before adding this sub-batch.
-    """
-
-    batch: Any
-    n_sequences: int
-    n_tokens: int
-    orient: bool
-
-
-class Budget:
-    """Counts what was read and says why reading ended."""
-
-    def __init__(self, calibration: Calibration) -> None:
-        self.max_tokens = calibration.token_budget
-        self.max_batches = calibration.max_batches
-        self.n_tokens = self.n_sequences = self.n_batches = 0
-        self.stopped_by = "end of data"
-
-    def tokens_spent(self) -> bool:
-        """Whether to stop, within a batch or after it; batches of no tokens end as well."""
-        if self.max_tokens is None or max(self.n_tokens, self.n_batches - 1) < self.max_tokens:
-            return False
-        self.stopped_by = "max_tokens"
-        return True
-
-    def batches_spent(self) -> bool:
-        """Whether to stop after a batch."""
-        if self.max_batches is None or self.n_batches < self.max_batches:
-            return False
-        self.stopped_by = "max_batches"
-        return True
-
-    def take(self, step: Step) -> Step:
-        """Count a step."""
-        self.n_tokens += step.n_tokens
-        self.n_sequences += step.n_sequences
-        return step
 
 
 def budgeted(calibration: Calibration, model: nn.Module, budget: Budget) -> Iterator[Step]:

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DataError
-from .batches import Budget, Step, budgeted, first_sequence
+from .batches import budgeted, first_sequence
+from .budget import Budget, Step
+from .fingerprint import check_not_meta
+from .gauges import peak_bytes, progress
 from .guards import left_as_found
 from .result import PassFacts
-from .run import _check_not_meta, _peak_bytes, _progress
 from .selection import TokenSelection
 from .sharing import SharedInputs
 from .spec import Calibration
@@ -63,13 +65,13 @@ class Forwards:
             The facts of the pass.
         """
         for name, parameter in self.model.named_parameters():
-            _check_not_meta(name, parameter)
-        started, peak = time.perf_counter(), _peak_bytes()
+            check_not_meta(name, parameter)
+        started, peak = time.perf_counter(), peak_bytes()
         with (
             left_as_found(self.model, self.calibration.data, self.calibration.seed),
             torch.no_grad(),
             _inputs(modules, self._sink),
-            _progress(self.calibration) as bar,
+            progress(self.calibration) as bar,
         ):
             for step in budgeted(self.calibration, self.model, self.budget):
                 settled = step.orient and self._orient()
@@ -87,7 +89,7 @@ class Forwards:
             loss=None,
             seconds=time.perf_counter() - started,
             state_bytes=sum(s.n_bytes() for s in self.shared.distinct()),
-            peak_bytes=max(0, _peak_bytes() - peak),
+            peak_bytes=max(0, peak_bytes() - peak),
             stopped_by=self.budget.stopped_by,
         )
 
@@ -129,11 +131,7 @@ class Forwards:
         Raises:
             DataError: if the data are empty, or none of their tokens counts.
         """
-        if self.budget.n_sequences == 0:
-            raise DataError(
-                f"the calibration data ({type(self.calibration.data).__name__}) gave no batch; a "
-                "generator can be read only once, and an empty loader has nothing to calibrate on."
-            )
+        self.budget.check_read(self.calibration.data)
         if self.weight == 0:
             raise DataError(
                 f"no token of the {self.budget.n_sequences} calibration sequences carries loss (all "

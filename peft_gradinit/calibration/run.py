@@ -1,7 +1,6 @@
 """The loop of the calibration pass."""
 
 import math
-import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -9,12 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from ..errors import CalibrationError, DataError
-from ..statistics import GradientStatistic, hash_weight
-from .batches import Budget, Step, budgeted, first_sequence
+from ..statistics import GradientStatistic
+from .batches import budgeted, first_sequence
+from .budget import Budget, Step
 from .capture import Capture, capture
+from .fingerprint import check_not_meta
+from .gauges import peak_bytes, progress
 from .guards import left_as_found
 from .result import PassFacts
 from .spec import Calibration
@@ -50,11 +51,11 @@ def collect(
     _check_model(model)
     pass_ = _Pass(model, statistics, calibration)
     pass_.on_batch = on_batch
-    started, peak = time.perf_counter(), _peak_bytes()
+    started, peak = time.perf_counter(), peak_bytes()
     with (
         left_as_found(model, calibration.data, calibration.seed),
         capture(modules, pass_.sinks()) as seen,
-        _progress(calibration) as bar,
+        progress(calibration) as bar,
     ):
         for step in budgeted(calibration, model, pass_.budget):
             pass_.run(step, seen)
@@ -68,7 +69,7 @@ def collect(
         loss=pass_.loss_sum / pass_.weight,
         seconds=time.perf_counter() - started,
         state_bytes=sum(s.n_bytes() for s in statistics.values()),
-        peak_bytes=max(0, _peak_bytes() - peak),
+        peak_bytes=max(0, peak_bytes() - peak),
         stopped_by=pass_.budget.stopped_by,
     )
     return facts, pass_.probe
@@ -132,11 +133,7 @@ class _Pass:
         Raises:
             DataError: if the data are empty, or none of them carries loss.
         """
-        if self.budget.n_sequences == 0:
-            raise DataError(
-                f"the calibration data ({type(self.calibration.data).__name__}) gave no batch; a "
-                "generator can be read only once, and an empty loader has nothing to calibrate on."
-            )
+        self.budget.check_read(self.calibration.data)
         if self.weight == 0:
             raise DataError(
                 f"all labels of the {self.budget.n_sequences} calibration sequences are -100 (or "
@@ -219,20 +216,12 @@ def _checked_weight(result: tuple[Any, ...]) -> float:
 
 def _check_model(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
-        _check_not_meta(name, parameter)
+        check_not_meta(name, parameter)
         if parameter.is_inference():
             raise CalibrationError(
                 f"{name} was created under torch.inference_mode() and can take part in no backward; "
                 "load the model outside inference mode."
             )
-
-
-def _check_not_meta(name: str, parameter: Tensor) -> None:
-    if parameter.device.type == "meta":
-        raise CalibrationError(
-            f"{name} is on the meta device, so the model cannot run and cannot be calibrated; load "
-            "the weights first."
-        )
 
 
 def _computes_in_float16(model: nn.Module, calibration: Calibration) -> bool:
@@ -243,42 +232,3 @@ def _computes_in_float16(model: nn.Module, calibration: Calibration) -> bool:
     device = next((p.device.type for p in model.parameters()), "cpu")
     enabled = torch.is_autocast_enabled(device)
     return enabled and torch.get_autocast_dtype(device) == torch.float16
-
-
-def model_fingerprint(model: nn.Module, skip: tuple[str, ...]) -> dict[str, str]:
-    """Hash every base weight, under the names that it has without adapters.
-
-    Args:
-        model: the base model, with or without adapters.
-        skip: parameters whose names contain one of these are not base weights.
-
-    Returns:
-        Hashes by parameter name.
-    """
-    hashes = {}
-    for name, parameter in model.named_parameters():
-        if not any(part in name for part in skip):
-            _check_not_meta(name, parameter)
-            plain = name.replace(".base_layer", "").replace(".original_module", "")
-            hashes[plain.replace("_orig_mod.", "")] = hash_weight(parameter)
-    return hashes
-
-
-def _peak_bytes() -> int:
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    if sys.platform == "win32":
-        return 0  # no such count there
-    import resource  # does not exist on Windows
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def _progress(calibration: Calibration) -> Any:
-    return tqdm(
-        desc="calibration",
-        unit=" tokens",
-        total=calibration.token_budget,
-        disable=not calibration.progress,
-    )

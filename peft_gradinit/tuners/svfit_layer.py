@@ -1,16 +1,15 @@
 """The SVFit layer: `y = W x + U (delta * (Vh x))` around a linear layer whose `W` stays."""
 
-import copy
 import warnings
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
-from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import ConfigError, TargetError
+from .weights import is_quantized, linear_shape, linear_weight
 
 
 class SVFitLinear(nn.Module, BaseTunerLayer):
@@ -49,10 +48,6 @@ class SVFitLinear(nn.Module, BaseTunerLayer):
         """Ranks by adapter name."""
         return {name: len(delta) for name, delta in self.svfit_delta.items()}
 
-    @property
-    def _quantised(self) -> bool:
-        return type(self.weight).__name__ in ("Params4bit", "Int8Params")
-
     def add_adapter(self, adapter_name: str, r: int) -> None:
         """Add an adapter whose basis is yet to come.
 
@@ -81,13 +76,7 @@ class SVFitLinear(nn.Module, BaseTunerLayer):
 
     def base_matrix(self) -> Tensor:
         """`W` as `(out, in)`, float32, dequantised if need be; shares memory where it can."""
-        base = self.get_base_layer()
-        if self._quantised:
-            base = copy.deepcopy(base)  # the two calls below write to 8-bit and to 4-bit layers
-            if getattr(getattr(base.weight, "quant_state", None), "packing_format_for_cpu", False):
-                base.state_dict()  # bitsandbytes packs 4-bit weights to evaluate; this unpacks them
-        weight = dequantize_module_weight(base).detach().float()
-        return weight.T if isinstance(base, Conv1D) else weight
+        return linear_weight(self.get_base_layer())
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """What the adapter adds to the weight, in the layout in which the base layer stores it.
@@ -163,7 +152,7 @@ class SVFitLinear(nn.Module, BaseTunerLayer):
     @torch.no_grad()
     def _shifted(self, adapter_name: str, sign: int) -> Tensor:
         weight = self.weight.data
-        if self._quantised:
+        if is_quantized(self.get_base_layer()):
             raise ConfigError(
                 f"a {type(self.get_base_layer()).__name__} cannot take in an adapter without being "
                 "quantised anew, which may round it away; merge it into the unquantised model: save "
@@ -186,16 +175,6 @@ class SVFitLinear(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "svfit." + super().__repr__()
-
-
-def linear_shape(module: nn.Module) -> tuple[int, int] | None:
-    """`(out, in)` of a linear layer's weight in the layout of `nn.Linear`; `None` for others."""
-    if isinstance(module, Conv1D):
-        in_features, out_features = module.weight.shape
-        return out_features, in_features
-    if isinstance(module, nn.Linear):
-        return module.out_features, module.in_features
-    return None
 
 
 def checked_shape(name: str, module: nn.Module) -> tuple[int, int]:

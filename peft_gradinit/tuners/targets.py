@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.integrations import dequantize_module_weight
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from ..errors import TargetError
+from .weights import linear_shape, linear_weight
 
 if TYPE_CHECKING:
     from .config import GradInitConfig
@@ -46,11 +45,7 @@ class Target:
 
     def weight(self) -> Tensor:
         """The weight in the layout of `nn.Linear`, dequantised if need be, float32."""
-        weight = getattr(self.module, "weight", None)
-        if not isinstance(weight, Tensor) or not weight.is_floating_point():
-            weight = cast("Tensor", dequantize_module_weight(self.module))
-        weight = weight.detach().float()
-        return weight.T if isinstance(self.module, Conv1D) else weight
+        return linear_weight(self.module)
 
 
 def resolve_targets(
@@ -118,7 +113,7 @@ def write_patterns(targets: Mapping[str, Target], config: "GradInitConfig") -> N
 
 def _target(name: str, module: nn.Module, config: "GradInitConfig") -> Target:
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    shape = _linear_shape(base)
+    shape = linear_shape(base)
     ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
     requested = ranks.get(get_pattern_key(list(ranks), name), config.r)
     alpha = alphas.get(get_pattern_key(list(alphas), name), config.lora_alpha)
@@ -132,15 +127,6 @@ def _target(name: str, module: nn.Module, config: "GradInitConfig") -> Target:
     if r != requested:
         alpha *= math.sqrt(r / requested) if config.use_rslora else r / requested
     return Target(name, base, shape, r, requested, alpha)
-
-
-def _linear_shape(module: nn.Module) -> tuple[int, int] | None:
-    if isinstance(module, Conv1D):
-        in_features, out_features = module.weight.shape
-        return out_features, in_features
-    if isinstance(module, nn.Linear):
-        return module.out_features, module.in_features
-    return None
 
 
 def _check_kinds(targets: Mapping[str, Target], config: "GradInitConfig") -> None:

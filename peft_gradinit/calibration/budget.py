@@ -1,0 +1,69 @@
+"""How much of the data a pass reads."""
+
+import dataclasses
+from typing import Any
+
+from ..errors import DataError
+from .spec import Calibration
+
+
+@dataclasses.dataclass
+class Step:
+    """One sub-batch of the pass.
+
+    Attributes:
+        batch: on the model's device.
+        n_sequences: its leading dimension.
+        n_tokens: its input tokens, padding not counted.
+        orient: orient the sketches before adding this sub-batch.
+    """
+
+    batch: Any
+    n_sequences: int
+    n_tokens: int
+    orient: bool
+
+
+class Budget:
+    """Counts what was read and says why reading ended."""
+
+    def __init__(self, calibration: Calibration) -> None:
+        self.max_tokens = calibration.token_budget
+        self.max_batches = calibration.max_batches
+        self.n_tokens = self.n_sequences = self.n_batches = 0
+        self.stopped_by = "end of data"
+
+    def tokens_spent(self) -> bool:
+        """Whether to stop, within a batch or after it; batches of no tokens end as well."""
+        if self.max_tokens is None or max(self.n_tokens, self.n_batches - 1) < self.max_tokens:
+            return False
+        self.stopped_by = "max_tokens"
+        return True
+
+    def batches_spent(self) -> bool:
+        """Whether to stop after a batch."""
+        if self.max_batches is None or self.n_batches < self.max_batches:
+            return False
+        self.stopped_by = "max_batches"
+        return True
+
+    def check_read(self, data: Any) -> None:
+        """Refuse data that gave nothing.
+
+        Args:
+            data: what was read, for the message.
+
+        Raises:
+            DataError: if no batch was counted.
+        """
+        if self.n_sequences == 0:
+            raise DataError(
+                f"the calibration data ({type(data).__name__}) gave no batch; a generator can be "
+                "read only once, and an empty loader has nothing to calibrate on."
+            )
+
+    def take(self, step: Step) -> Step:
+        """Count a step."""
+        self.n_tokens += step.n_tokens
+        self.n_sequences += step.n_sequences
+        return step

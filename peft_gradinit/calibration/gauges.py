@@ -1,0 +1,31 @@
+"""What a pass shows and measures of itself: a progress bar, and memory."""
+
+import sys
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from .spec import Calibration
+
+
+def peak_bytes() -> int:
+    """Peak memory so far: of the accelerator if there is one, else of the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    if sys.platform == "win32":
+        return 0  # no such count there
+    import resource  # does not exist on Windows
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def progress(calibration: Calibration) -> Any:
+    """A progress bar that counts the tokens of the budget."""
+    return tqdm(
+        desc="calibration",
+        unit=" tokens",
+        total=calibration.token_budget,
+        disable=not calibration.progress,
+    )
