@@ -51,7 +51,7 @@ ADAPTER = {
     "target_modules": "all-linear",
     "task_type": "SEQ_CLS",
 }
-METHODS = {"LoRA": 3e-3, "LoRA-GA": 2e-3, "LoRA-One": 3e-3, "EVA": 3e-3, "SVFit": 3e-2}
+METHODS = {"LoRA": 3e-3, "LoRA-GA": 1e-3, "LoRA-One": 3e-3, "EVA": 2e-3, "SVFit": 3e-2}
 GRID = {  # METHODS holds the best of each, see --sweep
     "LoRA": (1e-3, 2e-3, 3e-3, 5e-3),
     "LoRA-GA": (5e-4, 1e-3, 2e-3, 3e-3),
