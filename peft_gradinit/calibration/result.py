@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..errors import FingerprintError
 from ..linalg import TruncatedSVD
 from ..statistics import Fingerprint, load_triplets, save_triplets
 
@@ -101,10 +102,17 @@ class CalibrationResult:
         if path.is_dir():
             path = path / FILE_NAME
         triplets, fingerprint, facts = load_triplets(path)
+        try:
+            passed = PassFacts(**facts["pass"])
+            energy, failures = facts["energy"], facts["failures"]
+        except (KeyError, TypeError) as error:
+            raise FingerprintError(
+                f"the facts in {str(path)!r} are not those of this version ({error}); recalibrate."
+            ) from error
         return cls(
             triplets=triplets,
-            energy=facts["energy"],
-            failures=facts["failures"],
+            energy=energy,
+            failures=failures,
             fingerprint=fingerprint,
-            facts=PassFacts(**facts["pass"]),
+            facts=passed,
         )

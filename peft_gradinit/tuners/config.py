@@ -112,7 +112,7 @@ class GradInitConfig(LoraConfig, abc.ABC):
         ranks = {"r": self.r}
         ranks |= {f"rank_pattern[{k!r}]": v for k, v in (self.rank_pattern or {}).items()}
         for name, value in ranks.items():
-            if not isinstance(value, int) or value < 1:
+            if type(value) is not int or value < 1:
                 raise ConfigError(
                     f"{self._name}: {name} must be a positive integer, got {value!r}."
                 )

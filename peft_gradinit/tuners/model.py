@@ -124,10 +124,16 @@ class GradInitModel(LoraModel):
             The report, also kept in `init_report`.
         """
         config = self._config(adapter_name)
-        self._write(adapter_name, start)
+        try:
+            self._write(adapter_name, start)
+            step = self._checked_step(adapter_name, start) if config.checks_step else None
+            drift = self._drift(adapter_name, start)
+        except BaseException:
+            for name in start.factors:  # so that the call can be repeated
+                release(self._layer(name), adapter_name)
+                hold(self._layer(name), adapter_name)
+            raise
         config.fingerprint = start.result.fingerprint
-        step = self._checked_step(adapter_name, start) if config.checks_step else None
-        drift = self._drift(adapter_name, start)
         config.init_report = start.report(config.method, drift, step)
         return config.init_report
 
@@ -172,7 +178,11 @@ class GradInitModel(LoraModel):
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         (name, start), self._just_started = self._just_started or (None, None), None
         if name == adapter_name and start is not None and self._dtypes(adapter_name) != before:
-            self.fill(adapter_name, start)
+            try:
+                self.fill(adapter_name, start)
+            except BaseException:  # PEFT is past its own clean-up here
+                self._undo(adapter_name)
+                raise
 
     def _dtypes(self, adapter_name: str) -> list[torch.dtype]:
         return [
@@ -193,10 +203,8 @@ class GradInitModel(LoraModel):
                     base = _output(self.model, probe, calibration.loss_fn)
                 with adapter_alone(self.model, adapter_name):
                     started = _output(self.model, probe, calibration.loss_fn)
-            except Exception:
-                if calibration.loss_fn is None:
-                    raise
-                return None  # a user's loss may need more than one sequence
+            except Exception:  # noqa: BLE001 whatever the user's code may raise on one sequence
+                return None  # the drift is a figure in the report, no reason to fail
         return ((started - base).norm() / base.norm().clamp_min(1e-30)).item()
 
     def _layer(self, name: str) -> LoraLayer:
@@ -207,6 +215,26 @@ class GradInitModel(LoraModel):
 
     def _config(self, adapter_name: str) -> GradInitConfig:
         return cast("GradInitConfig", self.peft_config[adapter_name])
+
+    def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
+        """Combine adapters like PEFT, which cannot write into anchored ones.
+
+        Args:
+            adapters: names of the adapters to combine.
+            args: passed on to PEFT.
+            kwargs: passed on to PEFT.
+
+        Raises:
+            ConfigError: if one of them is anchored; PEFT's result would be empty.
+        """
+        anchored = [n for n in adapters if getattr(self.peft_config.get(n), "anchored", False)]
+        if anchored:
+            raise ConfigError(
+                f"add_weighted_adapter cannot combine the live adapters {anchored}, which hold an "
+                "anchor; save them and combine them as plain LoRA, loaded with "
+                "PeftModel.from_pretrained."
+            )
+        super().add_weighted_adapter(adapters, *args, **kwargs)
 
     # Saving and loading: PEFT's hooks, pure state-dict arithmetic ------------------------------
 
@@ -278,7 +306,10 @@ def _output(model: nn.Module, batch: Any, loss_fn: Any) -> Tensor:
     if loss_fn is not None:
         loss = loss_fn(model, batch)
         return (loss[0] if isinstance(loss, tuple) else loss).float()
-    output = model(**batch) if isinstance(batch, dict) else model(*batch)
+    if isinstance(batch, dict):
+        output = model(**batch)
+    else:
+        output = model(*batch) if isinstance(batch, tuple | list) else model(batch)
     values = output.values() if isinstance(output, dict) else output
     tensors = [v for v in values if isinstance(v, Tensor) and v.dim() > 0]
     return (tensors or [next(iter(values))])[0].float()

@@ -14,10 +14,10 @@ _HANDLE = "_gradinit_pending"
 def hold(layer: LoraLayer, adapter_name: str) -> None:
     """Let a training step through this adapter raise `NotInitializedError`."""
     for linear in _factors(layer, adapter_name):
-        setattr(linear, _HANDLE, linear.register_forward_pre_hook(_refuse_to_train))
+        setattr(linear, _HANDLE, linear.register_forward_hook(_refuse_to_train))
 
 
-def release(layer: nn.Module, adapter_name: str) -> None:
+def release(layer: nn.Module | LoraLayer, adapter_name: str) -> None:
     """Let the adapter train: its factors are what they should be."""
     for linear in _factors(layer, adapter_name):
         handle = linear.__dict__.pop(_HANDLE, None)
@@ -36,10 +36,17 @@ def _factors(layer: Any, adapter_name: str) -> list[nn.Module]:
     return [layer.lora_A[adapter_name]]
 
 
-def _refuse_to_train(module: nn.Module, args: Any) -> None:
+def _refuse_to_train(module: nn.Module, args: Any, output: torch.Tensor) -> None:
     trains = any(p.requires_grad for p in module.parameters())
-    if module.training and trains and torch.is_grad_enabled():
-        raise NotInitializedError(
-            "this adapter was made with calibration='deferred' and has no start yet; call "
-            "peft_gradinit.initialize(model, data), or load a checkpoint, before training."
-        )
+    if not trains or not torch.is_grad_enabled():
+        return
+    if module.training:
+        _raise_pending()
+    output.register_hook(_raise_pending)  # in eval mode the output may be looked at, not trained on
+
+
+def _raise_pending(*_: Any) -> None:
+    raise NotInitializedError(
+        "this adapter was made with calibration='deferred' and has no start yet; call "
+        "peft_gradinit.initialize(model, data), or load a checkpoint, before training."
+    )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calibration import Calibration, CalibrationResult, model_fingerprint
-from ..errors import CalibrationError, ConfigError
+from ..errors import CalibrationError, ConfigError, FingerprintError
 from ..statistics import Fingerprint
 from .allocation import allocated, offered_rank
 from .config import GradInitConfig
@@ -83,6 +83,7 @@ def compute_start(
         )
     calibration = Calibration.of(calibration)
     result = measured(model, targets, config, calibration)
+    _check_complete(result)
     _check_failures(result.failures, config)
     seed = result.fingerprint.options.get("seed", 0)
     factors, lines = {}, []
@@ -151,6 +152,28 @@ def _fingerprint(
         },
         options={**options, **config.measured_options()},
     )
+
+
+def _check_complete(result: CalibrationResult) -> None:
+    """Refuse a result that lacks, or has damaged, what its fingerprint promises.
+
+    Args:
+        result: measured now, or read from a file.
+
+    Raises:
+        FingerprintError: naming the first target that is incomplete.
+    """
+    for name, (_, in_features, rank) in result.fingerprint.targets.items():
+        svd = result.triplets.get(name)
+        if svd is None and name in result.failures:
+            continue
+        whole = svd is not None and svd.Vh.shape == (rank, in_features)
+        if svd is None or not whole or not all(bool(part.isfinite().all()) for part in svd):
+            raise FingerprintError(
+                f"the calibration is damaged: {name} should have {rank} finite triplets for "
+                f"{in_features} inputs, got {None if svd is None else tuple(svd.Vh.shape)}; "
+                "recalibrate."
+            )
 
 
 def _check_failures(failures: Mapping[str, str], config: GradInitConfig) -> None:
@@ -226,7 +249,7 @@ def _line(
     if target.r == 0:
         return ModuleReport(target.name, "none", 0, target.requested_r, None, 0.0, note)
     if factors is None:
-        kind = f"{type(target.module).__name__} has no gradient of this kind"
+        kind = f"{type(target.module).__name__} has no start of this method"
         note = result.failures.get(target.name, kind)
         return ModuleReport(target.name, "lora", target.r, target.requested_r, None, 0.0, note)
     used = result.triplets[target.name].S[: config.n_triplets(target.r)]

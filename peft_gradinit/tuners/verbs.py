@@ -1,11 +1,13 @@
 """What users call besides `get_peft_model`: `calibrate`, `initialize`, `load_for_training`."""
 
 import os
+from pathlib import Path
 from typing import Any, cast
 
 import peft
 from peft import PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from torch import nn
 
 from ..calibration import DEFERRED, Calibration, CalibrationResult
@@ -97,19 +99,53 @@ def load_for_training(
     """
     content = read_provenance(directory)
     config = _restored_config(content, directory)
+    fingerprint, report = _restored_facts(content, directory)
     if not allow_mismatch:
         _check_base(model, config, content["fingerprint"], directory)
+    _check_weights(directory)
+    trainable = [(p, p.requires_grad) for p in model.parameters()]
+    fresh = not isinstance(model, PeftModel)
     if isinstance(model, PeftModel):
         peft_model = model
         peft_model.add_adapter(adapter_name, config)
     else:
         peft_model = get_peft_model(model, config, adapter_name)
-    peft_model.load_adapter(str(directory), adapter_name, is_trainable=True)
+    try:
+        peft_model.load_adapter(str(directory), adapter_name, is_trainable=True)
+    except BaseException:
+        peft_model.unload() if fresh else peft_model.delete_adapter(adapter_name)
+        for parameter, requires_grad in trainable:
+            parameter.requires_grad = requires_grad
+        raise
     peft_model.set_adapter(adapter_name)
     live = cast("GradInitConfig | SpectralConfig", peft_model.peft_config[adapter_name])
-    live.fingerprint = Fingerprint(**content["fingerprint"]) if content["fingerprint"] else None
-    live.init_report = InitReport.from_dict(content["report"]) if content["report"] else None
+    live.fingerprint, live.init_report = fingerprint, report
     return peft_model
+
+
+def _restored_facts(
+    content: dict[str, Any], directory: str | os.PathLike[str]
+) -> tuple[Fingerprint | None, InitReport | None]:
+    try:
+        fingerprint, report = content["fingerprint"], content["report"]
+        return (
+            Fingerprint(**fingerprint) if fingerprint else None,
+            InitReport.from_dict(report) if report else None,
+        )
+    except (KeyError, TypeError) as error:
+        raise DataError(
+            f"the gradinit.json of {str(directory)!r} is damaged: {error!r}; restore the saved "
+            "adapter, or update the package if a later version wrote it."
+        ) from error
+
+
+def _check_weights(directory: str | os.PathLike[str]) -> None:
+    names = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
+    if not any((Path(directory) / name).exists() for name in names):
+        raise DataError(
+            f"{str(directory)!r} holds none of {names}, so there is no adapter to load; restore the "
+            "saved adapter."
+        )
 
 
 def _restored_config(

@@ -1,14 +1,21 @@
 """After a failure the model is as it was; targets without a gradient are named."""
 
+import dataclasses
+
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
 
+from peft_gradinit import calibrate, initialize, load_for_training
 from peft_gradinit.errors import (
     CalibrationError,
     ConfigError,
+    DataError,
+    FingerprintError,
     GradInitError,
+    NotInitializedError,
 )
+from peft_gradinit.tuners import GradInitModel
 from tests.helpers import (
     adapted,
     anchors,
@@ -140,3 +147,71 @@ def test_low_cpu_mem_usage_is_refused_since_a_start_needs_memory():
     with pytest.raises(ConfigError, match="low_cpu_mem_usage=True puts the adapter on the meta"):
         peft_model.add_adapter("second", lora_ga(), low_cpu_mem_usage=True)
     assert list(peft_model.peft_config) == ["default"]
+
+
+@pytest.mark.parametrize("damage", ["missing", "nan", "short"])
+def test_damaged_result_is_refused_and_never_plain_lora(damage):
+    result = calibrate(pico_llama(), lora_ga(), quiet(token_batches()))
+    name = "model.layers.0.self_attn.q_proj"
+    triplets = dict(result.triplets)
+    if damage == "missing":
+        del triplets[name]
+    elif damage == "nan":
+        triplets[name] = triplets[name]._replace(S=triplets[name].S * float("nan"))
+    else:
+        triplets[name] = triplets[name].truncate(3)
+    broken = dataclasses.replace(result, triplets=triplets)
+    with pytest.raises(FingerprintError, match=f"damaged: {name}"):
+        adapted(pico_llama(), lora_ga(calibration=broken))
+
+
+def test_weighted_sum_of_live_anchored_adapters_is_refused_not_empty():
+    peft_model = adapted(pico_llama())
+    with pytest.raises(ConfigError, match=r"cannot combine the live adapters \['default'\]"):
+        peft_model.add_weighted_adapter(["default"], [1.0], "sum")
+
+
+def test_deferred_adapter_refuses_a_backward_in_eval_mode_too():
+    peft_model = adapted(pico_llama(), lora_ga(calibration="deferred")).eval()
+    loss = peft_model(**token_batches()[0]).loss
+    with pytest.raises(NotInitializedError, match="has no start yet"):
+        loss.backward()
+
+
+def test_interrupted_initialize_can_be_repeated(monkeypatch):
+    peft_model = adapted(pico_llama(), lora_ga(calibration="deferred"))
+    tuner = peft_model.base_model
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(tuner), "_drift", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            initialize(peft_model, quiet(token_batches()))
+    assert initialize(peft_model, quiet(token_batches())).drift <= 1e-5
+
+
+def test_interrupt_after_the_cast_of_a_bfloat16_base_leaves_it_bare(monkeypatch):
+    model = pico_llama().to(torch.bfloat16)
+    fill, calls = GradInitModel.fill, []
+
+    def second_raises(self, *args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return fill(self, *args)
+
+    monkeypatch.setattr(GradInitModel, "fill", second_raises)
+    with pytest.raises(KeyboardInterrupt):
+        adapted(model)
+    assert not any("lora" in name for name, _ in model.named_modules())
+
+
+def test_loading_without_weights_leaves_the_base_bare(tmp_path):
+    adapted(pico_llama()).save_pretrained(tmp_path)
+    (tmp_path / "adapter_model.safetensors").unlink()
+    model = pico_llama()
+    with pytest.raises(DataError, match="there is no adapter to load"):
+        load_for_training(model, tmp_path)
+    assert not any("lora" in name for name, _ in model.named_modules())
