@@ -1,6 +1,8 @@
 """What a pass shows and measures of itself: a progress bar, and memory."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,11 +23,11 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def progress(calibration: Calibration) -> Any:
-    """A progress bar that counts the tokens of the budget."""
-    return tqdm(
-        desc="calibration",
-        unit=" tokens",
-        total=calibration.token_budget,
-        disable=not calibration.progress,
-    )
+@contextmanager
+def progress(calibration: Calibration) -> Iterator[Any]:
+    """A progress bar that counts the tokens of the budget, full when the data end before it."""
+    total, quiet = calibration.token_budget, not calibration.progress
+    with tqdm(desc="calibration", unit=" tokens", total=total, disable=quiet) as bar:
+        yield bar
+        bar.total = bar.n
+        bar.refresh()
