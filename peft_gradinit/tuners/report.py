@@ -18,7 +18,8 @@ class ModuleReport:
         method: the method, or `"lora"` where it fell back to a plain start.
         r: rank of the adapter.
         requested_r: rank that the config asked for.
-        captured_energy: share of the gradient's squared norm in the triplets used, 0 to 1.
+        captured_energy: share of the gradient's squared norm (EVA: of the inputs' variance) in the
+            triplets used, 0 to 1.
         start_norm: `|s B0 A0|_F / |W|_F`.
         fallback: why the start is not the method's, or why the rank was lowered; empty if neither.
     """
