@@ -43,7 +43,7 @@ from peft_gradinit import (
 )
 
 OUT = Path("out/quickstart")
-N_STEPS, BATCH_SIZE, N_CALIBRATION = 120, 16, 64
+N_STEPS, BATCH_SIZE, N_CALIBRATION = 100, 16, 64
 ADAPTER = {
     "r": 8,
     "lora_alpha": 8,
@@ -167,7 +167,7 @@ def table(runs: dict[str, Run], rates: dict[str, float]) -> Table:
     add("trainable", [f"{r.n_trainable:,}" for r in runs.values()])
     add("start, s", [f"{r.start_seconds:.1f}" for r in runs.values()])
     add("training, s", [f"{r.seconds:.0f}" for r in runs.values()])
-    for last in (10, 25, 50, 100, N_STEPS):
+    for last in sorted({10, 25, 50, N_STEPS}):
         first = max(1, last - 9)
         add(
             f"loss, steps {first}-{last}",
@@ -255,7 +255,9 @@ def main() -> None:
     parser.add_argument(
         "--sweep", nargs="*", metavar="METHOD", help="compare learning rates instead"
     )
+    parser.add_argument("--steps", type=int, default=N_STEPS, help="training steps of each run")
     arguments = parser.parse_args()
+    globals()["N_STEPS"] = arguments.steps
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
