@@ -51,7 +51,8 @@ def measure_gradients(
         )
         for name, (out_features, in_features, rank) in fingerprint.targets.items()
     }
-    replay = Replay() if keep_batches else None
+    custom_loss = calibration.loss_fn is not None
+    replay = Replay(custom_loss=custom_loss) if keep_batches else None
     on_batch = replay.keep if replay else None
     facts, probe = collect(model, modules, statistics, calibration, on_batch)
     energy, failures = _judge(statistics, facts.n_batches)

@@ -1,7 +1,6 @@
 """The config that all methods share: a `LoraConfig` that knows where its start comes from."""
 
 import abc
-import dataclasses
 import math
 import os
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ from ..linalg import TruncatedSVD
 from ..statistics import Fingerprint
 from .allocation import ALLOCATIONS as _ALLOCATIONS
 from .allocation import RankAllocation, check_allocation
+from .combining import plain_config
 from .provenance import write_provenance
 from .report import InitReport
 from .targets import Target
@@ -198,9 +198,7 @@ class GradInitConfig(LoraConfig, abc.ABC):
         An anchored adapter of rank `r` is saved with rank `2 r`; `lora_alpha` grows by 2 (rsLoRA:
         by the root of 2), which keeps the scaling. The same holds for the patterns.
         """
-        plain = LoraConfig(**{
-            f.name: getattr(self, f.name) for f in dataclasses.fields(LoraConfig) if f.init
-        })
+        plain = plain_config(self)
         if self.anchored:
             growth = math.sqrt(2) if self.use_rslora else 2
             plain.r = 2 * self.r
