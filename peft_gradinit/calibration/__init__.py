@@ -8,7 +8,7 @@ from .fingerprint import model_fingerprint, stored_weight, with_stored_weight
 from .gradients import measure_gradients
 from .guards import left_as_found
 from .inputs import measure_inputs
-from .losses import mean_loss
+from .losses import base_loss, mean_loss
 from .result import CalibrationResult, PassFacts
 from .run import collect
 from .spec import DEFERRED, Calibration
@@ -18,6 +18,7 @@ __all__ = [
     "Calibration",
     "CalibrationResult",
     "PassFacts",
+    "base_loss",
     "capture",
     "collect",
     "left_as_found",

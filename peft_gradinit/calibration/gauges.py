@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from .processes import Processes
 from .spec import Calibration
 
 
@@ -24,9 +25,17 @@ def peak_bytes() -> int:
 
 
 @contextmanager
-def progress(calibration: Calibration) -> Iterator[Any]:
-    """A progress bar that counts the tokens of the budget, full when the data end before it."""
-    total, quiet = calibration.token_budget, not calibration.progress
+def progress(calibration: Calibration, world: Processes) -> Iterator[Any]:
+    """A progress bar on the first process, which counts the tokens of the budget.
+
+    Args:
+        calibration: its budget, and whether to show a bar.
+        world: the processes.
+
+    Yields:
+        The bar; full when the data end before the budget.
+    """
+    total, quiet = calibration.token_budget, not calibration.progress or world.rank > 0
     with tqdm(desc="calibration", unit=" tokens", total=total, disable=quiet) as bar:
         yield bar
         bar.total = bar.n

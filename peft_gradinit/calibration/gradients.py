@@ -8,7 +8,10 @@ from collections.abc import Mapping
 from torch import nn
 
 from ..errors import CalibrationError
+from ..linalg import TruncatedSVD
 from ..statistics import Fingerprint, GradientStatistic, TestMatrixPool, gradient_statistic
+from .processes import processes
+from .reduction import factored
 from .replay import Replay
 from .result import CalibrationResult
 from .run import collect
@@ -54,15 +57,19 @@ def measure_gradients(
     custom_loss = calibration.loss_fn is not None
     replay = Replay(custom_loss=custom_loss) if keep_batches else None
     on_batch = replay.keep if replay else None
-    facts, probe = collect(model, modules, statistics, calibration, on_batch)
-    energy, failures = _judge(statistics, facts.n_batches)
-    triplets = {}
-    for name, (_, _, rank) in fingerprint.targets.items():
-        if name in failures:
-            continue
-        statistic = statistics.pop(name)  # popped: its memory goes before the next one
-        triplets[name] = statistic.triplets(rank)
-        energy[name] = statistic.energy(triplets[name])
+    with processes() as world:
+        facts, probe = collect(model, modules, statistics, calibration, on_batch, world)
+        if replay is not None:
+            replay.of_one_process = world.size > 1
+        energy, failures = _judge(statistics, facts.n_batches)
+
+        def triplets_of(name: str) -> TruncatedSVD:
+            return statistics[name].triplets(fingerprint.targets[name][2])
+
+        names = [name for name in fingerprint.targets if name not in failures]
+        triplets = factored(names, triplets_of, world)
+        energy |= {name: statistics[name].energy(triplets[name]) for name in names}
+        energy, failures = world.gather((energy, failures))[0]
     return CalibrationResult(
         triplets=triplets,
         energy=energy,

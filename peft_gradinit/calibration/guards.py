@@ -44,8 +44,8 @@ def left_as_found(model: nn.Module, data: Any, seed: int) -> Iterator[None]:
 
 @contextmanager
 def _randomness(data: Any, seed: int) -> Iterator[None]:
-    generators = _generators(data)
-    states = [g.get_state() for g in generators]
+    found = generators(data)
+    states = [g.get_state() for g in found]
     python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
         # Devices by name: without them, fork_rng warns where there are several.
@@ -57,11 +57,11 @@ def _randomness(data: Any, seed: int) -> Iterator[None]:
     finally:
         random.setstate(python_state)
         np.random.set_state(numpy_state)
-        for generator, state in zip(generators, states, strict=True):
+        for generator, state in zip(found, states, strict=True):
             generator.set_state(state)
 
 
-def _generators(loader: Any) -> list[torch.Generator]:
+def generators(loader: Any) -> list[torch.Generator]:
     """Generators that iterating over a `DataLoader` would advance, also inside other samplers."""
     found: dict[int, torch.Generator] = {}
     holders, visited = [loader], set()

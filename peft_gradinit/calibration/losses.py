@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -11,13 +11,22 @@ from torch import Tensor, nn
 
 from ..errors import CalibrationError, DataError
 from .guards import left_as_found
+from .layouts import is_sharded
+from .processes import Processes, processes
 from .replay import Replay
 from .spec import Calibration
 from .tokens import loss_weight
 
 
+def base_loss(replay: Replay) -> float:
+    """Mean loss of the base model on the batches of a replay, of all processes."""
+    with _processes_of(replay) as world:
+        loss_sum, weight = world.total(replay.loss_sum, sum(replay.weights))
+    return loss_sum / weight
+
+
 def mean_loss(model: nn.Module, replay: Replay, calibration: Calibration) -> float:
-    """Mean loss of the model, as it is now, on the batches of a replay.
+    """Mean loss of the model, as it is now, on the batches of a replay, of all processes.
 
     Args:
         model: the model, with whatever adapters are active; left as it was found.
@@ -27,13 +36,24 @@ def mean_loss(model: nn.Module, replay: Replay, calibration: Calibration) -> flo
     Returns:
         The loss, weighted as in the pass.
     """
-    total = 0.0
+    loss_sum = 0.0
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    with left_as_found(model, None, calibration.seed), torch.no_grad():
-        for batch in replay.batches:
-            loss, weight = loss_and_weight(model, send_to_device(batch, device), calibration)
-            total += float(loss) * weight
-    return total / replay.weight
+    with _processes_of(replay) as world:
+        runs = len(replay.batches)
+        if is_sharded(model):  # then all processes must run it equally often
+            runs = max(world.gather(runs))
+        with world.together(), left_as_found(model, None, calibration.seed), torch.no_grad():
+            for i in range(runs):
+                batch = send_to_device(replay.batches[min(i, len(replay.batches) - 1)], device)
+                loss, _ = loss_and_weight(model, batch, calibration)
+                if i < len(replay.batches) and replay.weights[i]:
+                    loss_sum += float(loss) * replay.weights[i]
+        loss_sum, weight = world.total(loss_sum, sum(replay.weights))
+    return loss_sum / weight
+
+
+def _processes_of(replay: Replay) -> AbstractContextManager[Processes]:
+    return processes() if replay.of_one_process else nullcontext(Processes())
 
 
 def loss_and_weight(model: nn.Module, batch: Any, calibration: Calibration) -> tuple[Any, float]:

@@ -17,31 +17,28 @@ class Replay:
     Attributes:
         batches: as passed to the model.
         loss_sum: sum of their losses, each times its weight.
-        weight: sum of their weights.
+        weights: of each, the number of terms that its loss is the mean of.
         n_bytes: what the batches hold.
         custom_loss: whether the loss was the user's `loss_fn`, not the model's own.
+        of_one_process: whether other processes have batches of the same pass.
     """
 
     batches: list[Any] = dataclasses.field(default_factory=list, repr=False)
     loss_sum: float = 0.0
-    weight: float = 0.0
+    weights: list[float] = dataclasses.field(default_factory=list, repr=False)
     n_bytes: int = 0
     custom_loss: bool = False
-
-    @property
-    def loss(self) -> float:
-        """Mean loss of the base model."""
-        return self.loss_sum / self.weight
+    of_one_process: bool = False
 
     def keep(self, batch: Any, loss: float, weight: float) -> None:
-        """Keep a batch, unless the limit is reached."""
+        """Keep a batch, unless the limit is reached; one without weight only if it is the first."""
         n_bytes = _n_bytes(batch)
-        if self.batches and self.n_bytes + n_bytes > MAX_BYTES:
+        if self.batches and (self.n_bytes + n_bytes > MAX_BYTES or weight == 0):
             return
         self.batches.append(batch)
         self.n_bytes += n_bytes
         self.loss_sum += loss * weight
-        self.weight += weight
+        self.weights.append(weight)
 
     @property
     def is_storable(self) -> bool:
@@ -55,7 +52,7 @@ class Replay:
         """The numbers, for JSON."""
         return {
             "loss_sum": self.loss_sum,
-            "weight": self.weight,
+            "weights": self.weights,
             "n_bytes": self.n_bytes,
             "custom_loss": self.custom_loss,
         }

@@ -57,13 +57,20 @@ class SketchedGradient(GradientStatistic):
         return min(self.width - N_RANDOM_COLUMNS, 2 * self.width // 3)
 
     def _accumulate(self, x: Tensor, dy: Tensor, weight: float | int) -> None:
+        Y, Z = self.sums(x.device)
+        random = self._random(x.device)
+        Y.addmm_(dy.T, _project(x, self._V, random.Omega), alpha=weight)
+        Z.addmm_(x.T, _project(dy, self._U, random.Psi), alpha=weight)
+
+    def sums(self, device: torch.device) -> list[Tensor]:  # noqa: D102
         if self._Y is None or self._Z is None:
             out_features, in_features = self.shape
-            self._Y = torch.zeros(out_features, self.width, device=x.device)
-            self._Z = torch.zeros(in_features, self.width, device=x.device)
-        random = self._random(x.device)
-        self._Y.addmm_(dy.T, _project(x, self._V, random.Omega), alpha=weight)
-        self._Z.addmm_(x.T, _project(dy, self._U, random.Psi), alpha=weight)
+            self._Y = torch.zeros(out_features, self.width, device=device)
+            self._Z = torch.zeros(in_features, self.width, device=device)
+        return [self._Y, self._Z]
+
+    def _existing_sums(self) -> list[Tensor]:
+        return [t for t in (self._Y, self._Z) if t is not None]
 
     def orient(self) -> None:
         """Turn the test matrices towards the gradient seen so far and move the sums to them."""

@@ -11,7 +11,7 @@ import torch
 from peft.tuners.lora import LoraLayer, LoraModel
 from torch import Tensor, nn
 
-from ..calibration import left_as_found, mean_loss
+from ..calibration import base_loss, left_as_found, mean_loss
 from ..errors import ConfigError, NotInitializedError
 from .allocation import without_empty
 from .anchored import (
@@ -142,7 +142,7 @@ class GradInitModel(ReportsByAdapter, LoraModel):
             with adapter_alone(self.model, adapter_name):
                 return mean_loss(self.model, replay, start.calibration)
 
-        return check_step(self._config(adapter_name).method, replay.loss, loss_at)
+        return check_step(self._config(adapter_name).method, base_loss(replay), loss_at)
 
     def _prepare_layers(self, targets: Mapping[str, Target], adapter_name: str) -> None:
         """Anchor the layers where the method does, and hold them until they have their start."""
