@@ -39,29 +39,17 @@ def measure_gradients(
 
     """
     started = time.perf_counter()
-    pool = TestMatrixPool()
-    statistics = {
-        name: gradient_statistic(
-            (out_features, in_features),
-            rank=rank,
-            estimator=calibration.estimator,
-            sketch_size=calibration.sketch_size,
-            seed=calibration.seed,
-            pool=pool,
-        )
-        for name, (out_features, in_features, rank) in fingerprint.targets.items()
-    }
+    statistics = _empty(fingerprint, calibration)
     replay = Replay() if keep_batches else None
     on_batch = replay.keep if replay else None
     facts, probe = collect(model, modules, statistics, calibration, on_batch)
     energy, failures = _judge(statistics, facts.n_batches)
     triplets = {}
     for name, (_, _, rank) in fingerprint.targets.items():
-        if name in failures:
-            continue
-        statistic = statistics.pop(name)  # popped: its memory goes before the next one
-        triplets[name] = statistic.triplets(rank)
-        energy[name] = statistic.energy(triplets[name])
+        if name not in failures:
+            statistic = statistics.pop(name)  # popped: its memory goes before the next one
+            triplets[name] = statistic.triplets(rank)
+            energy[name] = statistic.energy(triplets[name])
     return CalibrationResult(
         triplets=triplets,
         energy=energy,
@@ -72,6 +60,22 @@ def measure_gradients(
         replay=replay,
         options=dataclasses.replace(calibration, data=()),
     )
+
+
+def _empty(fingerprint: Fingerprint, calibration: Calibration) -> dict[str, GradientStatistic]:
+    """An empty accumulator for every target; layers of one dimension share test matrices."""
+    pool = TestMatrixPool()
+    return {
+        name: gradient_statistic(
+            (out_features, in_features),
+            rank=rank,
+            estimator=calibration.estimator,
+            sketch_size=calibration.sketch_size,
+            seed=calibration.seed,
+            pool=pool,
+        )
+        for name, (out_features, in_features, rank) in fingerprint.targets.items()
+    }
 
 
 def _judge(
