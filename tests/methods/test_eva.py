@@ -284,7 +284,7 @@ def test_an_endless_stream_ends_with_the_budget():
 
 
 def test_batches_shorter_than_the_rank_add_what_they_have():
-    """Pieces of one to three tokens at r 4; the authors' code cannot take those that are shorter."""
+    """Pieces of one to three tokens at r 4."""
     ids = torch.cat(rows_of(token_batches()))[:60]
     lengths = itertools.cycle([1, 2, 3])
     pieces = []
