@@ -13,7 +13,15 @@ from .spec import Calibration
 
 
 def peak_bytes() -> int:
-    """Peak memory so far: of the accelerator if there is one, else of the process."""
+    """Peak memory so far, in bytes.
+
+    With CUDA, what torch allocated on the current device since the start of the process or the
+    user's last reset; a model on several devices uses more. Else the resident memory of the whole
+    process, the interpreter and the model included.
+
+    Returns:
+        The peak; 0 where the system keeps no such count (Windows without CUDA).
+    """
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     if sys.platform == "win32":

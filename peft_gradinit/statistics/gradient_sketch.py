@@ -202,8 +202,9 @@ def gradient_statistic(
         shape: `(out, in)` of the layer.
         rank: triplets that will be asked for.
         estimator: `"sketch"` or `"dense"`.
-        sketch_size: columns of the sketches. `None`: `2 * rank + 80`, at which the error of the
-            rank-`rank` reconstruction stays within a few per cent of the best possible one.
+        sketch_size: columns of the sketches; unused by `"dense"`. `None`: `2 * rank + 80`, at which
+            the error of the rank-`rank` reconstruction stays within a few per cent of the best
+            possible one.
         seed: seed of the test matrices.
         pool: shared by the layers of one pass.
 
@@ -211,9 +212,11 @@ def gradient_statistic(
         A `SketchedGradient`, or a `DenseGradient` if asked for or if it is the smaller one.
 
     Raises:
-        ShapeError: if `sketch_size` is too small for `rank`.
+        ShapeError: if `estimator="sketch"` and `sketch_size` is too small for `rank`.
     """
     out_features, in_features = shape
+    if estimator == "dense":
+        return DenseGradient(out_features, in_features)
     width = 2 * rank + 80 if sketch_size is None else sketch_size
     if width < max(rank, N_RANDOM_COLUMNS) + 8:
         raise ShapeError(
@@ -222,7 +225,7 @@ def gradient_statistic(
         )
     sketch = SketchedGradient(out_features, in_features, width=width, seed=seed, pool=pool)
     n_floats = (width + sketch.n_oriented) * (out_features + in_features)
-    if estimator == "dense" or n_floats >= out_features * in_features:
+    if n_floats >= out_features * in_features:
         return DenseGradient(out_features, in_features)
     return sketch
 
