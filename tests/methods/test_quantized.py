@@ -9,14 +9,12 @@ from peft import LoraConfig, PeftModel
 from torch import nn
 
 from peft_gradinit import CalibrationResult, calibrate, load_for_training
-from peft_gradinit.errors import FingerprintError
 from peft_gradinit.methods import METHODS
 from peft_gradinit.tuners.weights import linear_weight
 from tests.helpers import logits, pico_llama, quiet, relative_error, token_batches, train_steps
 from tests.methods.test_contract import FLOAT32, INFO, config_of, saved_factors, started
 
 bnb = pytest.importorskip("bitsandbytes")
-from bitsandbytes.functional import has_avx512bf16  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*MatMul8bitLt.*")
 
@@ -33,14 +31,6 @@ REFERENCE = {4: 2e-3, 8: 0.1}
 """Relative error of a start against that of the dequantised base. 4-bit layers calibrate in float32;
 singular vectors turn by the rounding over the gap to the next value. 8-bit layers round their inputs
 to 8 bits as well."""
-
-repacked = pytest.mark.xfail(
-    has_avx512bf16(),
-    raises=FingerprintError,
-    reason="4-bit weights are hashed as they are stored, and bitsandbytes repacks them to evaluate",
-    strict=True,
-)
-every_base_by_hash = pytest.mark.parametrize("bits", [pytest.param(4, marks=repacked), 8])
 
 
 def small_llama():
@@ -244,7 +234,7 @@ def test_load_for_training_continues_on_a_fresh_quantized_base(method, bits, tmp
     assert losses[-1] < losses[0]  # three batches: the last is the first
 
 
-@every_base_by_hash
+@every_base
 @pytest.mark.parametrize(
     ("measured_on", "used_on"), [(quantized, evaluated), (evaluated, quantized)]
 )
@@ -257,7 +247,7 @@ def test_an_evaluated_base_is_the_same_base(method, measured_on, used_on, bits, 
     assert all(p.isfinite().all() for p in peft_model.parameters() if p.requires_grad)
 
 
-@every_base_by_hash
+@every_base
 @pytest.mark.parametrize(
     ("saved_on", "loaded_on"), [(quantized, evaluated), (evaluated, quantized)]
 )
