@@ -312,7 +312,7 @@ class GradInitModel(ReportsByAdapter, LoraModel):
 
 def _check_memory(low_cpu_mem_usage: bool) -> None:
     # `get_peft_model` does not hand the option on; it wraps everything in `init_empty_weights`.
-    if low_cpu_mem_usage or nn.Linear(1, 1).weight.is_meta:
+    if low_cpu_mem_usage or nn.LayerNorm(1).weight.is_meta:
         raise ConfigError(
             "low_cpu_mem_usage=True puts the adapter on the meta device, where no start can be "
             "written; leave it at False for configs of this package."

@@ -556,7 +556,6 @@ def test_a_start_leaves_of_the_base_what_plain_lora_leaves(method, make):
     assert [k for k in plain if plain[k] != ours[k]] == []
 
 
-@pytest.mark.xfail(reason="a layer made to ask for the device of new layers draws its weights")
 @with_data
 def test_a_start_draws_from_torch_what_plain_lora_draws(method):
     """So that a seeded comparison with plain LoRA sees the same dropout and the same batches."""
