@@ -8,6 +8,7 @@ from .fingerprint import model_fingerprint, stored_weight, with_stored_weight
 from .gradients import measure_gradients
 from .guards import left_as_found
 from .inputs import measure_inputs
+from .layouts import assign, is_sharded, plain_name, unwrapped, whole, whole_modules
 from .losses import base_loss, mean_loss
 from .result import CalibrationResult, PassFacts
 from .run import collect
@@ -18,14 +19,20 @@ __all__ = [
     "Calibration",
     "CalibrationResult",
     "PassFacts",
+    "assign",
     "base_loss",
     "capture",
     "collect",
+    "is_sharded",
     "left_as_found",
     "mean_loss",
     "measure_gradients",
     "measure_inputs",
     "model_fingerprint",
+    "plain_name",
     "stored_weight",
+    "unwrapped",
+    "whole",
+    "whole_modules",
     "with_stored_weight",
 ]

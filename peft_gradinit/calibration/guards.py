@@ -11,6 +11,7 @@ changes for the pass, it puts back in reverse order:
 - reentrant checkpointing replaced by the non-reentrant kind, under which taps work;
 - `use_cache` off; compiled code run eagerly, since compiled graphs ignore hooks added later;
 - the random state of torch, numpy and Python, and of the generators of the user's data loader;
+- models that ZeRO-3 has partitioned run without an engine;
 - inference mode off and gradients on, whatever the caller's mode.
 """
 
@@ -24,6 +25,9 @@ import numpy as np
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+from .layouts import resharded
+from .zero3 import runnable
 
 
 @contextmanager
@@ -39,7 +43,14 @@ def left_as_found(model: nn.Module, data: Any, seed: int) -> Iterator[None]:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.compiler.set_stance("force_eager"))
-        contexts = (_randomness(data, seed), _modes(model), _unpacked(model), _attributes(model))
+        contexts = (
+            _randomness(data, seed),
+            _modes(model),
+            _unpacked(model),
+            _attributes(model),
+            runnable(model),
+            resharded(model),
+        )
         for context in contexts:
             stack.enter_context(context)
         yield
@@ -114,7 +125,8 @@ def _unpacked(model: nn.Module) -> Iterator[None]:
 
 def _state_of_4bit(module: nn.Module) -> Any:
     """The scales of a 4-bit layer of bitsandbytes; `None` for other modules."""
-    return getattr(getattr(module, "weight", None), "quant_state", None)
+    # Not `module.weight`, which other modules may have to compute.
+    return getattr(module._parameters.get("weight"), "quant_state", None)
 
 
 @contextmanager

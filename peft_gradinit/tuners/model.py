@@ -11,7 +11,7 @@ import torch
 from peft.tuners.lora import LoraLayer, LoraModel
 from torch import Tensor, nn
 
-from ..calibration import base_loss, left_as_found, mean_loss
+from ..calibration import base_loss, left_as_found, mean_loss, unwrapped, whole_modules
 from ..errors import ConfigError, NotInitializedError
 from .allocation import without_empty
 from .anchored import (
@@ -140,7 +140,7 @@ class GradInitModel(ReportsByAdapter, LoraModel):
             # Both factors share the scale of their product.
             self._write(adapter_name, start, shrink=math.sqrt(scale))
             with adapter_alone(self.model, adapter_name):
-                return mean_loss(self.model, replay, start.calibration)
+                return mean_loss(start.runner or self.model, replay, start.calibration)
 
         return check_step(self._config(adapter_name).method, base_loss(replay), loss_at)
 
@@ -160,9 +160,10 @@ class GradInitModel(ReportsByAdapter, LoraModel):
     def _write(self, adapter_name: str, start: Start, shrink: float = 1.0) -> None:
         """Write the factors, both `shrink` times as long, and let the adapter train."""
         fill = fill_anchored if self._config(adapter_name).anchored else fill_plain
-        for name, (A0, B0) in start.factors.items():
-            fill(self._layer(name), adapter_name, shrink * A0, shrink * B0)
-            renew_magnitude(self._layer(name), adapter_name)
+        with whole_modules(start.runner or self.model, write=True):
+            for name, (A0, B0) in start.factors.items():
+                fill(self._layer(name), adapter_name, shrink * A0, shrink * B0)
+                renew_magnitude(self._layer(name), adapter_name)
         for layer in self.model.modules():
             release(layer, adapter_name)
 
@@ -191,20 +192,21 @@ class GradInitModel(ReportsByAdapter, LoraModel):
     def _drift(self, adapter_name: str, start: Start) -> float | None:
         """Relative change of the output on the first sequence of the data."""
         probe, calibration = start.result.probe, start.calibration
+        runner = start.runner or self.model
         if probe is None:
             return None
-        with left_as_found(self.model, None, calibration.seed), torch.no_grad():
+        with left_as_found(runner, None, calibration.seed), torch.no_grad():
             try:
                 with adapters_disabled(self.model):
-                    base = _output(self.model, probe, calibration.loss_fn)
+                    base = _output(runner, probe, calibration.loss_fn)
                 with adapter_alone(self.model, adapter_name):
-                    started = _output(self.model, probe, calibration.loss_fn)
+                    started = _output(runner, probe, calibration.loss_fn)
             except Exception:  # noqa: BLE001 whatever the user's code may raise on one sequence
                 return None  # the drift is a figure in the report, no reason to fail
         return ((started - base).norm() / base.norm().clamp_min(1e-30)).item()
 
     def _layer(self, name: str) -> LoraLayer:
-        layer = self.model.get_submodule(name)
+        layer = unwrapped(self.model.get_submodule(name))
         if not isinstance(layer, LoraLayer):
             raise TypeError(f"{name} is a {type(layer).__name__}, expected a LoRA layer")
         return layer

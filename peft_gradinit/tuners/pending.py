@@ -6,6 +6,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from ..calibration import unwrapped
 from ..errors import NotInitializedError
 
 _HANDLE = "_gradinit_pending"
@@ -33,7 +34,7 @@ def is_pending(layer: nn.Module, adapter_name: str) -> bool:
 def _factors(layer: Any, adapter_name: str) -> list[nn.Module]:
     if not isinstance(layer, LoraLayer) or adapter_name not in layer.lora_A:
         return []
-    return [layer.lora_A[adapter_name]]
+    return [unwrapped(layer.lora_A[adapter_name])]
 
 
 def _refuse_to_train(module: nn.Module, args: Any, output: torch.Tensor) -> None:

@@ -12,7 +12,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..calibration import stored_weight
+from ..calibration import stored_weight, whole
 from ..errors import ConfigError, TargetError
 from ..statistics import Fingerprint, hash_weight
 from .report import ReportsByAdapter
@@ -62,7 +62,9 @@ class SVFitModel(ReportsByAdapter, BaseTuner):
         for name, layer in layers.items():
             weight = _finite_matrix(name, layer)
             layer.fill(adapter_name, *config.basis(weight, layer.r[adapter_name], name))
-            layer.weight_hash[adapter_name] = hash_weight(stored_weight(layer.get_base_layer()))
+            layer.weight_hash[adapter_name] = hash_weight(
+                whole(stored_weight(layer.get_base_layer()))
+            )
         bases = [layer.get_base_layer() for layer in layers.values()]
         config.fan_in_fan_out = any(isinstance(base, Conv1D) for base in bases)
         config.ranks = {name: layer.r[adapter_name] for name, layer in layers.items()}

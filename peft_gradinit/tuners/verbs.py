@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from torch import nn
 
-from ..calibration import DEFERRED, Calibration, CalibrationResult
+from ..calibration import DEFERRED, Calibration, CalibrationResult, is_sharded
 from ..errors import ConfigError, DataError, FingerprintError
 from ..statistics import Fingerprint
 from .config import GradInitConfig
@@ -53,7 +53,8 @@ def initialize(peft_model: PeftModel, data: Any, adapter_name: str = "default") 
     """Give a deferred adapter its start, in place: parameters stay the objects that they are.
 
     Args:
-        peft_model: a model whose adapter was made with `calibration="deferred"`.
+        peft_model: a model whose adapter was made with `calibration="deferred"`; if FSDP shards it,
+            the outermost module, which the training loop calls.
         data: whatever `calibration=` takes.
         adapter_name: which adapter.
 
@@ -63,7 +64,8 @@ def initialize(peft_model: PeftModel, data: Any, adapter_name: str = "default") 
     Raises:
         ConfigError: if there is no such adapter, it is of another kind, or it has its start.
     """
-    tuner, config = _deferred(peft_model, adapter_name)
+    runner = peft_model if is_sharded(peft_model) else None
+    tuner, config = _deferred(_peft_model_in(peft_model), adapter_name)
     model = tuner.model
     targets = live_targets(model, config, adapter_name)
     if not any(is_pending(module, adapter_name) for module in model.modules()):
@@ -71,7 +73,7 @@ def initialize(peft_model: PeftModel, data: Any, adapter_name: str = "default") 
             f"adapter {adapter_name!r} has its start already, and initialising it again would undo "
             "its training; add a new adapter instead."
         )
-    return tuner.fill(adapter_name, compute_start(model, targets, config, data))
+    return tuner.fill(adapter_name, compute_start(model, targets, config, data, runner))
 
 
 def load_for_training(
@@ -177,6 +179,11 @@ def _check_base(
                 f"the adapter in {str(directory)!r} was made on another base model: {name} has hash "
                 f"{want} there and {got} here; load that base, or pass allow_mismatch=True."
             )
+
+
+def _peft_model_in(model: nn.Module) -> nn.Module:
+    """The `PeftModel` inside of wrappers such as FSDP1 and DDP; the model if there is none."""
+    return next((m for m in model.modules() if isinstance(m, PeftModel)), model)
 
 
 def _deferred(peft_model: Any, adapter_name: str) -> tuple[GradInitModel, GradInitConfig]:

@@ -52,7 +52,7 @@ def launch(module: str, function: str, size: int = 2, timeout: float = 120) -> l
                     str(size),
                 ],
                 cwd=ROOT,
-                env=environment | {"OMP_NUM_THREADS": "1"},
+                env=environment | {"OMP_NUM_THREADS": "1", "LOCAL_RANK": str(rank)},
             )
             for rank in range(size)
         ]
