@@ -23,6 +23,9 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+_HOLDERS = ("loader", "sampler", "batch_sampler", "dataset", "collate_fn", "data_collator")
+"""Attributes of loaders, and of what wraps them, under which generators are found."""
+
 
 @contextmanager
 def left_as_found(model: nn.Module, data: Any, seed: int) -> Iterator[None]:
@@ -72,7 +75,7 @@ def _generators(loader: Any) -> list[torch.Generator]:
         visited.add(id(holder))
         if isinstance(generator := getattr(holder, "generator", None), torch.Generator):
             found[id(generator)] = generator
-        holders += [getattr(holder, name, None) for name in ("sampler", "batch_sampler", "dataset")]
+        holders += [getattr(holder, name, None) for name in _HOLDERS]
     return list(found.values())
 
 

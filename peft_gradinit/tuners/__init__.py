@@ -3,6 +3,7 @@
 from .allocation import RankAllocation
 from .config import GradInitConfig
 from .model import GradInitModel
+from .pending import waiting_adapters
 from .registration import register
 from .report import InitReport, ModuleReport
 from .svfit_config import SpectralConfig
@@ -23,4 +24,5 @@ __all__ = [
     "initialize",
     "load_for_training",
     "register",
+    "waiting_adapters",
 ]

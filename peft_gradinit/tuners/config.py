@@ -90,6 +90,7 @@ class GradInitConfig(LoraConfig, abc.ABC):
         # An `InitVar` that stays, which pyright does not know.
         self.calibration = self._calibration(calibration)  # pyright: ignore[reportAttributeAccessIssue]
         self.restored = False
+        self.copy_of: str | None = None
         self.requested_ranks: dict[str, int] = {}
         self.init_report: InitReport | None = None
         self.fingerprint: Fingerprint | None = None

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import ConfigError, TargetError
 from ..statistics import Fingerprint, hash_weight
+from .copying import copy_adapter, source_of
 from .start import base_fingerprint
 from .svfit_config import SpectralConfig
 from .svfit_layer import SVFitLinear, checked_shape
@@ -57,6 +58,7 @@ class SVFitModel(BaseTuner):
             raise
 
     def _inject(self, model: nn.Module, adapter_name: str, options: tuple[Any, ...]) -> None:
+        source = source_of(self.peft_config, adapter_name)
         # Ranks are written into it.
         config = cast("SpectralConfig", copy.copy(self.peft_config[adapter_name]))
         self.peft_config[adapter_name] = config
@@ -65,9 +67,12 @@ class SVFitModel(BaseTuner):
         super().inject_adapter(model, adapter_name, *options)
         layers = live_layers(model, adapter_name)
         _warn_of_lowered_ranks(config, layers, adapter_name)
+        if source is not None:
+            copy_adapter(model, source, adapter_name)
         for name, layer in layers.items():
-            weight = _finite_matrix(name, layer)
-            layer.fill(adapter_name, *config.basis(weight, layer.r[adapter_name], name))
+            if source is None:
+                weight = _finite_matrix(name, layer)
+                layer.fill(adapter_name, *config.basis(weight, layer.r[adapter_name], name))
             layer.weight_hash[adapter_name] = hash_weight(layer.weight)
         bases = [layer.get_base_layer() for layer in layers.values()]
         config.fan_in_fan_out = any(isinstance(base, Conv1D) for base in bases)
