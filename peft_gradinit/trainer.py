@@ -128,6 +128,7 @@ class CalibrationCallback(TrainerCallback):
 
     def _start(self, model: nn.Module, peft_model: PeftModel, adapter_name: str) -> None:
         trainer = self.trainer
+        _drop_meaningless_check(peft_model.peft_config[adapter_name], trainer)
         quiet = trainer.args.disable_tqdm or not trainer.is_local_process_zero()
         with _bookkeeping(trainer.accelerator), _as_in_training(model, self._calibration.seed):
             understudy = _understudy(trainer)
@@ -156,9 +157,9 @@ class _TrainingBatches:
         understudy = self._understudy
         for batch in self.loader:
             yield understudy._prepare_inputs(batch)
-            # Online methods of TRL generate for several steps at once, and serve them by this count,
-            # which only `training_step` advances.
-            if isinstance(getattr(understudy, "_step", None), int):
+            # They generate for several steps at once, and serve them by this count, which only
+            # `training_step` advances.
+            if _is_online(understudy):
                 understudy._step += 1
 
 
@@ -185,6 +186,29 @@ def _peft_model(model: nn.Module) -> PeftModel:
         "peft_gradinit.LoraGAConfig(…, calibration='deferred') to get_peft_model or as peft_config, or "
         "remove the callback."
     )
+
+
+def _is_online(trainer: Any) -> bool:
+    """Whether it is a trainer of TRL's that generates its data as it goes: GRPO, RLOO, …."""
+    return hasattr(trainer, "_buffered_inputs") and hasattr(trainer, "_step")
+
+
+def _drop_meaningless_check(config: Any, trainer: Trainer) -> None:
+    """Switch off the check of a built-in step where the value of the loss says nothing.
+
+    Args:
+        config: of a live adapter.
+        trainer: where policy-gradient losses have the gradient, but not the value, of what they stand
+            for: a step of any size leaves all but their KL term as it is.
+    """
+    if _is_online(trainer) and config.checks_step:
+        config.check_step = False
+        warnings.warn(
+            f"the step that {config.method} starts with is not checked: the value of a policy-gradient "
+            f"loss ({type(trainer).__name__}) does not tell a good step from a bad one; set "
+            "check_step=False to accept that, or another method.",
+            stacklevel=4,
+        )
 
 
 def _understudy(trainer: Trainer) -> Any:
@@ -275,11 +299,17 @@ def _as_in_training(model: nn.Module, seed: int) -> Iterator[None]:
     """Everything of the model, and the random state, comes back; losses see a model in training.
 
     The modules are in eval mode, without dropout. The outermost one says that it trains: losses ask
-    it which way to go, and the way of evaluation may be another loss.
+    it which way to go, and the way of evaluation may be another loss. Losses with a reference switch
+    adapters, which in PEFT changes what is trainable.
     """
+    trainable = [(p, p.requires_grad) for p in model.parameters()]
     with left_as_found(model, None, seed):
         model.training = True
-        yield
+        try:
+            yield
+        finally:
+            for parameter, requires_grad in trainable:
+                parameter.requires_grad = requires_grad
 
 
 @contextmanager

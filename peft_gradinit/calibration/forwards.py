@@ -103,7 +103,9 @@ class Forwards:
         if not self._selection.n_tokens:
             return
         if self.probe is None:
-            self.probe = first_sequence(step.batch)
+            # A loss of the user's may be of several sequences together.
+            cut = self.calibration.loss_fn is None
+            self.probe = first_sequence(step.batch) if cut else step.batch
         try:
             self._forward(step.batch)
         finally:
