@@ -32,7 +32,13 @@ class Observed(Trainer):
 
 
 class Recorder(TrainerCallback):
-    """Keeps the adapter as it is when training begins."""
+    """Keeps the adapter as it is when training begins, and counts what is logged."""
+
+    def __init__(self):
+        self.n_logs = 0
+
+    def on_log(self, *args, **kwargs):
+        self.n_logs += 1
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         self.start = {name: value.clone() for name, value in model.state_dict().items()}
