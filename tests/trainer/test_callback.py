@@ -65,6 +65,7 @@ MODELS = {
     "rslora": lambda: deferred(use_rslora=True),
     "gpt2": lambda: deferred(pico_gpt2(), target_modules=["c_attn", "c_proj", "c_fc"]),
     "bf16": lambda: deferred(pico_llama().to(torch.bfloat16)),
+    "fp16": lambda: deferred(pico_llama().to(torch.float16)),
     "half-tokens": lambda: deferred(),
 }
 
