@@ -8,6 +8,7 @@ import peft
 from peft import PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ..calibration import DEFERRED, Calibration, CalibrationResult
@@ -94,7 +95,7 @@ def load_for_training(
         The `PeftModel`, its adapter active and trainable.
 
     Raises:
-        DataError: if the directory holds no readable `gradinit.json`.
+        DataError: if the directory holds no readable `gradinit.json`, or no readable weights.
         FingerprintError: if the base model has other weights.
     """
     content = read_provenance(directory)
@@ -146,6 +147,16 @@ def _check_weights(directory: str | os.PathLike[str]) -> None:
             f"{str(directory)!r} holds none of {names}, so there is no adapter to load; restore the "
             "saved adapter."
         )
+    file = Path(directory) / SAFETENSORS_WEIGHTS_NAME
+    try:
+        if file.exists():
+            with safe_open(file, "pt"):
+                pass
+    except (SafetensorError, OSError) as error:
+        raise DataError(
+            f"{str(file)!r} cannot be read ({error}); a run that was killed while it saved leaves such a "
+            "file: load the checkpoint before it, or restore the saved adapter."
+        ) from error
 
 
 def _restored_config(
