@@ -227,7 +227,8 @@ def _understudy(trainer: Trainer) -> Any:
     for name, value in vars(trainer).items():
         vars(understudy)[name] = value if name in shared else _own(value, known)
     understudy.train_dataset = _rereadable(trainer.train_dataset)
-    understudy.data_collator = copy.copy(understudy.data_collator)  # some make generators on first use
+    # Some make a generator when they are first used.
+    understudy.data_collator = copy.copy(understudy.data_collator)
     understudy.current_gradient_accumulation_steps = 1
     understudy.args = args = copy.copy(trainer.args)
     args.report_to = []
@@ -255,17 +256,16 @@ def _own(value: Any, known: dict[int, Any]) -> Any:
     if isinstance(value, types.MethodType):
         owner = known.get(id(value.__self__))
         return value if owner is None else types.MethodType(value.__func__, owner)
-    is_record = isinstance(value, TrainerState | TrainerControl)
-    if not is_record and not isinstance(value, dict | list | deque | set):
+    if not isinstance(value, TrainerState | TrainerControl | dict | list | deque | set):
         return value
-    own = known[id(value)] = copy.copy(value)
-    if isinstance(value, dict):
-        own.update({key: _own(item, known) for key, item in value.items()})
-    elif is_record:
-        vars(own).update({key: _own(item, known) for key, item in vars(value).items()})
-    elif isinstance(value, list | deque):
+    own: Any = copy.copy(value)
+    known[id(value)] = own
+    if isinstance(value, list | deque):
         for i, item in enumerate(value):
             own[i] = _own(item, known)
+    elif not isinstance(value, set):
+        entries = own if isinstance(value, dict) else vars(own)
+        entries.update({key: _own(item, known) for key, item in entries.items()})
     return own
 
 

@@ -1,5 +1,6 @@
 """What users call besides `get_peft_model`: `calibrate`, `initialize`, `load_for_training`."""
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any, cast
@@ -159,12 +160,40 @@ def _check_weights(directory: str | os.PathLike[str]) -> None:
         ) from error
 
 
+def _check_options(
+    config_cls: type,
+    values: dict[str, Any],
+    content: dict[str, Any],
+    directory: str | os.PathLike[str],
+) -> None:
+    """Refuse options that a later version has written: without them it would be another adapter.
+
+    Args:
+        config_cls: the class that they are for.
+        values: options by name.
+        content: of `gradinit.json`, which names the versions that wrote it.
+        directory: where it is, for the message.
+
+    Raises:
+        DataError: naming the options.
+    """
+    known = {field.name for field in dataclasses.fields(config_cls)}
+    if unknown := sorted(values.keys() - known):
+        versions = content.get("versions") or {}
+        wrote = ", ".join(f"{n} {versions.get(n, '?')}" for n in ("peft_gradinit", "peft"))
+        raise DataError(
+            f"the gradinit.json of {str(directory)!r} has options that {config_cls.__name__} does not know "
+            f"here: {unknown}; they were written by {wrote}: update these packages."
+        )
+
+
 def _restored_config(
     content: dict[str, Any], directory: str | os.PathLike[str]
 ) -> GradInitConfig | SpectralConfig:
     try:
         values = dict(content["config"])
         config_cls = PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(values.pop("peft_type"))]
+        _check_options(config_cls, values, content, directory)
         config = cast("GradInitConfig | SpectralConfig", config_cls(**values))
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(

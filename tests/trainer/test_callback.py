@@ -74,7 +74,9 @@ def half_loss(outputs, labels, num_items_in_batch=None):
     """A loss of the user's own: the first half of every sequence does not count."""
     labels = labels.clone()
     labels[:, : labels.shape[1] // 2] = -100
-    return nn.functional.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    return nn.functional.cross_entropy(
+        outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    )
 
 
 class HalfLoss(Trainer):
@@ -175,7 +177,10 @@ def test_second_training_and_new_models_of_a_search(tmp_path):
     trainer.train()  # goes on from the trained adapter, without a warning
     assert relative_error(logits(trainer.model), after) > 1e-4
     searching = Trainer(
-        args=arguments(tmp_path), train_dataset=ROWS, data_collator=pad, model_init=lambda: deferred()
+        args=arguments(tmp_path),
+        train_dataset=ROWS,
+        data_collator=pad,
+        model_init=lambda: deferred(),
     )
     searching.add_callback(CalibrationCallback(searching))
     searching.train()

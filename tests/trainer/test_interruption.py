@@ -147,6 +147,6 @@ def test_cut_weights_are_refused_and_the_model_waits_as_before(tmp_path):
         load_for_training(pico_llama(), file.parent)
     model = adapted(pico_llama(), lora_ga(calibration="deferred"))
     trainer = trainer_of(tmp_path / "resumed", model=model)
-    with pytest.raises(Exception, match="incomplete metadata|deserializing"):
+    with pytest.raises(Exception, match=r"incomplete metadata|deserializing"):
         trainer.train(resume_from_checkpoint=str(file.parent))
     assert waiting_adapters(model) == ["default"]

@@ -83,7 +83,7 @@ def pad_samples(samples):
 
 
 SETUPS = {
-    "plain": lambda: {},
+    "plain": dict,
     "several-epochs": lambda: {"max_steps": 14},
     "unseeded-sampler": lambda: {"accelerator_config": {"use_seedable_sampler": False}},
     "length-groups": lambda: {
@@ -178,12 +178,16 @@ def test_stream_that_can_be_read_only_once_is_refused_untouched(tmp_path):
     data = Once()
     trainer = trainer_of(tmp_path, data=data)
     trainer.add_callback(CalibrationCallback(trainer))
-    with pytest.raises(DataError, match=r"\(Once\) are a stream that cannot be copied.*calibration=path"):
+    with pytest.raises(
+        DataError, match=r"\(Once\) are a stream that cannot be copied.*calibration=path"
+    ):
         trainer.train()
     assert len(list(data)) == len(ROWS)
 
 
 def test_without_the_callback_training_is_refused_by_a_message_that_names_it(tmp_path):
     trainer = trainer_of(tmp_path, model=adapted(pico_llama(), lora_ga(calibration="deferred")))
-    with pytest.raises(NotInitializedError, match=r"add_callback\(.*CalibrationCallback\(trainer\)"):
+    with pytest.raises(
+        NotInitializedError, match=r"add_callback\(.*CalibrationCallback\(trainer\)"
+    ):
         trainer.train()

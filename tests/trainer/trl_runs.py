@@ -30,7 +30,9 @@ def config_of(method, calibration="deferred", **options):
     """A small config of any method; SVFit takes no calibration."""
     config_cls, own = CONFIGS[method]
     values = {**SHARED, **own, **options}
-    return config_cls(**values) if method == "SVFit" else config_cls(**values, calibration=calibration)
+    return (
+        config_cls(**values) if method == "SVFit" else config_cls(**values, calibration=calibration)
+    )
 
 
 def data():
