@@ -1,5 +1,6 @@
 """Runs of `transformers.Trainer` with and without the calibration pass, to compare them."""
 
+import pytest
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -113,3 +114,12 @@ def logs_of(trainer):
 
 def same_state(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+def mostly_slow(cases, quick):
+    """Parameters for `parametrize`, of which those that are not in `quick` are marked slow."""
+    return [c if c in quick else pytest.param(*_tuple(c), marks=pytest.mark.slow) for c in cases]
+
+
+def _tuple(case):
+    return case if isinstance(case, tuple) else (case,)

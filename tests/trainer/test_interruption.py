@@ -16,7 +16,7 @@ from peft_gradinit.errors import DataError
 from peft_gradinit.tuners import waiting_adapters
 from tests.helpers import adapted, base_weights, logits, lora_ga, pico_llama, same_weights
 from tests.trainer.interrupted_run import METHODS, losses_of, make_trainer
-from tests.trainer.runs import trainer_of
+from tests.trainer.runs import mostly_slow, trainer_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:CalibrationCallback has nothing to do")
 ROOT = Path(__file__).parent.parent.parent
@@ -84,7 +84,7 @@ def test_checkpoints_of_every_method_resume_and_load(method, tmp_path):
     assert same_weights(base_weights(whole.model), base)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", mostly_slow(METHODS, quick=["LoRA-GA"]))
 def test_loaded_adapter_goes_on_in_a_trainer(method, tmp_path):
     """`load_for_training` in place of a config: for scripts that have no data for one any more."""
     whole = make_trainer(method, tmp_path)
@@ -112,7 +112,7 @@ class SecondStepIsBest(Trainer):
         return {**super().evaluate(*args, **kwargs), "eval_loss": abs(self.state.global_step - 2)}
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", mostly_slow(METHODS, quick=["EVA"]))
 def test_best_model_and_limit_of_checkpoints(method, tmp_path):
     options = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
     trainer = make_trainer(method, tmp_path, SecondStepIsBest, save_total_limit=2, **options)

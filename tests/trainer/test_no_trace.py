@@ -15,6 +15,7 @@ from tests.trainer.runs import (
     Observed,
     calibrated_run,
     logs_of,
+    mostly_slow,
     same_state,
     trainer_of,
     uncalibrated_run,
@@ -109,12 +110,23 @@ SETUPS = {
 }
 
 
-@pytest.mark.parametrize("setup", SETUPS.values(), ids=SETUPS.keys())
+QUICK = [
+    "plain",
+    "accumulation",
+    "dropout",
+    "reentrant",
+    "own-stream",
+    "masking-collator",
+    "own-loader",
+]
+
+
+@pytest.mark.parametrize("setup", mostly_slow(SETUPS, quick=QUICK))
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 def test_run_is_the_one_without_a_pass(setup, tmp_path):
-    trainer = trainer_of(tmp_path, **setup())
+    trainer = trainer_of(tmp_path, **SETUPS[setup]())
     got = calibrated_run(trainer, max_batches=5)
-    other = trainer_of(tmp_path, **setup())
+    other = trainer_of(tmp_path, **SETUPS[setup]())
     want = uncalibrated_run(other, got.start)
     assert all(torch.equal(a, b) for a, b in zip(trainer.batches, other.batches, strict=True))
     assert logs_of(trainer) == logs_of(other)

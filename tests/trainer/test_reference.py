@@ -20,15 +20,22 @@ from tests.helpers import (
     same_weights,
     train_steps,
 )
-from tests.trainer.runs import same_state
+from tests.trainer.runs import mostly_slow, same_state
 from tests.trainer.trl_runs import CONFIGS, config_of, data, trainer_of
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*policy-gradient loss"),
 ]
-KINDS = ["dpo", "kto", "grpo"]
 MAKERS = ["calibrated", "trained", "deferred", "loaded"]
+POLICIES = mostly_slow(
+    [(method, maker) for method in CONFIGS for maker in MAKERS],
+    quick=[*(("LoRA-GA", maker) for maker in MAKERS), *((method, "trained") for method in CONFIGS)],
+)
+RUNS = mostly_slow(
+    [(kind, method) for kind in ("dpo", "kto", "grpo") for method in CONFIGS],
+    quick=[("dpo", "LoRA-GA"), ("kto", "LoRA-One"), ("grpo", "SVFit")],
+)
 
 
 def policy(method, maker, directory):
@@ -50,8 +57,7 @@ def of_adapter(model, name):
     }
 
 
-@pytest.mark.parametrize("maker", MAKERS)
-@pytest.mark.parametrize("method", CONFIGS)
+@pytest.mark.parametrize(("method", "maker"), POLICIES)
 def test_adapter_that_trl_adds_is_the_policy_and_disturbs_nothing(
     method, maker, tmp_path, monkeypatch
 ):
@@ -76,8 +82,7 @@ def test_adapter_that_trl_adds_is_the_policy_and_disturbs_nothing(
     assert trainer.ref_model is None
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("method", CONFIGS)
+@pytest.mark.parametrize(("kind", "method"), RUNS)
 def test_deferred_policy_and_its_reference_start_together(kind, method, tmp_path):
     model = policy(method, "deferred", tmp_path)
     trainer = trainer_of(kind, tmp_path, model=model, max_steps=1, learning_rate=0.0)
@@ -92,8 +97,7 @@ def test_deferred_policy_and_its_reference_start_together(kind, method, tmp_path
     assert (tmp_path / "saved" / "ref" / "adapter_config.json").exists()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("method", CONFIGS)
+@pytest.mark.parametrize(("kind", "method"), RUNS)
 def test_reference_stays_while_the_policy_trains(kind, method, tmp_path):
     model = policy(method, "trained", tmp_path)
     base, start = base_weights(model), logits(model)
