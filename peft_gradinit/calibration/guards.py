@@ -7,7 +7,7 @@ changes for the pass, it puts back in reverse order:
   modules that checkpoint, which do so in train mode only: their own flag is on, whatever it was
   (`from_pretrained` returns models in eval mode), and their own dropout rates are zero;
 - reentrant checkpointing replaced by the non-reentrant kind, under which taps work;
-- `use_cache` off; compiled code run eagerly, since compiled graphs ignore hooks added later;
+- `use_cache` off; 4-bit weights not repacked; compiled code run eagerly, since compiled graphs ignore hooks added later;
 - the random state of torch, numpy and Python, and of the generators of the user's data loader;
 - inference mode off and gradients on, whatever the caller's mode.
 """
@@ -114,6 +114,10 @@ def _temporary_values(model: nn.Module) -> list[tuple[Any, str, Any]]:
         (c, "use_cache", False) for c in configs.values() if getattr(c, "use_cache", False) is True
     ]
     for module in model.modules():
+        # bitsandbytes repacks 4-bit weights when they evaluate on some CPUs, with less precision and
+        # without a backward, and does not undo it.
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            values.append((module, "support_avx512bf16_for_cpu", False))
         if not getattr(module, "gradient_checkpointing", False):
             continue
         if hasattr(module, "_gradient_checkpointing_func"):

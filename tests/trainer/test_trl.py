@@ -3,7 +3,7 @@
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, set_seed
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback, set_seed
 
 from peft_gradinit import CalibrationCallback, calibrate
 from peft_gradinit.tuners import waiting_adapters
@@ -15,6 +15,7 @@ from tests.helpers import (
     relative_error,
     same_factors,
     same_weights,
+    token_batches,
 )
 from tests.trainer.runs import PutStart, Recorder, logs_of, mostly_slow, same_state
 from tests.trainer.trl_runs import (
@@ -42,6 +43,11 @@ RUNS = mostly_slow(
 WAYS = mostly_slow(
     [(kind, way) for kind in KINDS for way in ("data", "result", "file")],
     quick=[("sft", "data"), ("dpo", "result"), ("kto", "file")],
+)
+
+QUANTISED = mostly_slow(
+    [("LoRA-GA", "data"), ("LoRA-GA", "deferred"), ("EVA", "deferred"), ("SVFit", "data")],
+    quick=[("LoRA-GA", "deferred")],
 )
 
 
@@ -213,3 +219,46 @@ def test_a_model_from_a_path_works(kind, tmp_path):
     trainer = trainer_of(kind, tmp_path, model=model, peft_config=config_of("LoRA-GA"))
     calibrated(trainer)
     assert trainer.model.active_peft_config.base_model_name_or_path == str(tmp_path / "base")
+
+
+@pytest.mark.parametrize(("method", "way"), QUANTISED)
+def test_quantised_models_start_at_the_base_after_trl_has_cast_the_adapter(method, way, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    pico_llama(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path / "base")
+    quantised = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=quantised)
+    packed = base_weights(model)
+    calibration = data() if way == "data" else "deferred"
+    options = {"peft_config": config_of(method, calibration), "max_steps": 1}
+    trainer = trainer_of("sft", tmp_path / "out", model=model, **options)
+    trainable = [p for p in trainer.model.parameters() if p.requires_grad]
+    assert {p.dtype for p in trainable} == {torch.bfloat16}  # TRL's choice
+    if way == "deferred":
+        trainer.add_callback(CalibrationCallback(trainer))
+    probe = _Probe()
+    trainer.add_callback(probe)
+    trainer.train()
+    # An adapter of bfloat16 is the base still: both halves of the pair round alike.
+    assert relative_error(probe.started, probe.base) < 1e-6
+    assert same_weights(base_weights(trainer.model), packed)
+    assert not any(
+        getattr(getattr(p, "quant_state", None), "packing_format_for_cpu", False)
+        for p in trainer.model.parameters()
+    )
+    if method == "LoRA-GA":  # the others have zeros that meet gradients in the first step
+        assert min(probe.gradients) > 1e-6
+
+
+class _Probe(TrainerCallback):
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        batch = token_batches()[0]
+        model.train()  # bitsandbytes repacks the weights of models that evaluate on some CPUs
+        with torch.no_grad():
+            self.started = model(batch["input_ids"]).logits
+            with model.disable_adapter():
+                self.base = model(batch["input_ids"]).logits
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.gradients = [
+            p.grad.float().norm().item() for p in model.parameters() if p.requires_grad
+        ]
