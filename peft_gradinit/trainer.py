@@ -13,7 +13,7 @@ import warnings
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import datasets
 from peft import PeftModel
@@ -89,7 +89,7 @@ class CalibrationCallback(TrainerCallback):
             ConfigError: if the model has no adapter of this package, or not the one asked for.
             NotInitializedError: if the run resumes from a checkpoint that lacks the adapter.
         """
-        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        model = cast("nn.Module", self.trainer.accelerator.unwrap_model(self.trainer.model))
         peft_model = _peft_model(model)
         waiting = self._waiting(peft_model)
         if not waiting:
