@@ -113,7 +113,9 @@ class Forwards:
         if not counts and not self.runs_all:
             return
         if self.probe is None:
-            self.probe = first_sequence(step.batch)
+            # A loss of the user's may be of several sequences together.
+            cut = self.calibration.loss_fn is None
+            self.probe = first_sequence(step.batch) if cut else step.batch
         self._selection = selection if counts else None
         try:
             self._forward(step.batch)

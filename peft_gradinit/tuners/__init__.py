@@ -4,6 +4,7 @@ from .allocation import RankAllocation
 from .config import GradInitConfig
 from .model import GradInitModel
 from .numbers import is_finite_number
+from .pending import waiting_adapters
 from .registration import register
 from .report import InitReport, ModuleReport
 from .svfit_config import SpectralConfig
@@ -25,4 +26,5 @@ __all__ = [
     "is_finite_number",
     "load_for_training",
     "register",
+    "waiting_adapters",
 ]

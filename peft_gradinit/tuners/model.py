@@ -24,6 +24,7 @@ from .anchored import (
 )
 from .combining import combined_config, highest_rank, plain_config
 from .config import GradInitConfig
+from .copying import copy_adapter, source_of
 from .magnitude import renew_magnitude
 from .pending import hold, is_pending, release
 from .report import InitReport, ReportsByAdapter, StepCheck
@@ -82,12 +83,14 @@ class GradInitModel(ReportsByAdapter, LoraModel):
             self._inject(model, adapter_name, options)
 
     def _inject(self, model: nn.Module, adapter_name: str, options: tuple[Any, ...]) -> None:
+        source = source_of(self.peft_config, adapter_name)
         config = copy.copy(self._config(adapter_name))  # ranks may be lowered in it
+        config.copy_of = source
         others = {n: other for n, other in self.peft_config.items() if n != adapter_name}
         self.peft_config[adapter_name] = config
         targets = resolve_targets(model, config, others)
         start = None
-        if not config.is_deferred:
+        if source is None and not config.is_deferred:
             data = config.calibration  # pyright: ignore[reportAttributeAccessIssue]
             start = compute_start(model, targets, config, data)
             targets = start.targets
@@ -98,6 +101,19 @@ class GradInitModel(ReportsByAdapter, LoraModel):
         if start is not None:
             self.fill(adapter_name, start)
             self._just_started = (adapter_name, start)
+        elif source is not None:
+            self._copy(source, adapter_name)
+
+    def _copy(self, source: str, adapter_name: str) -> None:
+        """Copy an adapter into another, unless it has no start yet: then `fill` does so later."""
+        modules = list(self.model.modules())
+        if any(is_pending(module, source) for module in modules):
+            return
+        copy_adapter(self.model, source, adapter_name)
+        for module in modules:
+            release(module, adapter_name)
+        config, original = self._config(adapter_name), self._config(source)
+        config.fingerprint, config.init_report = original.fingerprint, original.init_report
 
     def fill(self, adapter_name: str, start: Start) -> InitReport:
         """Write a start into an injected adapter and report on it.
@@ -121,7 +137,15 @@ class GradInitModel(ReportsByAdapter, LoraModel):
             raise
         config.fingerprint = start.result.fingerprint
         config.init_report = start.report(config.method, drift, step)
+        self._copy_to_waiting(adapter_name)
         return config.init_report
+
+    def _copy_to_waiting(self, source: str) -> None:
+        """Give its start to the adapters that were added as copies before it had one."""
+        for name, config in self.peft_config.items():
+            waiting = any(is_pending(module, name) for module in self.model.modules())
+            if getattr(config, "copy_of", None) == source and waiting:
+                self._copy(source, name)
 
     def _checked_step(self, adapter_name: str, start: Start) -> StepCheck | None:
         """Measure the loss after the start, and halve a start that raises it."""
@@ -277,7 +301,8 @@ class GradInitModel(ReportsByAdapter, LoraModel):
         if pending:
             raise NotInitializedError(
                 f"adapter {adapter_name!r} is deferred and {len(pending)} layers ({pending[0]}, …) "
-                "have no start yet, so there is nothing to save; call initialize(model, data)."
+                "have no start yet, so there is nothing to save; call initialize(model, data), or "
+                "train with a CalibrationCallback."
             )
         entries = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names

@@ -86,7 +86,8 @@ def compute_start(
         raise ConfigError(
             f"{type(config).__name__} has no calibration, and without one the adapter would be "
             "plain LoRA; pass calibration=<DataLoader, dataset, or path of a saved "
-            "CalibrationResult>, or calibration='deferred' and call initialize(peft_model, data)."
+            "CalibrationResult>, or calibration='deferred' and call initialize(peft_model, data), or "
+            "train with a CalibrationCallback."
         )
     calibration = Calibration.of(calibration)
     result = measured(model, targets, config, calibration, runner)

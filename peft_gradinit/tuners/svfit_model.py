@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from ..calibration import stored_weight, whole
 from ..errors import ConfigError, TargetError
 from ..statistics import Fingerprint, hash_weight
+from .copying import copy_adapter, source_of
 from .report import ReportsByAdapter
 from .rollback import all_or_nothing, remove_adapter
 from .start import base_fingerprint
@@ -51,6 +52,7 @@ class SVFitModel(ReportsByAdapter, BaseTuner):
             self._inject(model, adapter_name, (autocast_adapter_dtype, False, state_dict))
 
     def _inject(self, model: nn.Module, adapter_name: str, options: tuple[Any, ...]) -> None:
+        source = source_of(self.peft_config, adapter_name)
         # Ranks are written into it.
         config = cast("SpectralConfig", copy.copy(self.peft_config[adapter_name]))
         self.peft_config[adapter_name] = config
@@ -59,9 +61,12 @@ class SVFitModel(ReportsByAdapter, BaseTuner):
         super().inject_adapter(model, adapter_name, *options)
         layers = live_layers(model, adapter_name)
         _warn_of_lowered_ranks(config, layers, adapter_name)
+        if source is not None:
+            copy_adapter(model, source, adapter_name)
         for name, layer in layers.items():
-            weight = _finite_matrix(name, layer)
-            layer.fill(adapter_name, *config.basis(weight, layer.r[adapter_name], name))
+            if source is None:
+                weight = _finite_matrix(name, layer)
+                layer.fill(adapter_name, *config.basis(weight, layer.r[adapter_name], name))
             layer.weight_hash[adapter_name] = hash_weight(
                 whole(stored_weight(layer.get_base_layer()))
             )

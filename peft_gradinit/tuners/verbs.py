@@ -1,5 +1,6 @@
 """What users call besides `get_peft_model`: `calibrate`, `initialize`, `load_for_training`."""
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any, cast
@@ -9,6 +10,7 @@ from peft import PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ..calibration import DEFERRED, Calibration, CalibrationResult, is_sharded
@@ -98,7 +100,7 @@ def load_for_training(
         The `PeftModel`, its adapter active and trainable.
 
     Raises:
-        DataError: if the directory holds no readable `gradinit.json`.
+        DataError: if the directory holds no readable `gradinit.json`, or no readable weights.
         FingerprintError: if the base model has other weights.
     """
     content = read_provenance(directory)
@@ -144,6 +146,43 @@ def _check_weights(directory: str | os.PathLike[str]) -> None:
             f"{str(directory)!r} holds none of {names}, so there is no adapter to load; restore the "
             "saved adapter."
         )
+    file = Path(directory) / SAFETENSORS_WEIGHTS_NAME
+    try:
+        if file.exists():
+            with safe_open(file, "pt"):
+                pass
+    except (SafetensorError, OSError) as error:
+        raise DataError(
+            f"{str(file)!r} cannot be read ({error}); a run that was killed while it saved leaves such a "
+            "file: load the checkpoint before it, or restore the saved adapter."
+        ) from error
+
+
+def _check_options(
+    config_cls: type,
+    values: dict[str, Any],
+    content: dict[str, Any],
+    directory: str | os.PathLike[str],
+) -> None:
+    """Refuse options that a later version has written: without them it would be another adapter.
+
+    Args:
+        config_cls: the class that they are for.
+        values: options by name.
+        content: of `gradinit.json`, which names the versions that wrote it.
+        directory: where it is, for the message.
+
+    Raises:
+        DataError: naming the options.
+    """
+    known = {field.name for field in dataclasses.fields(config_cls)}
+    if unknown := sorted(values.keys() - known):
+        versions = content.get("versions") or {}
+        wrote = ", ".join(f"{n} {versions.get(n, '?')}" for n in ("peft_gradinit", "peft"))
+        raise DataError(
+            f"the gradinit.json of {str(directory)!r} has options that {config_cls.__name__} does not know "
+            f"here: {unknown}; they were written by {wrote}: update these packages."
+        )
 
 
 def _restored_config(
@@ -152,6 +191,7 @@ def _restored_config(
     try:
         values = dict(content["config"])
         config_cls = PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(values.pop("peft_type"))]
+        _check_options(config_cls, values, content, directory)
         config = cast("GradInitConfig | SpectralConfig", config_cls(**values))
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(
