@@ -9,6 +9,7 @@ from .svfit_config import SpectralConfig
 from .svfit_model import SVFitModel
 from .targets import Target
 from .verbs import calibrate, initialize, load_for_training
+from .weights import is_quantized, linear_shape
 
 __all__ = [
     "GradInitConfig",
@@ -21,6 +22,8 @@ __all__ = [
     "Target",
     "calibrate",
     "initialize",
+    "is_quantized",
+    "linear_shape",
     "load_for_training",
     "register",
 ]
