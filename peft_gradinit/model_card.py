@@ -205,7 +205,7 @@ def _rank_rows(saved: dict[str, Any]) -> list[tuple[str, str]]:
     rows = [("rank", ranks)]
     if alpha := saved.get("lora_alpha"):
         rows.append(("lora_alpha", f"{alpha:g}" + (", rsLoRA" if saved.get("use_rslora") else "")))
-    if isinstance(targets := saved.get("target_modules"), list) and len(targets) <= 12:  # noqa: PLR2004
+    if isinstance(targets := saved.get("target_modules"), list) and len(targets) <= 12:
         rows.append(("target modules", ", ".join(f"`{t}`" for t in sorted(targets))))
     return rows
 

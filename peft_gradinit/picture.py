@@ -31,8 +31,8 @@ def draw_layers(
     if not panels:
         return False
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415 optional
-        from matplotlib.figure import Figure  # noqa: PLC0415
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
     except ImportError:
         return False
     figure = Figure(figsize=(4.2 * len(panels) + 1.6, 3.2), layout="constrained")

@@ -93,7 +93,7 @@ def linear_layers(
     names = [
         key.removesuffix(_A).removeprefix(PREFIX)
         for key, tensor in state_dict.items()
-        if key.endswith(_A) and tensor.dim() == 2  # noqa: PLR2004 matrices, not convolutions
+        if key.endswith(_A) and tensor.dim() == 2
     ]
     layers = {}
     for name in names:
@@ -135,7 +135,7 @@ def check_servable(config: LoraConfig, others: Iterable[str]) -> None:
         if (value := getattr(config, name, None)) and value != "none"
     ]
     if keys := sorted(key.removeprefix(PREFIX) for key in others):
-        more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""  # noqa: PLR2004
+        more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
         reasons.append(
             f"the entries {', '.join(keys[:3])}{more} (servers load factors of linear layers only)"
         )
