@@ -120,8 +120,8 @@ def test_peft_is_what_save_pretrained_writes(method, name, tmp_path):
     peft_model.save_pretrained(tmp_path / "saved")
     saved = tmp_path / "saved" / ("" if name == "default" else name)
     (content, tensors), (want_content, want) = read(tmp_path / "out"), read(saved)
-    for config in (content, want_content):
-        config["target_modules"] = sorted(config["target_modules"])  # PEFT writes a set
+    for values in (content, want_content):
+        values["target_modules"] = sorted(values["target_modules"])  # PEFT writes a set
     assert content == want_content
     assert tensors.keys() == want.keys()
     assert all(torch.equal(tensors[key], want[key]) for key in want)
