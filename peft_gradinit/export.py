@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -250,11 +250,14 @@ def _truncated(
         _check_truncatable(saved, others)
     layers = {n: layer.truncated(rank) if rank else layer for n, layer in exact.items()}
     report = _report(target, exact, layers)
+    model = peft_model.get_base_model()
     if target == "peft":
         _write_patterns(saved, layers)
+        # No exclude_modules, which PEFT knows since 0.14.
+        saved.target_modules = target_names(layers, model)
+        saved.exclude_modules = saved.layers_to_transform = saved.layers_pattern = None
         return saved, {**others, **entries(layers)}, report
     served = served_rank(layers)
-    model = peft_model.get_base_model()
     uniform = {name: layer.folded().padded(served) for name, layer in layers.items()}
     uniform = completed(uniform, model)
     saved = LoraConfig(
@@ -292,13 +295,20 @@ def _check_truncatable(saved: LoraConfig, others: Mapping[str, Tensor]) -> None:
 
 def _write_patterns(saved: LoraConfig, layers: Mapping[str, Layer]) -> None:
     """Say the ranks and scales of all layers, under their full names."""
-    ranks = {f"^{re.escape(name)}": layer.r for name, layer in layers.items()}
+    keys = {name: _pattern_key(name, layers) for name in layers}
+    ranks = {keys[name]: layer.r for name, layer in layers.items()}
     root = 0.5 if saved.use_rslora else 1
-    alphas = {f"^{re.escape(name)}": x.scale * x.r**root for name, x in layers.items()}
+    alphas = {keys[name]: x.scale * x.r**root for name, x in layers.items()}
     saved.r = max(ranks.values())
     saved.lora_alpha = next(alphas[key] for key, r in ranks.items() if r == saved.r)  # pyright: ignore[reportAttributeAccessIssue]
     saved.rank_pattern = {key: r for key, r in ranks.items() if r != saved.r}
     saved.alpha_pattern = {key: a for key, a in alphas.items() if a != saved.lora_alpha}
+
+
+def _pattern_key(name: str, names: Iterable[str]) -> str:
+    """A key of `rank_pattern` that matches one layer; versions of PEFT before 0.15 know no `^`."""
+    ambiguous = any(other.endswith(f".{name}") for other in names)
+    return f"^{re.escape(name)}" if ambiguous else name
 
 
 def _report(

@@ -51,7 +51,9 @@ def complete_card(directory: Path, repo_id: str | None = None) -> None:
     facts |= {"adapter": name, "repo_id": repo_id, "picture": _picture(directory, facts)}
     card = ModelCard.load(readme)
     _fill_metadata(card.data, facts)
-    card.text = _with_section(card.text, facts)
+    card.text = (
+        _with_section(card.text, facts).rstrip() + "\n"
+    )  # PEFT drops the end of the last line
     card.save(readme)
 
 

@@ -197,6 +197,40 @@ def test_reported_errors_are_those_of_the_weights(tmp_path):
     assert len(lines) == 2 + 1 + 14
 
 
+def test_names_that_end_alike_keep_their_own_ranks(tmp_path):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8)})
+            self.b = nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.b(self.a["b"](self.a["a"](x)))
+
+    torch.manual_seed(0)
+    net = Net()
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    lora = LoraConfig(
+        target_modules=["a.a", "b"], rank_pattern={"^b": 2}, init_lora_weights=False, r=4
+    )
+    peft_model, x = get_peft_model(net, lora), torch.randn(3, 8)
+    export_adapter(peft_model, tmp_path / "out", rank=3)
+    content, _ = read(tmp_path / "out")
+    assert content["rank_pattern"] == {"^b": 2}
+    fresh = Net()
+    fresh.load_state_dict(before)
+    plain = PeftModel.from_pretrained(fresh, tmp_path / "out")
+    assert {
+        n: m.r["default"] for n, m in plain.base_model.model.named_modules() if hasattr(m, "r")
+    } == {
+        "a.a": 3,
+        "a.b": 3,
+        "b": 2,
+    }
+    with torch.no_grad():
+        assert relative_error(plain(x), peft_model(x)) < 1
+
+
 def test_report_says_what_is_exact(tmp_path):
     peft_model = trained("eva")
     assert "every layer exact" in str(export_adapter(peft_model, tmp_path / "a", "serving"))

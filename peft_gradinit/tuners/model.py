@@ -259,6 +259,7 @@ class GradInitModel(LoraModel):
                 f"adapter {adapter_name!r} is deferred and {len(pending)} layers ({pending[0]}, …) "
                 "have no start yet, so there is nothing to save; call initialize(model, data)."
             )
+        _check_ranks(model, adapter_name)
         attend(model)
         entries = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
@@ -291,6 +292,28 @@ class GradInitModel(LoraModel):
             if is_pending(layer, adapter_name) and any(k.startswith(f"{name}.") for k in loaded):
                 release(layer, adapter_name)
         return loaded
+
+
+def _check_ranks(model: nn.Module, adapter_name: str) -> None:
+    """Refuse factors that were replaced by wider ones, as preparing for compiled hot-swapping does.
+
+    Raises:
+        ConfigError: naming the first layer; what would be saved could not be loaded.
+    """
+    modules: dict[str, Any] = dict(model.named_modules())
+    for name, layer in modules.items():
+        if not isinstance(layer, LoraLayer) or adapter_name not in layer.lora_A:
+            continue
+        linear: Any = layer.lora_A[adapter_name]
+        anchored = is_anchored(modules[name], adapter_name)
+        weight = linear.parametrizations.weight.original if anchored else linear.weight
+        r = layer.r[adapter_name]
+        if isinstance(linear, nn.Linear) and weight.dim() == 2 and weight.shape[0] != r:
+            raise ConfigError(
+                f"{name} has factors of rank {weight.shape[0]}, but the adapter {adapter_name!r} has "
+                f"r={r} there: the model was changed, as prepare_model_for_compiled_hotswap does. "
+                "Save before that, and prepare the adapter that PeftModel.from_pretrained loads."
+            )
 
 
 def _check_memory(low_cpu_mem_usage: bool) -> None:

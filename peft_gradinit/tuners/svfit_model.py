@@ -126,6 +126,22 @@ class SVFitModel(BaseTuner):
             )
         yield
 
+    def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
+        """Refuse: a sum of spectral adapters is a LoRA of another basis.
+
+        Args:
+            adapters: names of adapters.
+            args: unused.
+            kwargs: unused.
+
+        Raises:
+            ConfigError: always, with the way that works.
+        """
+        raise ConfigError(
+            f"add_weighted_adapter cannot combine the live SVFit adapters {adapters}; save them and "
+            "combine them as plain LoRA, loaded with PeftModel.from_pretrained."
+        )
+
     # Saving and loading: PEFT's hooks ---------------------------------------------------------
 
     @classmethod
