@@ -191,7 +191,7 @@ def _checked_config(
     if not ours and config.peft_type != PeftType.LORA:
         raise ExportError(
             f"export_adapter writes LoRA adapters, and {adapter_name!r} is of type "
-            f"{config.peft_type.value}; use save_pretrained."
+            f"{PeftType(config.peft_type).value}; use save_pretrained."
         )
     if rank is not None and (type(rank) is not int or rank < 1):
         raise ExportError(f"rank must be a positive integer or None, got {rank!r}.")
