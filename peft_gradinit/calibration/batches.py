@@ -37,20 +37,24 @@ PROBE_TOKENS = 64
 a calibration on 4,096."""
 
 
-def budgeted(calibration: Calibration, model: nn.Module, budget: Budget) -> Iterator[Step]:
+def budgeted(
+    batches: Iterable[Any], calibration: Calibration, model: nn.Module, budget: Budget
+) -> Iterator[Step]:
     """Yield the steps of a pass.
 
     Args:
-        calibration: data and budgets.
-        model: decides the device and the columns of dataset samples.
+        batches: what `read` gives.
+        calibration: budgets; with a `loss_fn`, batches stay whole.
+        model: decides the device.
         budget: counts along, and holds the reason for the end.
 
     Yields:
         Sub-batches in order.
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    orientation = FIRST_ORIENTATION
-    for batch in _batches(calibration, model):
+    orientation = -(-FIRST_ORIENTATION // budget.n_readers)
+    may_be_cut = calibration.loss_fn is None
+    for batch in batches:
         budget.n_batches += 1
         rest = _placed(batch, device)
         while rest is not None and not budget.tokens_spent():
@@ -59,9 +63,10 @@ def budgeted(calibration: Calibration, model: nn.Module, budget: Budget) -> Iter
                 orientation *= 3
             part, rest = rest, None
             room = orientation - budget.n_sequences
-            if calibration.loss_fn is None and (cut := _cut(part, room, budget)):
-                part, rest = _slice(part, 0, cut), _slice(part, cut, None)
-            yield budget.take(Step(part, n_sequences(part), n_input_tokens(part), orient))
+            if may_be_cut and (cut := _cut(part, room, budget)):
+                part, rest = sliced(part, 0, cut), sliced(part, cut, None)
+            n, n_tokens = n_sequences(part), n_input_tokens(part)
+            yield budget.take(Step(part, n, n_tokens, orient, may_be_cut=may_be_cut))
         if budget.tokens_spent() or budget.batches_spent():
             return
 
@@ -77,9 +82,9 @@ def first_sequence(batch: Any) -> Any:
     Returns:
         A batch of one sequence.
     """
-    if not _is_sliceable(batch):
+    if not is_sliceable(batch):
         return batch
-    first = _slice(batch, 0, 1)
+    first = sliced(batch, 0, 1)
     if len({v.shape[1:] for v in first.values() if v.dim() > 1}) != 1:
         return first
     return {k: v[:, :PROBE_TOKENS] if v.dim() == 2 else v for k, v in first.items()}
@@ -95,7 +100,7 @@ def _placed(batch: Any, device: torch.device) -> Any:
 
 def _cut(batch: Any, room: int, budget: Budget) -> int | None:
     """Where to cut a batch: at the next orientation, or where the token budget is reached."""
-    if not _is_sliceable(batch):
+    if not is_sliceable(batch):
         return None
     cut = room
     if budget.max_tokens is not None:
@@ -104,7 +109,7 @@ def _cut(batch: Any, room: int, budget: Budget) -> int | None:
     return cut if cut < n_sequences(batch) else None
 
 
-def _is_sliceable(batch: Any) -> bool:
+def is_sliceable(batch: Any) -> bool:
     """Whether every value of a dict batch is a tensor with the same leading dimension."""
     if not isinstance(batch, Mapping):
         return False
@@ -113,11 +118,24 @@ def _is_sliceable(batch: Any) -> bool:
     return len({v.shape[0] for v in batch.values()}) == 1
 
 
-def _slice(batch: Mapping[str, Tensor], start: int, stop: int | None) -> dict[str, Tensor]:
+def sliced(batch: Mapping[str, Tensor], start: int, stop: int | None) -> dict[str, Tensor]:
+    """Some of the sequences of a batch that `is_sliceable`."""
     return {key: value[start:stop] for key, value in batch.items()}
 
 
-def _batches(calibration: Calibration, model: nn.Module) -> Iterator[Any]:
+def read(calibration: Calibration, model: nn.Module) -> Iterator[Any]:
+    """Yield batches from the calibration's data, whatever they are.
+
+    Args:
+        calibration: data, and how samples become batches.
+        model: decides the columns of dataset samples.
+
+    Yields:
+        Batches as the data give them.
+
+    Raises:
+        DataError: if the data cannot be read, or hold something else than batches.
+    """
     data = calibration.data
     if not isinstance(data, Iterable | Dataset) or isinstance(data, Mapping | Tensor | str):
         raise DataError(

@@ -10,13 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DataError
-from .batches import budgeted, first_sequence
+from .batches import first_sequence
 from .budget import Budget, Step
 from .fingerprint import check_not_meta
 from .gauges import peak_bytes, progress
 from .guards import left_as_found
+from .layouts import is_sharded
+from .processes import Processes
+from .reduction import keep_on_first, orient_inputs, sum_inputs
 from .result import PassFacts
 from .selection import TokenSelection
+from .shards import steps
 from .sharing import SharedInputs
 from .spec import Calibration
 from .tokens import is_encoder_decoder
@@ -31,6 +35,7 @@ class Forwards:
         calibration: data and budgets; its `loss_fn`, if any, is what runs the model.
         use_labels: take only tokens that carry loss.
         settled: asked after each orientation whether to stop.
+        world: the processes that share the data.
 
     Attributes:
         probe: the first sequence of the data as a batch; `None` before `run`.
@@ -44,6 +49,7 @@ class Forwards:
         *,
         use_labels: bool,
         settled: Callable[[SharedInputs], bool],
+        world: Processes,
     ) -> None:
         self.model = model
         self.shared = shared
@@ -53,6 +59,9 @@ class Forwards:
         self.budget = Budget(calibration)
         self.probe: Any = None
         self.weight = 0
+        self.world = world
+        self.runs_all = world.size > 1 and is_sharded(model)
+        self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self._selection: TokenSelection | None = None
 
     def run(self, modules: Mapping[str, nn.Module]) -> PassFacts:
@@ -64,51 +73,53 @@ class Forwards:
         Returns:
             The facts of the pass.
         """
-        for name, parameter in self.model.named_parameters():
-            check_not_meta(name, parameter)
+        with self.world.together():
+            for name, parameter in self.model.named_parameters():
+                check_not_meta(name, parameter)
         started, peak = time.perf_counter(), peak_bytes()
         with (
             left_as_found(self.model, self.calibration.data, self.calibration.seed),
             torch.no_grad(),
             _inputs(modules, self._sink),
-            progress(self.calibration) as bar,
+            progress(self.calibration, self.world) as bar,
         ):
-            for step in budgeted(self.calibration, self.model, self.budget):
+            for step in steps(self.calibration, self.model, self.budget, self.world):
                 settled = step.orient and self._orient()
-                self._add(step)
-                bar.update(step.n_tokens)
+                with self.world.together():
+                    self._add(step)
+                bar.update(self.budget.n_tokens - bar.n)
                 if settled:
                     self.budget.stopped_by = "settled"
                     break
-        self._check()
+        self._finish()
         return PassFacts(
-            n_batches=self.budget.n_batches,
-            n_sequences=self.budget.n_sequences,
-            n_tokens=self.budget.n_tokens,
+            **self.budget.totals(self.world),
             loss_weight=self.weight,
             loss=None,
             seconds=time.perf_counter() - started,
             state_bytes=sum(s.n_bytes() for s in self.shared.distinct()),
             peak_bytes=max(0, peak_bytes() - peak),
-            stopped_by=self.budget.stopped_by,
         )
 
     def _orient(self) -> bool:
-        for statistic in self.shared.distinct():
-            statistic.orient()
-        return self.settled(self.shared)
+        orient_inputs(self.shared, self.device, self.world)
+        settled = self.world.gather(self.settled(self.shared))[0]
+        keep_on_first(self.shared, self.world)
+        return settled
 
     def _add(self, step: Step) -> None:
-        self._selection = TokenSelection(self.model, step.batch, use_labels=self.use_labels)
-        if not self._selection.n_tokens:
+        selection = TokenSelection(self.model, step.batch, use_labels=self.use_labels)
+        counts = step.counts and selection.n_tokens > 0
+        if not counts and not self.runs_all:
             return
         if self.probe is None:
             self.probe = first_sequence(step.batch)
+        self._selection = selection if counts else None
         try:
             self._forward(step.batch)
         finally:
             self.shared.forget()
-        self.weight += self._selection.n_tokens
+        self.weight += selection.n_tokens if counts else 0
 
     def _sink(self, name: str, x: Tensor) -> None:
         if self._selection is not None:
@@ -125,13 +136,15 @@ class Forwards:
             else:
                 self.model(*batch) if isinstance(batch, tuple | list) else self.model(batch)
 
-    def _check(self) -> None:
-        """Tell why nothing was measured, if so.
+    def _finish(self) -> None:
+        """Add up what all processes measured, and tell why it is nothing, if so.
 
         Raises:
             DataError: if the data are empty, or none of their tokens counts.
         """
         self.budget.check_read(self.calibration.data)
+        (self.weight,) = self.world.total(self.weight)
+        sum_inputs(self.shared, self.device, self.world)
         if self.weight == 0:
             raise DataError(
                 f"no token of the {self.budget.n_sequences} calibration sequences carries loss (all "

@@ -3,6 +3,7 @@
 from .allocation import RankAllocation
 from .config import GradInitConfig
 from .model import GradInitModel
+from .numbers import is_finite_number
 from .registration import register
 from .report import InitReport, ModuleReport
 from .svfit_config import SpectralConfig
@@ -22,6 +23,7 @@ __all__ = [
     "Target",
     "calibrate",
     "initialize",
+    "is_finite_number",
     "is_quantized",
     "linear_shape",
     "load_for_training",
