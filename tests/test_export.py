@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -485,3 +486,13 @@ def test_tensors_of_an_export_are_readable_by_safetensors_alone(tmp_path):
     export_adapter(trained("lora_ga"), tmp_path / "out", "serving")
     tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
     save_file(tensors, tmp_path / "again.safetensors")
+
+
+def test_readme_example_runs_as_printed(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    section = readme.partition("## Export and serving")[2]
+    code = section.partition("```python\n")[2].partition("```")[0]
+    exec(code, {"model": trained("lora_ga")})
+    assert "peft: 14 layers" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["merged", "served", "small"]

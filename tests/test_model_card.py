@@ -77,6 +77,19 @@ def test_local_base_is_not_named_but_stays_loadable(tmp_path):
     assert torch.allclose(logits(plain), logits(peft_model), atol=1e-6)
 
 
+def test_checkpoints_in_a_published_directory_stay_as_they_are(tmp_path):
+    pico_llama().save_pretrained(tmp_path / "base")
+    base = type(pico_llama()).from_pretrained(tmp_path / "base").eval()
+    peft_model = trained("lora_ga", base)
+    peft_model.save_pretrained(tmp_path / "out")
+    peft_model.save_pretrained(tmp_path / "out" / "checkpoint-1")
+    checkpoint = tmp_path / "out" / "checkpoint-1"
+    before = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
+    published(tmp_path / "out", "me/adapter")
+    assert {path.name: path.read_bytes() for path in checkpoint.iterdir()} == before
+    assert "me/adapter" in card(tmp_path / "out").text
+
+
 def test_cards_of_two_adapters_have_a_section_each(tmp_path):
     peft_model = trained("lora_ga")
     peft_model.add_adapter("german", config("lora_ga", r=2))
