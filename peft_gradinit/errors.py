@@ -36,3 +36,7 @@ class FingerprintError(GradInitError, ValueError):
 
 class NotInitializedError(GradInitError, RuntimeError):
     """A deferred adapter was trained or saved before it was initialised."""
+
+
+class ExportError(GradInitError, ValueError):
+    """An adapter cannot be written in the form or to the place that was asked for."""

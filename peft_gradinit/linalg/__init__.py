@@ -1,6 +1,7 @@
 """Pure torch linear algebra: matrices in, matrices out."""
 
 from .nystrom import Components, eigenpairs, explained_share, nystrom
+from .product import TruncatedProduct, pad_rank, truncate_product
 from .ranks import allocate_ranks
 from .sketch import TestMatrices, draw_test_matrix, orient_test_matrices, reconstruct
 from .svd import TruncatedSVD, fix_signs, randomized_svd, svd_of_product, truncated_svd
@@ -8,6 +9,7 @@ from .svd import TruncatedSVD, fix_signs, randomized_svd, svd_of_product, trunca
 __all__ = [
     "Components",
     "TestMatrices",
+    "TruncatedProduct",
     "TruncatedSVD",
     "allocate_ranks",
     "draw_test_matrix",
@@ -16,8 +18,10 @@ __all__ = [
     "fix_signs",
     "nystrom",
     "orient_test_matrices",
+    "pad_rank",
     "randomized_svd",
     "reconstruct",
     "svd_of_product",
+    "truncate_product",
     "truncated_svd",
 ]

@@ -11,6 +11,7 @@ from .svfit_config import SpectralConfig
 from .svfit_model import SVFitModel
 from .targets import Target
 from .verbs import calibrate, initialize, load_for_training
+from .weights import is_quantized, linear_shape
 
 __all__ = [
     "GradInitConfig",
@@ -24,6 +25,8 @@ __all__ = [
     "calibrate",
     "initialize",
     "is_finite_number",
+    "is_quantized",
+    "linear_shape",
     "load_for_training",
     "register",
     "waiting_adapters",

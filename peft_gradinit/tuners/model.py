@@ -27,6 +27,7 @@ from .config import GradInitConfig
 from .copying import copy_adapter, source_of
 from .magnitude import renew_magnitude
 from .pending import hold, is_pending, release
+from .publishing import attend, card_tags
 from .report import InitReport, ReportsByAdapter, StepCheck
 from .rollback import all_or_nothing, remove_adapter
 from .start import Start, check_step, compute_start
@@ -44,6 +45,11 @@ class GradInitModel(ReportsByAdapter, LoraModel):
 
     _just_started: tuple[str, Start] | None = None
     _combining: tuple[list[str], str] | None = None
+
+    @property
+    def model_tags(self) -> list[str]:
+        """Tags that `Trainer` and TRL put on the cards that they write."""
+        return card_tags(self)
 
     def inject_adapter(
         self,
@@ -304,6 +310,8 @@ class GradInitModel(ReportsByAdapter, LoraModel):
                 "have no start yet, so there is nothing to save; call initialize(model, data), or "
                 "train with a CalibrationCallback."
             )
+        _check_ranks(model, adapter_name)
+        attend(model)
         entries = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
@@ -335,6 +343,28 @@ class GradInitModel(ReportsByAdapter, LoraModel):
             if is_pending(layer, adapter_name) and any(k.startswith(f"{name}.") for k in loaded):
                 release(layer, adapter_name)
         return loaded
+
+
+def _check_ranks(model: nn.Module, adapter_name: str) -> None:
+    """Refuse factors that were replaced by wider ones, as preparing for compiled hot-swapping does.
+
+    Raises:
+        ConfigError: naming the first layer; what would be saved could not be loaded.
+    """
+    modules: dict[str, Any] = dict(model.named_modules())
+    for name, layer in modules.items():
+        if not isinstance(layer, LoraLayer) or adapter_name not in layer.lora_A:
+            continue
+        linear: Any = layer.lora_A[adapter_name]
+        anchored = is_anchored(modules[name], adapter_name)
+        weight = linear.parametrizations.weight.original if anchored else linear.weight
+        r = layer.r[adapter_name]
+        if isinstance(linear, nn.Linear) and weight.dim() == 2 and weight.shape[0] != r:
+            raise ConfigError(
+                f"{name} has factors of rank {weight.shape[0]}, but the adapter {adapter_name!r} has "
+                f"r={r} there: the model was changed, as prepare_model_for_compiled_hotswap does. "
+                "Save before that, and prepare the adapter that PeftModel.from_pretrained loads."
+            )
 
 
 def _check_memory(low_cpu_mem_usage: bool) -> None:

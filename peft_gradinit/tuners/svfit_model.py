@@ -16,6 +16,7 @@ from ..calibration import stored_weight, whole
 from ..errors import ConfigError, TargetError
 from ..statistics import Fingerprint, hash_weight
 from .copying import copy_adapter, source_of
+from .publishing import attend, card_tags
 from .report import ReportsByAdapter
 from .rollback import all_or_nothing, remove_adapter
 from .start import base_fingerprint
@@ -30,6 +31,11 @@ class SVFitModel(ReportsByAdapter, BaseTuner):
     prefix: str = "svfit_"
     tuner_layer_cls = SVFitLinear
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    @property
+    def model_tags(self) -> list[str]:
+        """Tags that `Trainer` and TRL put on the cards that they write."""
+        return card_tags(self)
 
     def inject_adapter(
         self,
@@ -112,6 +118,22 @@ class SVFitModel(ReportsByAdapter, BaseTuner):
             )
         yield
 
+    def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
+        """Refuse: a sum of spectral adapters is a LoRA of another basis.
+
+        Args:
+            adapters: names of adapters.
+            args: unused.
+            kwargs: unused.
+
+        Raises:
+            ConfigError: always, with the way that works.
+        """
+        raise ConfigError(
+            f"add_weighted_adapter cannot combine the live SVFit adapters {adapters}; save them and "
+            "combine them as plain LoRA, loaded with PeftModel.from_pretrained."
+        )
+
     # Saving and loading: PEFT's hooks ---------------------------------------------------------
 
     @classmethod
@@ -123,6 +145,7 @@ class SVFitModel(ReportsByAdapter, BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
+        attend(model)
         entries = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
