@@ -12,6 +12,7 @@ from .layouts import assign, is_sharded, plain_name, unwrapped, whole, whole_mod
 from .losses import base_loss, mean_loss
 from .result import CalibrationResult, PassFacts
 from .run import collect
+from .shards import unsharded
 from .spec import DEFERRED, Calibration
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "model_fingerprint",
     "plain_name",
     "stored_weight",
+    "unsharded",
     "unwrapped",
     "whole",
     "whole_modules",
