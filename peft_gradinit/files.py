@@ -1,0 +1,147 @@
+"""Files and folders that are there as a whole or not at all.
+
+Everything is written beside its place, flushed to the disk, and renamed into it. A full disk, a
+missing permission or a killed process leaves what was there before; the error says what to do.
+"""
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
+
+from .errors import OutputError
+
+_ADVICE = {
+    errno.ENOSPC: "the disk is full; free some space or write elsewhere",
+    errno.EDQUOT: "the disk quota is used up; free some space or write elsewhere",
+    errno.EROFS: "the file system is read-only; write elsewhere",
+    errno.EACCES: "permission denied; write elsewhere, or change the permissions",
+    errno.EPERM: "not permitted; write elsewhere, or change the permissions",
+    errno.ENOTDIR: "a part of the path is a file, not a folder",
+    errno.EISDIR: "there is a folder of that name; give another name",
+}
+
+
+@contextmanager
+def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Give a path to write to, and put the file in its place when the block ends well.
+
+    Args:
+        path: where the file goes; missing folders are made, an old file is replaced.
+
+    Yields:
+        A path in the same folder, to be written.
+
+    Raises:
+        OutputError: if it cannot be written. What was at `path` is still there.
+    """
+    path = Path(path)
+    beside = _beside(path)
+    with _said_clearly(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield beside
+            _flush(beside)
+            beside.replace(path)
+            _flush(path.parent)
+        finally:
+            beside.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
+    """Give a folder to fill, and put it in its place when the block ends well.
+
+    Args:
+        path: where the folder goes; it must not exist, or be empty, unless `overwrite`.
+        overwrite: replace a folder that is there; what it holds is gone once the new one is there.
+
+    Yields:
+        An empty folder beside `path`.
+
+    Raises:
+        OutputError: if it cannot be written, or is there already. Nothing is changed then.
+    """
+    path = Path(path)
+    beside = _beside(path)
+    with _said_clearly(path):
+        check_free(path, overwrite=overwrite)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            beside.mkdir()
+            yield beside
+            for file in (*beside.rglob("*"), beside):
+                _flush(file)
+            _move_in(beside, path)
+            _flush(path.parent)
+        finally:
+            if beside.exists():
+                shutil.rmtree(beside, ignore_errors=True)
+
+
+def check_free(path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+    """Refuse a place that holds something, or that cannot be written, before any work is done.
+
+    Args:
+        path: a folder to be made.
+        overwrite: whether something may be there.
+
+    Raises:
+        OutputError: saying what is in the way.
+    """
+    path = Path(path)
+    with _said_clearly(path):
+        if path.exists() and not path.is_dir():
+            raise OutputError(f"{str(path)!r} is a file where a folder is to go; give another name.")
+        if path.is_dir() and any(path.iterdir()) and not overwrite:
+            raise OutputError(
+                f"the folder {str(path)!r} exists and is not empty; give another name, or ask to "
+                "overwrite it."
+            )
+        existing = next(p for p in (path, *path.absolute().parents) if p.exists())
+        if not os.access(existing, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(existing))
+
+
+@contextmanager
+def _said_clearly(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OutputError:
+        raise
+    except OSError as error:
+        advice = _ADVICE.get(error.errno or 0, "write elsewhere")
+        raise OutputError(f"cannot write {str(path)!r}: {error}: {advice}.") from error
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.part")
+
+
+def _move_in(folder: Path, path: Path) -> None:
+    """Rename a folder into its place; one that is there steps aside first."""
+    if not path.exists():
+        folder.rename(path)
+        return
+    old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    path.rename(old)
+    try:
+        folder.rename(path)
+    except OSError:
+        old.rename(path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    """Have a file or a folder's entries on the disk before anything refers to them."""
+    if path.is_dir() and os.name == "nt":
+        return  # folders cannot be opened there
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        with suppress(OSError) if path.is_dir() else nullcontext():
+            os.fsync(handle)
+    finally:
+        os.close(handle)
