@@ -6,12 +6,18 @@ missing permission or a killed process leaves what was there before; the error s
 
 import errno
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from .errors import OutputError
+
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
+"""How safetensors, written in Rust, names what the system refused."""
 
 _ADVICE = {
     errno.ENOSPC: "the disk is full; free some space or write elsewhere",
@@ -111,9 +117,18 @@ def _said_clearly(path: Path) -> Iterator[None]:
         yield
     except OutputError:
         raise
-    except OSError as error:
-        advice = _ADVICE.get(error.errno or 0, "write elsewhere")
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, SafetensorError) and not _OS_ERROR.search(str(error)):
+            raise
+        advice = _ADVICE.get(_number(error), "write elsewhere")
         raise OutputError(f"cannot write {str(path)!r}: {error}: {advice}.") from error
+
+
+def _number(error: Exception) -> int | None:
+    if isinstance(error, OSError):
+        return error.errno
+    found = _OS_ERROR.search(str(error))
+    return int(found.group(1)) if found else None
 
 
 def _beside(path: Path) -> Path:

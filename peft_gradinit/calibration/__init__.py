@@ -8,14 +8,17 @@ from .fingerprint import model_fingerprint
 from .gradients import measure_gradients
 from .guards import left_as_found
 from .inputs import measure_inputs
-from .result import CalibrationResult, PassFacts
+from .result import FILE_NAME, CalibrationResult, PassFacts
+from .resume import Checkpoint
 from .run import collect
 from .spec import DEFERRED, Calibration
 
 __all__ = [
     "DEFERRED",
+    "FILE_NAME",
     "Calibration",
     "CalibrationResult",
+    "Checkpoint",
     "PassFacts",
     "capture",
     "collect",

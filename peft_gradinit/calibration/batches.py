@@ -21,12 +21,6 @@ from .budget import Budget, Step
 from .spec import Calibration
 from .tokens import IGNORE_INDEX, n_input_tokens, n_sequences, sequence_tokens
 
-FIRST_ORIENTATION = 8
-"""Sequences before the first orientation of the sketches; the next come after 3, 9, … times as many.
-
-An eighth and three eighths of a 64-sequence calibration: on MiniLM as good as four orientations.
-"""
-
 _TOKEN_COLUMNS = ("input_ids", "attention_mask", "labels", "decoder_input_ids", "inputs_embeds")
 _LABEL_COLUMNS = ("label", "label_ids")
 """Columns that the collators of Transformers rename to `labels`."""
@@ -49,19 +43,21 @@ def budgeted(calibration: Calibration, model: nn.Module, budget: Budget) -> Iter
         Sub-batches in order.
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    orientation = FIRST_ORIENTATION
-    for batch in _batches(calibration, model):
+    if budget.n_resumed and (budget.tokens_spent() or budget.batches_spent()):
+        return
+    for batch in islice(_batches(calibration, model), budget.n_resumed, None):
         budget.n_batches += 1
         rest = _placed(batch, device)
         while rest is not None and not budget.tokens_spent():
-            orient = budget.n_sequences >= orientation
-            while budget.n_sequences >= orientation:
-                orientation *= 3
+            orient = budget.n_sequences >= budget.orientation
+            while budget.n_sequences >= budget.orientation:
+                budget.orientation *= 3
             part, rest = rest, None
-            room = orientation - budget.n_sequences
+            room = budget.orientation - budget.n_sequences
             if calibration.loss_fn is None and (cut := _cut(part, room, budget)):
                 part, rest = _slice(part, 0, cut), _slice(part, cut, None)
-            yield budget.take(Step(part, n_sequences(part), n_input_tokens(part), orient))
+            step = Step(part, n_sequences(part), n_input_tokens(part), orient, rest is None)
+            yield budget.take(step)
         if budget.tokens_spent() or budget.batches_spent():
             return
 

@@ -4,7 +4,7 @@ import inspect
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +16,21 @@ from .fingerprint import check_not_meta
 from .gauges import peak_bytes, progress
 from .guards import left_as_found
 from .result import PassFacts
+from .resume import Resume
 from .selection import TokenSelection
 from .sharing import SharedInputs
 from .spec import Calibration
 from .tokens import is_encoder_decoder
+
+
+class Settling(Protocol):
+    """What is asked after each orientation."""
+
+    before: dict[str, Tensor]
+
+    def check(self, shared: SharedInputs) -> bool:
+        """Whether to stop."""
+        ...
 
 
 class Forwards:
@@ -30,7 +41,9 @@ class Forwards:
         shared: accumulators by module name.
         calibration: data and budgets; its `loss_fn`, if any, is what runs the model.
         use_labels: take only tokens that carry loss.
-        settled: asked after each orientation whether to stop.
+        settled: asked after each orientation whether to stop; its `state()` and `resume()` keep
+            what it compares with.
+        resume: keeps the unfinished sums.
 
     Attributes:
         probe: the first sequence of the data as a batch; `None` before `run`.
@@ -43,13 +56,15 @@ class Forwards:
         calibration: Calibration,
         *,
         use_labels: bool,
-        settled: Callable[[SharedInputs], bool],
+        settled: Settling,
+        resume: Resume | None = None,
     ) -> None:
         self.model = model
         self.shared = shared
         self.calibration = calibration
         self.use_labels = use_labels
         self.settled = settled
+        self._resume = resume
         self.budget = Budget(calibration)
         self.probe: Any = None
         self.weight = 0
@@ -67,16 +82,21 @@ class Forwards:
         for name, parameter in self.model.named_parameters():
             check_not_meta(name, parameter)
         started, peak = time.perf_counter(), peak_bytes()
+        if self._resume is not None and (saved := self._resume.load()):
+            self._continue(*saved)
         with (
             left_as_found(self.model, self.calibration.data, self.calibration.seed),
             torch.no_grad(),
             _inputs(modules, self._sink),
             progress(self.calibration) as bar,
         ):
+            bar.update(self.budget.n_tokens)  # what another process has read
             for step in budgeted(self.calibration, self.model, self.budget):
                 settled = step.orient and self._orient()
                 self._add(step)
                 bar.update(step.n_tokens)
+                if self._resume is not None and step.ends_batch and not settled:
+                    self._resume.after_batch(self._state)
                 if settled:
                     self.budget.stopped_by = "settled"
                     break
@@ -96,7 +116,23 @@ class Forwards:
     def _orient(self) -> bool:
         for statistic in self.shared.distinct():
             statistic.orient()
-        return self.settled(self.shared)
+        return self.settled.check(self.shared)
+
+    def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and numbers to continue from, at the end of a batch."""
+        tensors, numbers = self.shared.state()
+        tensors |= {f"settling.{name}": t for name, t in self.settled.before.items()}
+        return tensors, {"budget": self.budget.state(), "weight": self.weight, "shared": numbers}
+
+    def _continue(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+        """Continue from `_state()` of another process."""
+        device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
+        tensors = {key: tensor.to(device) for key, tensor in tensors.items()}
+        of_settling = {k: t for k, t in tensors.items() if k.startswith("settling.")}
+        self.settled.before = {k.removeprefix("settling."): t for k, t in of_settling.items()}
+        self.shared.resume(tensors, numbers["shared"])
+        self.budget.resume(numbers["budget"])
+        self.weight = numbers["weight"]
 
     def _add(self, step: Step) -> None:
         self._selection = TokenSelection(self.model, step.batch, use_labels=self.use_labels)

@@ -11,6 +11,7 @@ from ..errors import CalibrationError
 from ..statistics import Fingerprint, GradientStatistic, TestMatrixPool, gradient_statistic
 from .replay import Replay
 from .result import CalibrationResult
+from .resume import Resume
 from .run import collect
 from .spec import Calibration
 
@@ -53,7 +54,8 @@ def measure_gradients(
     }
     replay = Replay() if keep_batches else None
     on_batch = replay.keep if replay else None
-    facts, probe = collect(model, modules, statistics, calibration, on_batch)
+    resume = Resume(calibration.checkpoint, fingerprint)
+    facts, probe = collect(model, modules, statistics, calibration, on_batch, resume)
     energy, failures = _judge(statistics, facts.n_batches)
     triplets = {}
     for name, (_, _, rank) in fingerprint.targets.items():
@@ -62,6 +64,7 @@ def measure_gradients(
         statistic = statistics.pop(name)  # popped: its memory goes before the next one
         triplets[name] = statistic.triplets(rank)
         energy[name] = statistic.energy(triplets[name])
+    resume.done()
     return CalibrationResult(
         triplets=triplets,
         energy=energy,
@@ -69,7 +72,7 @@ def measure_gradients(
         fingerprint=fingerprint,
         facts=dataclasses.replace(facts, seconds=time.perf_counter() - started),
         probe=probe,
-        replay=replay,
+        replay=replay if replay and replay.batches else None,
         options=dataclasses.replace(calibration, data=()),
     )
 

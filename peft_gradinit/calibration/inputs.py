@@ -12,6 +12,7 @@ from ..linalg import Components, TruncatedSVD, explained_share
 from ..statistics import Fingerprint, InputStatistic, TestMatrixPool, input_statistic
 from .forwards import Forwards
 from .result import CalibrationResult, PassFacts
+from .resume import Resume
 from .sharing import SharedInputs
 from .spec import Calibration
 
@@ -52,10 +53,14 @@ def measure_inputs(
     started = time.perf_counter()
     shared = _empty(fingerprint, calibration, centered)
     settling = _Settling(fingerprint, stop_when_settled)
-    forwards = Forwards(model, shared, calibration, use_labels=use_labels, settled=settling.check)
+    resume = Resume(calibration.checkpoint, fingerprint)
+    forwards = Forwards(
+        model, shared, calibration, use_labels=use_labels, settled=settling, resume=resume
+    )
     facts = forwards.run(modules)
     energy, failures = _judge({name: shared[name] for name in fingerprint.targets}, facts)
     triplets = _triplets(shared, fingerprint, failures)
+    resume.done()
     return CalibrationResult(
         triplets=triplets,
         energy=energy,
@@ -98,7 +103,7 @@ class _Settling:
     def __init__(self, fingerprint: Fingerprint, share: float | None) -> None:
         self._ranks = {n: min(rank, dim) for n, (_, dim, rank) in fingerprint.targets.items()}
         self._share = share
-        self._before: dict[str, Tensor] = {}
+        self.before: dict[str, Tensor] = {}
 
     def check(self, shared: SharedInputs) -> bool:
         """Whether no layer's subspace moves any more; a layer without tokens may still get some."""
@@ -106,8 +111,8 @@ class _Settling:
             return False
         components = _Cached()
         now = {name: components(shared[name], shared[name].width) for name in self._ranks}
-        before = self._before
-        self._before = {name: now[name].Vh[:rank].clone() for name, rank in self._ranks.items()}
+        before = self.before
+        self.before = {name: now[name].Vh[:rank].clone() for name, rank in self._ranks.items()}
         return bool(before) and all(
             shared[name].n_tokens and explained_share(before[name], now[name]) >= self._share
             for name in now

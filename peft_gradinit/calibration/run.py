@@ -18,6 +18,7 @@ from .fingerprint import check_not_meta
 from .gauges import peak_bytes, progress
 from .guards import left_as_found
 from .result import PassFacts
+from .resume import Resume
 from .spec import Calibration
 from .tokens import loss_weight
 
@@ -32,6 +33,7 @@ def collect(
     statistics: Mapping[str, GradientStatistic],
     calibration: Calibration,
     on_batch: Callable[[Any, float, float], None] | None = None,
+    resume: Resume | None = None,
 ) -> tuple[PassFacts, Any]:
     """Run the data through the model and fill the statistics.
 
@@ -43,6 +45,7 @@ def collect(
         statistics: accumulators by the same names.
         calibration: data, budgets, loss.
         on_batch: called with every sub-batch that counted, its loss and its weight.
+        resume: keeps the unfinished sums.
 
     Returns:
         The facts of the pass, and the first sequence of the data as a batch.
@@ -51,15 +54,20 @@ def collect(
     _check_model(model)
     pass_ = _Pass(model, statistics, calibration)
     pass_.on_batch = on_batch
+    if resume is not None and (saved := resume.load()):
+        pass_.resume(*saved)
     started, peak = time.perf_counter(), peak_bytes()
     with (
         left_as_found(model, calibration.data, calibration.seed),
         capture(modules, pass_.sinks()) as seen,
         progress(calibration) as bar,
     ):
+        bar.update(pass_.budget.n_tokens)  # what another process has read
         for step in budgeted(calibration, model, pass_.budget):
             pass_.run(step, seen)
             bar.update(step.n_tokens)
+            if resume is not None and step.ends_batch:
+                resume.after_batch(pass_.state)
     pass_.check()
     facts = PassFacts(
         n_batches=pass_.budget.n_batches,
@@ -127,6 +135,23 @@ class _Pass:
         if self.on_batch is not None:
             self.on_batch(step.batch, loss.item(), weight)
 
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and numbers to continue from, at the end of a batch."""
+        tensors = {f"{n}.{k}": t for n, s in self.statistics.items() for k, t in s.tensors().items()}
+        counts = {n: [s.weight, s.n_calls] for n, s in self.statistics.items()}
+        sums = {"weight": self.weight, "loss_sum": self.loss_sum}
+        return tensors, {"budget": self.budget.state(), "counts": counts, **sums}
+
+    def resume(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+        """Continue from `state()` of another process."""
+        device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
+        for name, statistic in self.statistics.items():
+            weight, n_calls = numbers["counts"][name]
+            own = _entries(tensors, name, device)
+            statistic.load_state_dict({**own, "weight": weight, "n_calls": n_calls})
+        self.budget.resume(numbers["budget"])
+        self.weight, self.loss_sum = numbers["weight"], numbers["loss_sum"]
+
     def check(self) -> None:
         """Tell why nothing was measured, if so.
 
@@ -161,6 +186,14 @@ class _Pass:
                 "computed under torch.no_grad(), or does not depend on any targeted module; return "
                 "the loss that training would differentiate."
             )
+
+
+def _entries(
+    tensors: Mapping[str, Tensor], name: str, device: torch.device
+) -> dict[str, Tensor]:
+    """The tensors of one accumulator: their own names have no dot."""
+    parts = {key: key.rpartition(".") for key in tensors}
+    return {k: tensors[key].to(device) for key, (n, _, k) in parts.items() if n == name}
 
 
 def loss_and_weight(model: nn.Module, batch: Any, calibration: Calibration) -> tuple[Any, float]:

@@ -3,12 +3,15 @@
 from .allocation import RankAllocation
 from .config import GradInitConfig
 from .model import GradInitModel
+from .planning import planned_targets
+from .provenance import read_provenance
 from .registration import register
 from .report import InitReport, ModuleReport
 from .svfit_config import SpectralConfig
 from .svfit_model import SVFitModel
 from .targets import Target
 from .verbs import calibrate, initialize, load_for_training
+from .weights import linear_shape, linear_weight
 
 __all__ = [
     "GradInitConfig",
@@ -21,6 +24,10 @@ __all__ = [
     "Target",
     "calibrate",
     "initialize",
+    "linear_shape",
+    "linear_weight",
     "load_for_training",
+    "planned_targets",
+    "read_provenance",
     "register",
 ]

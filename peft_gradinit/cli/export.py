@@ -1,0 +1,1 @@
+"""`peft-gradinit export`: an adapter in the form that is needed."""
