@@ -6,6 +6,7 @@ LoraGAConfig(…, calibration=data))` works.
 
 from .calibration import Calibration, CalibrationResult
 from .errors import GradInitError
+from .export import ExportReport, export_adapter
 from .methods import EvaConfig, LoraGAConfig, LoraOneConfig, SVFitConfig
 from .tuners import InitReport, calibrate, initialize, load_for_training
 
@@ -15,12 +16,14 @@ __all__ = [
     "Calibration",
     "CalibrationResult",
     "EvaConfig",
+    "ExportReport",
     "GradInitError",
     "InitReport",
     "LoraGAConfig",
     "LoraOneConfig",
     "SVFitConfig",
     "calibrate",
+    "export_adapter",
     "initialize",
     "load_for_training",
 ]

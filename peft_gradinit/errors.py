@@ -44,3 +44,7 @@ class AdapterError(GradInitError, ValueError):
 
 class OutputError(GradInitError, OSError):
     """A result cannot be written where it should go."""
+
+
+class ExportError(GradInitError, ValueError):
+    """An adapter cannot be written in the form or to the place that was asked for."""

@@ -1,4 +1,4 @@
-"""Files and folders that are there as a whole or not at all.
+"""Files that are there as a whole or not at all.
 
 Everything is written beside its place, flushed to the disk, and renamed into it. A full disk, a
 missing permission or a killed process leaves what was there before; the error says what to do.
@@ -7,7 +7,7 @@ missing permission or a killed process leaves what was there before; the error s
 import errno
 import os
 import re
-import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -56,59 +56,25 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
             beside.unlink(missing_ok=True)
 
 
-@contextmanager
-def whole_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
-    """Give a folder to fill, and put it in its place when the block ends well.
+def check_writable(folder: str | os.PathLike[str]) -> None:
+    """Refuse a folder that cannot be written to, before any work is done.
 
     Args:
-        path: where the folder goes; it must not exist, or be empty, unless `overwrite`.
-        overwrite: replace a folder that is there; what it holds is gone once the new one is there.
-
-    Yields:
-        An empty folder beside `path`.
-
-    Raises:
-        OutputError: if it cannot be written, or is there already. Nothing is changed then.
-    """
-    path = Path(path)
-    beside = _beside(path)
-    with _said_clearly(path):
-        check_free(path, overwrite=overwrite)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            beside.mkdir()
-            yield beside
-            for file in (*beside.rglob("*"), beside):
-                _flush(file)
-            _move_in(beside, path)
-            _flush(path.parent)
-        finally:
-            if beside.exists():
-                shutil.rmtree(beside, ignore_errors=True)
-
-
-def check_free(path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-    """Refuse a place that holds something, or that cannot be written, before any work is done.
-
-    Args:
-        path: a folder to be made.
-        overwrite: whether something may be there.
+        folder: where files will go; need not exist.
 
     Raises:
         OutputError: saying what is in the way.
     """
-    path = Path(path)
-    with _said_clearly(path):
-        if path.exists() and not path.is_dir():
-            raise OutputError(f"{str(path)!r} is a file where a folder is to go; give another name.")
-        if path.is_dir() and any(path.iterdir()) and not overwrite:
+    folder = Path(folder)
+    with _said_clearly(folder):
+        existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+        if not existing.is_dir():
             raise OutputError(
-                f"the folder {str(path)!r} exists and is not empty; give another name, or ask to "
-                "overwrite it."
+                f"cannot write to {str(folder)!r}: {str(existing)!r} is a file, not a folder; give "
+                "another name."
             )
-        existing = next(p for p in (path, *path.absolute().parents) if p.exists())
-        if not os.access(existing, os.W_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(existing))
+        with tempfile.TemporaryFile(dir=existing):
+            pass
 
 
 @contextmanager
@@ -133,21 +99,6 @@ def _number(error: Exception) -> int | None:
 
 def _beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.part")
-
-
-def _move_in(folder: Path, path: Path) -> None:
-    """Rename a folder into its place; one that is there steps aside first."""
-    if not path.exists():
-        folder.rename(path)
-        return
-    old = path.with_name(f".{path.name}.{os.getpid()}.old")
-    path.rename(old)
-    try:
-        folder.rename(path)
-    except OSError:
-        old.rename(path)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _flush(path: Path) -> None:

@@ -75,9 +75,7 @@ def draw_rank_map(
     return _saved(_map({name: float(r) for name, r in ranks.items()}, title, "d"), path)
 
 
-def draw_drift(
-    drifts: Mapping[str, Mapping[str, float]], path: str | os.PathLike[str]
-) -> Path:
+def draw_drift(drifts: Mapping[str, Mapping[str, float]], path: str | os.PathLike[str]) -> Path:
     """Draw how far adapters have moved every layer from the base, `|dW| / |W|`.
 
     One adapter is drawn as a map; several (checkpoints of a run, or different runs) as one line

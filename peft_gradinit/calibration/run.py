@@ -137,7 +137,9 @@ class _Pass:
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and numbers to continue from, at the end of a batch."""
-        tensors = {f"{n}.{k}": t for n, s in self.statistics.items() for k, t in s.tensors().items()}
+        tensors = {
+            f"{n}.{k}": t for n, s in self.statistics.items() for k, t in s.tensors().items()
+        }
         counts = {n: [s.weight, s.n_calls] for n, s in self.statistics.items()}
         sums = {"weight": self.weight, "loss_sum": self.loss_sum}
         return tensors, {"budget": self.budget.state(), "counts": counts, **sums}
@@ -188,9 +190,7 @@ class _Pass:
             )
 
 
-def _entries(
-    tensors: Mapping[str, Tensor], name: str, device: torch.device
-) -> dict[str, Tensor]:
+def _entries(tensors: Mapping[str, Tensor], name: str, device: torch.device) -> dict[str, Tensor]:
     """The tensors of one accumulator: their own names have no dot."""
     parts = {key: key.rpartition(".") for key in tensors}
     return {k: tensors[key].to(device) for key, (n, _, k) in parts.items() if n == name}

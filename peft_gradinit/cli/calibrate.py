@@ -16,7 +16,7 @@ from accelerate import PartialState
 from .. import __version__
 from ..calibration import FILE_NAME, CalibrationResult, Checkpoint
 from ..errors import ConfigError, OutputError
-from ..files import check_free, whole_file
+from ..files import check_writable, whole_file
 from ..recipes import (
     CalibrationSection,
     DataSection,
@@ -42,7 +42,7 @@ from .output import Listing, console, errors, human_bytes
 PARTIAL_NAME, RECORD_NAME = "partial.safetensors", "calibration.json"
 
 
-def calibrate(  # noqa: PLR0913 every option is one argument of a command
+def calibrate(
     model: Annotated[str, typer.Argument(help="Hub name, folder, or embedded:pico-llama.")],
     data: Annotated[
         str,
@@ -105,9 +105,7 @@ def calibrate(  # noqa: PLR0913 every option is one argument of a command
     ] = None,
     messages: Annotated[
         str | None,
-        typer.Option(
-            help="Column of chats, for the chat template.", rich_help_panel=options.DATA
-        ),
+        typer.Option(help="Column of chats, for the chat template.", rich_help_panel=options.DATA),
     ] = None,
     label: Annotated[
         str | None, typer.Option(help="Column of classes.", rich_help_panel=options.DATA)
@@ -122,9 +120,7 @@ def calibrate(  # noqa: PLR0913 every option is one argument of a command
     packing: Annotated[
         bool, typer.Option(help="Fill the sequences.", rich_help_panel=options.DATA)
     ] = False,
-    max_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Budget. Default: 65,536.")
-    ] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Budget. Default: 65,536.")] = None,
     max_batches: Annotated[int | None, typer.Option(min=1, help="Budget.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Does not change the result.")] = 8,
     estimator: Annotated[
@@ -136,9 +132,7 @@ def calibrate(  # noqa: PLR0913 every option is one argument of a command
         float,
         typer.Option(min=0, help="Seconds between two saves of the unfinished sums; see --resume."),
     ] = 60.0,
-    resume: Annotated[
-        bool, typer.Option(help="Continue after a kill, to the same result.")
-    ] = True,
+    resume: Annotated[bool, typer.Option(help="Continue after a kill, to the same result.")] = True,
     overwrite: options.Overwrite = False,
     as_json: options.AsJson = False,
 ) -> None:
@@ -224,7 +218,7 @@ class _Place:
                 f"{str(self.folder)!r} holds a calibration already; give another folder, or "
                 "--overwrite."
             )
-        check_free(self.folder, overwrite=self.overwrite or self.partial.exists())
+        check_writable(self.folder)
 
     @property
     def partial(self) -> Path:
@@ -330,7 +324,9 @@ def _show_estimate(costs: Estimate, as_json: bool) -> None:
 def _show_result(result: CalibrationResult, output: Path, job: _Job, as_json: bool) -> None:
     facts = dataclasses.asdict(result.facts)
     if as_json:
-        Listing("", (), (), {"output": str(output), **facts, "failures": result.failures}).show(True)
+        Listing("", (), (), {"output": str(output), **facts, "failures": result.failures}).show(
+            True
+        )
         return
     loss = "" if result.facts.loss is None else f", loss {result.facts.loss:.4f}"
     name = type(job._config()).__name__

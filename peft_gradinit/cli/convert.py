@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from ..errors import ConfigError
-from ..files import check_free
+from ..files import check_writable
 from ..saved import (
     convert as run_conversion,
 )
@@ -58,7 +58,7 @@ def convert(
         raise ConfigError(
             "give --initial, or --base (with --residual for starts that cannot be computed again)."
         )
-    check_free(output, overwrite=overwrite)
+    check_writable(output.parent)
     trained = read_adapter(adapter)
     if initial is not None:
         start = initial_update(trained, read_adapter(initial))

@@ -1,7 +1,6 @@
 """`peft-gradinit doctor`: what is installed, what devices there are, and what works on them."""
 
 import importlib.metadata
-import importlib.util
 import platform
 import shutil
 import tempfile
@@ -36,7 +35,9 @@ def doctor(as_json: options.AsJson = False) -> None:
         "python": platform.python_version(),
         "system": platform.platform(),
         "devices": _devices(),
-        "free space for temporary files": human_bytes(shutil.disk_usage(tempfile.gettempdir()).free),
+        "free space for temporary files": human_bytes(
+            shutil.disk_usage(tempfile.gettempdir()).free
+        ),
         "methods": ", ".join(m.name for m in METHODS),
         **checks,
     }

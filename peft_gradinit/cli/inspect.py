@@ -189,5 +189,3 @@ def _most_and_least(suggested: Mapping[str, int], rank: int) -> str:
 def _shortened(names: list[str]) -> str:
     shown = ", ".join(names[:4])
     return f"{len(names)} layers: {shown}{', …' if len(names) > 4 else ''}" if names else ""
-
-

@@ -24,7 +24,9 @@ Task = Annotated[
 ]
 Plot = Annotated[
     Path | None,
-    typer.Option(help="Draw pictures into this folder (needs the extra `plots`).", metavar="FOLDER"),
+    typer.Option(
+        help="Draw pictures into this folder (needs the extra `plots`).", metavar="FOLDER"
+    ),
 ]
 Rank = Annotated[
     int | None, typer.Option(min=1, help="Truncate every layer to this rank, by its SVD.")
@@ -38,7 +40,5 @@ def method_names() -> list[str]:
 
 def method_help() -> str:
     """One line a method, from the table of methods."""
-    lines = (
-        f"{m.name}: {m.start} (needs {m.needs})." for m in METHODS if m.name in method_names()
-    )
+    lines = (f"{m.name}: {m.start} (needs {m.needs})." for m in METHODS if m.name in method_names())
     return " ".join(lines)

@@ -1,7 +1,8 @@
 """Pure torch linear algebra: matrices in, matrices out."""
 
-from .factors import Factors, inner_product, joined, negated, truncated
+from .factors import Factors, inner_product, joined, negated
 from .nystrom import Components, eigenpairs, explained_share, nystrom
+from .product import TruncatedProduct, pad_rank, truncate_product
 from .ranks import allocate_ranks
 from .sketch import TestMatrices, draw_test_matrix, orient_test_matrices, reconstruct
 from .subspaces import effective_rank, intruder_dimensions, principal_angles
@@ -11,6 +12,7 @@ __all__ = [
     "Components",
     "Factors",
     "TestMatrices",
+    "TruncatedProduct",
     "TruncatedSVD",
     "allocate_ranks",
     "draw_test_matrix",
@@ -24,10 +26,11 @@ __all__ = [
     "negated",
     "nystrom",
     "orient_test_matrices",
+    "pad_rank",
     "principal_angles",
     "randomized_svd",
     "reconstruct",
     "svd_of_product",
-    "truncated",
+    "truncate_product",
     "truncated_svd",
 ]

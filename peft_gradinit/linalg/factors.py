@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .product import truncate_product
 from .svd import TruncatedSVD, svd_of_product
 
 
@@ -31,6 +32,11 @@ class Factors(NamedTuple):
         svd = svd_of_product(self.B.double(), self.A.double().T, rank)
         return TruncatedSVD(*(part.float() for part in svd))
 
+    def truncated(self, rank: int) -> "tuple[Factors, float]":
+        """The best approximation of lower rank, and its error; see `truncate_product`."""
+        B, A, error = truncate_product(self.B, self.A, rank)
+        return Factors(A, B), error
+
     def matrix(self) -> Float[Tensor, "out in"]:
         """The update itself."""
         return self.B @ self.A
@@ -52,21 +58,3 @@ def inner_product(one: Factors, other: Factors) -> float:
     """Frobenius inner product of two updates from small Gram matrices."""
     gram = (one.B.double().T @ other.B.double()) * (one.A.double() @ other.A.double().T)
     return gram.sum().item()
-
-
-def truncated(update: Factors, rank: int) -> tuple[Factors, float]:
-    """The best approximation of lower rank, singular values shared evenly by the factors.
-
-    Args:
-        update: any.
-        rank: of the result; one at least that of `update` costs nothing.
-
-    Returns:
-        The approximation, and its Frobenius error relative to the update; 0 for a zero update.
-    """
-    svd = update.svd()
-    kept, root = svd.truncate(rank), svd.S[:rank].sqrt()
-    lost = svd.S[rank:].double().square().sum().sqrt().item()
-    whole = svd.S.double().square().sum().sqrt().item()
-    factors = Factors((kept.Vh.T * root).T.contiguous(), kept.U * root)
-    return factors, lost / whole if whole else 0.0

@@ -175,7 +175,9 @@ def _held_out(rows: Rows, section: DataSection, evaluation: bool) -> Rows:
     n = section.n_eval or 0
     if evaluation:
         if n == 0:
-            raise ConfigError("there is nothing to evaluate on; set data.eval_split or data.n_eval.")
+            raise ConfigError(
+                "there is nothing to evaluate on; set data.eval_split or data.n_eval."
+            )
         return rows.take(n)
     return _first(rows.skip(n), section.n_train)
 

@@ -83,7 +83,7 @@ def model_config(section: ModelSection) -> Any:
     try:
         return AutoConfig.from_pretrained(_location(section.name), revision=section.revision)
     except _FAILURES as error:
-        raise _unloadable("model", section.name, error) from error
+        raise ConfigError(_unloadable("model", section.name, error)) from error
 
 
 def load_model(section: ModelSection, labels: list[str] | None = None) -> nn.Module:
@@ -112,7 +112,7 @@ def load_model(section: ModelSection, labels: list[str] | None = None) -> nn.Mod
     try:
         return _AUTO_CLASSES[task].from_pretrained(_location(section.name), **options)
     except _FAILURES as error:
-        raise _unloadable("model", section.name, error) from error
+        raise ConfigError(_unloadable("model", section.name, error)) from error
 
 
 def empty_model(section: ModelSection, labels: list[str] | None = None) -> nn.Module:
@@ -154,7 +154,7 @@ def load_processor(section: ModelSection) -> Any:
     try:
         processor = auto.from_pretrained(_location(name), revision=section.revision)
     except _FAILURES as error:
-        raise _unloadable("tokenizer or image processor of", name, error) from error
+        raise ConfigError(_unloadable("tokenizer or image processor of", name, error)) from error
     if auto is AutoTokenizer and processor.pad_token is None:
         processor.pad_token = processor.eos_token
     return processor
@@ -189,9 +189,9 @@ def _location(name: str) -> str:
     return name
 
 
-def _unloadable(what: str, name: str, error: Exception) -> ConfigError:
+def _unloadable(what: str, name: str, error: Exception) -> str:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-    return ConfigError(
+    return (
         f"cannot load the {what} {name!r}: {reason} Give a folder with config.json and weights, or "
         f"a name on the Hub (offline: {transformers.utils.is_offline_mode()})."
     )

@@ -190,9 +190,7 @@ class TrainingSection(Section):
     max_steps: int = Field(default=-1, description="Ends earlier; -1: does not.")
     batch_size: Positive = Field(default=8, description="Sequences a device and step.")
     gradient_accumulation: Positive = Field(default=1, description="Steps between updates.")
-    warmup: Rate = Field(
-        default=0.0, description="Steps; below 1: the share of all of them."
-    )
+    warmup: Rate = Field(default=0.0, description="Steps; below 1: the share of all of them.")
     schedule: str = Field(default="cosine", description="As `lr_scheduler_type`.")
     weight_decay: Rate = Field(default=0.0, description="Of AdamW.")
     max_grad_norm: Rate = Field(default=1.0, description="Clipping; 0: none.")

@@ -18,12 +18,14 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..directories import written_whole
 from ..errors import AdapterError
-from ..files import whole_folder
 from ..linalg import Factors
 
 PREFIX = "base_model.model."
 _A, _B = ".lora_A.weight", ".lora_B.weight"
+
+_FILES = ("adapter_config.json", SAFETENSORS_WEIGHTS_NAME, "README.md", "gradinit.json")
 
 OVERWRITES_BASE = ("pissa", "olora", "corda", "lora_ga")
 """Starts of PEFT that write `W - s B0 A0` into the base: the file alone is no update of it."""
@@ -130,7 +132,7 @@ def write_adapter(
     Returns:
         The folder.
     """
-    with whole_folder(directory, overwrite=overwrite) as folder:
+    with written_whole(directory, overwrite=overwrite, is_ours=_FILES.__contains__) as folder:
         tensors = dict(like.others)
         for name, update in layers.items():
             tensors[f"{PREFIX}{name}{_A}"] = update.A

@@ -118,4 +118,4 @@ def _angles(name: str, first: TruncatedSVD, second: TruncatedSVD) -> LayerCompar
 def _significant(svd: TruncatedSVD) -> TruncatedSVD:
     if not len(svd.S):
         return svd
-    return svd.truncate(int((svd.S > _NEGLIGIBLE * svd.S[0]).sum()))
+    return svd.truncate(int((_NEGLIGIBLE * svd.S[0] < svd.S).sum()))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..errors import AdapterError
-from ..linalg import Factors, TruncatedSVD, joined, negated, truncated, truncated_svd
+from ..linalg import Factors, TruncatedSVD, joined, negated, truncated_svd
 from .adapters import SavedAdapter, same_layers, write_adapter
 
 RESIDUAL_TOLERANCE = 0.05
@@ -69,7 +69,7 @@ def convert(
     for name, update in trained.layers.items():
         layers[name], errors[name] = joined(update, negated(start(name))), 0.0
         if rank is not None and rank < layers[name].r:
-            layers[name], errors[name] = truncated(layers[name], rank)
+            layers[name], errors[name] = layers[name].truncated(rank)
     written = write_adapter(directory, trained, layers, overwrite=overwrite)
     return Converted(written, {n: u.r for n, u in layers.items()}, errors)
 
@@ -120,9 +120,7 @@ def recomputed_update(trained: SavedAdapter, weight: Weight) -> Callable[[str], 
     if start == "pissa":
         return lambda name: _scaled(truncated_svd(weight(name), trained.layers[name].r))
     if start == "olora":
-        return lambda name: _leading_qr(
-            weight(name), trained.layers[name].r, trained.scaling(name)
-        )
+        return lambda name: _leading_qr(weight(name), trained.layers[name].r, trained.scaling(name))
     if start is None:
         raise AdapterError(
             f"{trained.directory!r} has init_lora_weights={trained.config.init_lora_weights!r}, "

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..linalg import Factors, intruder_dimensions, joined, truncated, truncated_svd
+from ..linalg import Factors, intruder_dimensions, joined, truncated_svd
 from .adapters import SavedAdapter
 
 TOP, THRESHOLD = 10, 0.5
@@ -74,7 +74,7 @@ def find_intruders(
     for name, update in adapter.layers.items():
         line = _of_layer(name, update, weight(name), (top, threshold, factor))
         if rank is not None and rank < line.mitigated.r:
-            mitigated, error = truncated(line.mitigated, rank)
+            mitigated, error = line.mitigated.truncated(rank)
             line = dataclasses.replace(line, mitigated=mitigated, error=error)
         found.append(line)
     return found

@@ -11,7 +11,7 @@ from .svfit_config import SpectralConfig
 from .svfit_model import SVFitModel
 from .targets import Target
 from .verbs import calibrate, initialize, load_for_training
-from .weights import linear_shape, linear_weight
+from .weights import is_quantized, linear_shape, linear_weight
 
 __all__ = [
     "GradInitConfig",
@@ -24,6 +24,7 @@ __all__ = [
     "Target",
     "calibrate",
     "initialize",
+    "is_quantized",
     "linear_shape",
     "linear_weight",
     "load_for_training",

@@ -23,6 +23,7 @@ from .anchored import (
 )
 from .config import GradInitConfig
 from .pending import hold, is_pending, release
+from .publishing import attend, card_tags
 from .report import InitReport, StepCheck
 from .start import Start, check_step, compute_start
 from .switching import adapter_alone, adapters_disabled
@@ -48,6 +49,11 @@ class GradInitModel(LoraModel):
             for name, config in self.peft_config.items()
             if (report := getattr(config, "init_report", None)) is not None
         }
+
+    @property
+    def model_tags(self) -> list[str]:
+        """Tags that `Trainer` and TRL put on the cards that they write."""
+        return card_tags(self)
 
     def inject_adapter(
         self,
@@ -253,6 +259,7 @@ class GradInitModel(LoraModel):
                 f"adapter {adapter_name!r} is deferred and {len(pending)} layers ({pending[0]}, …) "
                 "have no start yet, so there is nothing to save; call initialize(model, data)."
             )
+        attend(model)
         entries = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import ConfigError, TargetError
 from ..statistics import Fingerprint, hash_weight
+from .publishing import attend, card_tags
 from .start import base_fingerprint
 from .svfit_config import SpectralConfig
 from .svfit_layer import SVFitLinear, checked_shape
@@ -27,6 +28,11 @@ class SVFitModel(BaseTuner):
     prefix: str = "svfit_"
     tuner_layer_cls = SVFitLinear
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    @property
+    def model_tags(self) -> list[str]:
+        """Tags that `Trainer` and TRL put on the cards that they write."""
+        return card_tags(self)
 
     def inject_adapter(
         self,
@@ -131,6 +137,7 @@ class SVFitModel(BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
+        attend(model)
         entries = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
