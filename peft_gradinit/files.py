@@ -49,6 +49,7 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield beside
+            beside.chmod(_default_mode())  # safetensors makes files that only the owner can read
             _flush(beside)
             beside.replace(path)
             _flush(path.parent)
@@ -99,6 +100,12 @@ def _number(error: Exception) -> int | None:
 
 def _beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.part")
+
+
+def _default_mode() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o666 & ~mask
 
 
 def _flush(path: Path) -> None:

@@ -39,7 +39,7 @@ def draw_spectra(result: CalibrationResult, path: str | os.PathLike[str]) -> Pat
     kinds: dict[str, list[str]] = {}
     for name in result.triplets:
         kinds.setdefault(_place(name)[1], []).append(name)
-    figure, panels = _panels(len(kinds), size=(3.2, 2.5))
+    figure, panels = _panels(len(kinds), size=(3.0, 2.3), share_y=True)
     deepest = max((_place(name)[0] or 0 for name in result.triplets), default=0)
     colours = _colours()
     for panel, (kind, names) in zip(panels, kinds.items(), strict=False):
@@ -178,7 +178,7 @@ def _map(values: Mapping[str, float], title: str, style: str) -> "Figure":
     highest = max(values.values(), default=1) or 1
     image = panel.imshow(grid, aspect="auto", cmap="viridis", vmin=0, vmax=highest)
     panel.set_yticks(range(len(kinds)), kinds, fontsize=7)
-    panel.set_xticks(range(len(columns)), ["–" if c is None else str(c) for c in columns])
+    panel.set_xticks(range(len(columns)), ["none" if c is None else str(c) for c in columns])
     panel.tick_params(axis="x", labelsize=7)
     panel.set_xlabel("depth", fontsize=8)
     if len(values) <= _LABELLED_CELLS:
@@ -206,7 +206,9 @@ def _place(name: str) -> tuple[int | None, str]:
     return int(found.group(1)), side + (name[found.end() :] or ".".join(stack))
 
 
-def _panels(n: int, *, size: tuple[float, float], columns: int = 4) -> "tuple[Figure, list[Axes]]":
+def _panels(
+    n: int, *, size: tuple[float, float], columns: int = 4, share_y: bool = False
+) -> "tuple[Figure, list[Axes]]":
     pyplot = _pyplot()
     columns = min(n, columns)
     rows = -(-n // columns)
@@ -215,9 +217,12 @@ def _panels(n: int, *, size: tuple[float, float], columns: int = 4) -> "tuple[Fi
         columns,
         figsize=(size[0] * columns, size[1] * rows),
         squeeze=False,
+        sharey=share_y,
         layout="constrained",
     )
     panels = list(axes.flat)
+    for panel in panels:
+        panel.tick_params(labelsize=8)
     for unused in panels[n:]:
         unused.axis("off")
     return figure, panels[:n]
@@ -253,7 +258,8 @@ def _colour_bar(
 ) -> None:
     pyplot = _pyplot()
     scale = pyplot.cm.ScalarMappable(pyplot.Normalize(low, high), _colours())
-    figure.colorbar(scale, ax=panels, label=label, fraction=0.03)
+    whole = pyplot.MaxNLocator(integer=True)
+    figure.colorbar(scale, ax=panels, label=label, fraction=0.03, ticks=whole)
 
 
 def _running_mean(values: list[float], window: int) -> list[float]:

@@ -80,7 +80,7 @@ def _of_calibration(result: CalibrationResult, rank: int | None, plot: Path | No
         ))
     columns = (
         Column("layer", "layer"),
-        Column("shape", "out × in"),
+        Column("shape", "out x in"),
         Column("norm", "|G|" if gradients else "std", ".3g"),
         Column("captured", f"in {rank}", ".1%"),
         Column("captured_by_all", f"in {measured}", ".1%"),
@@ -98,7 +98,7 @@ def _layer_of_calibration(
     out_features, in_features, _ = result.fingerprint.targets[name]
     return {
         "layer": name,
-        "shape": f"{out_features} × {in_features}",
+        "shape": f"{out_features} x {in_features}",
         "norm": energy**0.5,
         "captured": min(1.0, squares[:rank].sum().item() / energy),
         "captured_by_all": min(1.0, squares.sum().item() / energy),
@@ -119,7 +119,7 @@ def _of_adapter(adapter: SavedAdapter, base: str | None, plot: Path | None) -> L
         S = update.svd().S
         row = {
             "layer": name,
-            "shape": f"{update.B.shape[0]} × {update.A.shape[1]}",
+            "shape": f"{update.B.shape[0]} x {update.A.shape[1]}",
             "r": update.r,
             "scaling": adapter.scaling(name),
             "norm": math.hypot(*S.tolist()),
@@ -139,7 +139,7 @@ def _of_adapter(adapter: SavedAdapter, base: str | None, plot: Path | None) -> L
         facts["pictures"] = ", ".join(map(str, drawn))
     columns = [
         Column("layer", "layer"),
-        Column("shape", "out × in"),
+        Column("shape", "out x in"),
         Column("r", "r", "d"),
         Column("scaling", "scaling", ".3g"),
         Column("norm", "|sBA|", ".3g"),

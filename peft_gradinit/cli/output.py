@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 console = Console()
+if not console.is_terminal:
+    console.width = 160  # as wide as layer names need; a terminal has its own
 errors = Console(stderr=True)
 
 

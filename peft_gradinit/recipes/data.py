@@ -65,6 +65,7 @@ def encode(rows: Rows, section: DataSection, task: Task, processor: Any) -> Rows
         Rows that a collator can pad.
 
     Raises:
+        ConfigError: if rows are to be packed for a model that is not causal.
         DataError: if no row is left.
     """
     columns = columns_of(rows)
