@@ -1,6 +1,7 @@
 """Recipes: what is fine-tuned on what, how, as a checked file; and the things that it names."""
 
 from .data import columns_of, encode, labels_of, load_rows
+from .finetuning import finetune
 from .loading import load_recipe, section_of
 from .methods import adapter_config, calibration_of
 from .models import empty_model, load_model, load_processor, model_config, task_of
@@ -25,6 +26,7 @@ __all__ = [
     "columns_of",
     "empty_model",
     "encode",
+    "finetune",
     "labels_of",
     "load_model",
     "load_processor",

@@ -44,8 +44,10 @@ def load_rows(section: DataSection, *, evaluation: bool = False) -> Rows:
     if evaluation:
         path = section.eval_path or section.path
         name = section.eval_name or (section.name if section.eval_path is None else None)
-        rows = _chosen(_read(path, name, section.eval_split, section), section)
-        return _first(rows, section.n_eval)
+        rows = _read(path, name, section.eval_split, section)
+        if section.eval_path is None:
+            rows = _chosen(rows, section)
+        return _first(_renamed(rows, section.eval_rename), section.n_eval)
     rows = _chosen(_read(section.path, section.name, section.split, section), section)
     return _first(rows, section.n_train)
 
@@ -166,6 +168,29 @@ def _chosen(rows: Rows, section: DataSection) -> Rows:
         search = functools.partial(_matches, column=column, pattern=pattern)
         rows = rows.filter(search)
     return rows if section.shuffle_seed is None else rows.shuffle(seed=section.shuffle_seed)
+
+
+def _renamed(rows: Rows, names: dict[str, str]) -> Rows:
+    """Rename columns.
+
+    Args:
+        rows: of the evaluation data.
+        names: new names by old ones.
+
+    Returns:
+        The rows.
+
+    Raises:
+        DataError: if there is no such column.
+    """
+    known = columns_of(rows)
+    for column in names:
+        if column not in known:
+            raise DataError(
+                f"data.eval_rename: there is no column {column!r}{nearest(column, known)}; columns: "
+                f"{known}."
+            )
+    return rows.rename_columns(names) if names else rows
 
 
 def _matches(row: dict[str, Any], *, column: str, pattern: str) -> bool:

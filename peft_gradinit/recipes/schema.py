@@ -85,6 +85,9 @@ class DataSection(Section):
     eval_split: str | None = Field(
         default=None, description="Default: `n_eval` rows are held out of `split`."
     )
+    eval_rename: dict[str, str] = Field(
+        default={}, description="New names for columns of the evaluation data."
+    )
     n_train: Positive | None = Field(default=None, description="Take that many rows; default: all.")
     n_eval: Positive | None = Field(
         default=None, description="Evaluate on that many rows; default: all of `eval_split`."
@@ -94,7 +97,8 @@ class DataSection(Section):
         default=None, description="Shuffle the rows first; default: as they are."
     )
     where: dict[str, str] = Field(
-        default={}, description="Keep rows whose column matches a regular expression somewhere."
+        default={},
+        description="Keep rows of `path` whose column matches a regular expression somewhere.",
     )
     text: str | None = Field(default=None, description="All of it carries loss; or is classified.")
     pair: str | None = Field(default=None, description="Second text of a classified pair.")
