@@ -22,6 +22,7 @@ _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 _ADVICE = {
     errno.ENOSPC: "the disk is full; free some space or write elsewhere",
     errno.EDQUOT: "the disk quota is used up; free some space or write elsewhere",
+    errno.EFBIG: "the file would be larger than is allowed here; write elsewhere",
     errno.EROFS: "the file system is read-only; write elsewhere",
     errno.EACCES: "permission denied; write elsewhere, or change the permissions",
     errno.EPERM: "not permitted; write elsewhere, or change the permissions",

@@ -20,7 +20,7 @@ from .export import export
 from .inspect import inspect
 from .output import errors
 
-DONE, FAILED, INTERRUPTED = 0, 1, 130
+FAILED = 1
 
 app = typer.Typer(
     name="peft-gradinit",
@@ -61,9 +61,6 @@ def main() -> None:
     _quieten()
     try:
         app()
-    except KeyboardInterrupt:
-        errors.print("interrupted")
-        sys.exit(INTERRUPTED)
     except torch.OutOfMemoryError as error:
         _fail(error, f"out of memory: {error}; lower the batch size or the sequence length.")
     except (GradInitError, OSError, ValueError) as error:

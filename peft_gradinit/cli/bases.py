@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import AdapterError
 from ..recipes import ModelSection, load_model, section_of
@@ -34,6 +34,32 @@ def model_section(name: str, adapter: SavedAdapter) -> ModelSection:
 _HEADS = ("classifier.weight", "classifier.out_proj.weight", "score.weight")
 
 
+def load_base(name: str, adapter: SavedAdapter) -> nn.Module:
+    """Load a base model that an adapter fits.
+
+    Args:
+        name: Hub name or folder.
+        adapter: whose layers it has to have.
+
+    Returns:
+        The model.
+
+    Raises:
+        AdapterError: if the model lacks a layer, or has it in another shape.
+    """
+    model = load_model(model_section(name, adapter))
+    modules = dict(model.named_modules())
+    for layer, update in adapter.layers.items():
+        want = (update.B.shape[0], update.A.shape[1])
+        got = linear_shape(modules[layer]) if layer in modules else None
+        if got != want:
+            raise AdapterError(
+                f"the base model {name!r} does not fit {adapter.directory!r}: {layer} is {got} in "
+                f"the model and {want} in the adapter; give the model that it was trained on."
+            )
+    return model
+
+
 def weights_of(name: str, adapter: SavedAdapter) -> Callable[[str], Tensor]:
     """Load a base model and give its weights one by one.
 
@@ -43,17 +69,6 @@ def weights_of(name: str, adapter: SavedAdapter) -> Callable[[str], Tensor]:
 
     Returns:
         `(out, in)`, float32, of a layer by its name.
-
-    Raises:
-        AdapterError: if the model has no such layer, or of another shape.
     """
-    modules = dict(load_model(model_section(name, adapter)).named_modules())
-    for layer, update in adapter.layers.items():
-        want = (update.B.shape[0], update.A.shape[1])
-        got = linear_shape(modules[layer]) if layer in modules else None
-        if got != want:
-            raise AdapterError(
-                f"the base model {name!r} does not fit {adapter.directory!r}: {layer} is {got} in "
-                f"the model and {want} in the adapter; give the model that it was trained on."
-            )
+    modules = dict(load_base(name, adapter).named_modules())
     return lambda layer: linear_weight(modules[layer])

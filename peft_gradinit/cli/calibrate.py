@@ -15,7 +15,7 @@ from accelerate import PartialState
 
 from .. import __version__
 from ..calibration import FILE_NAME, CalibrationResult, Checkpoint
-from ..errors import ConfigError, OutputError
+from ..errors import ConfigError, DataError, OutputError
 from ..files import check_writable, whole_file
 from ..recipes import (
     CalibrationSection,
@@ -285,7 +285,12 @@ class _Job:
         labels, processor = labels_of(rows, self.data), load_processor(self.model)
         if hasattr(rows, "to_iterable_dataset"):
             rows = rows.to_iterable_dataset()  # nothing is tokenised that is not read
-        return encode(rows, self.data, task_of(self.model), processor), processor, labels
+        encoded = encode(rows, self.data, task_of(self.model), processor)
+        if next(iter(encoded), None) is None:  # bad data are told before a model is loaded
+            raise DataError(
+                f"the data {self.data.path!r} have no usable row in the split {self.data.split!r}."
+            )
+        return encoded, processor, labels
 
     def _config(self) -> Any:
         return adapter_config(self.method, task_of(self.model), calibration="unused")

@@ -12,6 +12,7 @@ from ..errors import ConfigError
 from ..plots import draw_angles
 from ..saved import (
     LayerComparison,
+    LayerIntruders,
     compare_adapters,
     compare_calibrations,
     find_intruders,
@@ -23,7 +24,7 @@ from ..saved import (
 from ..saved.intruders import THRESHOLD, TOP
 from . import options
 from .bases import weights_of
-from .output import Column, Listing
+from .output import Column, Listing, print_json
 
 _INTRUDERS = "Intruder dimensions"
 
@@ -78,28 +79,31 @@ def compare(
         )
     if mitigate is not None and base is None:
         raise ConfigError("--mitigate needs the original weights; give --base.")
+    shown: dict[str, Listing] = {}
     if second is not None:
-        _compare_two(first, second, plot).show(as_json and base is None)
-    if base is None:
+        shown["comparison"] = _compare_two(first, second, plot)
+    if base is not None:
+        adapter = read_adapter(first)
+        lines = find_intruders(
+            adapter,
+            weights_of(base, adapter),
+            top=top,
+            threshold=threshold,
+            factor=factor,
+            rank=rank,
+        )
+        shown["intruders"] = _of_intruders(lines)
+        if mitigate is not None:
+            write_adapter(mitigate, adapter, mitigated_updates(lines), overwrite=overwrite)
+            shown["intruders"].facts["mitigated"] = str(mitigate)
+            shown["intruders"].facts["largest error of the truncation"] = max(
+                line.error for line in lines
+            )
+    if as_json and len(shown) == 2:
+        print_json({name: listing.content() for name, listing in shown.items()})
         return
-    adapter = read_adapter(first)
-    lines = find_intruders(
-        adapter,
-        weights_of(base, adapter),
-        top=top,
-        threshold=threshold,
-        factor=factor,
-        rank=rank,
-    )
-    facts: dict[str, Any] = {
-        "intruders": sum(len(line.positions) for line in lines),
-        "layers with intruders": sum(bool(line.positions) for line in lines),
-    }
-    if mitigate is not None:
-        write_adapter(mitigate, adapter, mitigated_updates(lines), overwrite=overwrite)
-        facts["mitigated"] = str(mitigate)
-        facts["largest error of the truncation"] = max(line.error for line in lines)
-    _of_intruders(lines, facts).show(as_json)
+    for listing in shown.values():
+        listing.show(as_json)
 
 
 def _compare_two(first: str, second: str, plot: Path | None) -> Listing:
@@ -138,7 +142,7 @@ def _row(line: LayerComparison) -> dict[str, Any]:
     return row
 
 
-def _of_intruders(lines: list[Any], facts: dict[str, Any]) -> Listing:
+def _of_intruders(lines: list[LayerIntruders]) -> Listing:
     columns = (
         Column("layer", "layer"),
         Column("intruders", "intruders", "d"),
@@ -154,6 +158,10 @@ def _of_intruders(lines: list[Any], facts: dict[str, Any]) -> Listing:
         }
         for line in lines
     ]
+    facts = {
+        "intruders": sum(len(line.positions) for line in lines),
+        "layers with intruders": sum(bool(line.positions) for line in lines),
+    }
     return Listing("", columns, rows, facts)
 
 

@@ -9,11 +9,10 @@ from peft import PeftModel
 from ..errors import ConfigError, GradInitError
 from ..export import ExportTarget, export_adapter
 from ..files import check_writable
-from ..recipes import load_model
 from ..saved import SavedAdapter, read_adapter
 from ..tuners import load_for_training, read_provenance
 from . import options
-from .bases import model_section
+from .bases import load_base
 from .output import Column, Listing
 
 
@@ -73,7 +72,7 @@ def export(
 
 def _loaded(saved: SavedAdapter, base: str) -> PeftModel:
     """The adapter in its live form if it is from this package, else as PEFT loads it."""
-    model = load_model(model_section(base, saved))
+    model = load_base(base, saved)
     try:
         read_provenance(saved.directory)
     except GradInitError:

@@ -54,14 +54,17 @@ class Listing:
             as_json: one JSON object instead of a table.
         """
         if as_json:
-            content = {**self.facts, "rows": list(self.rows)}
-            print(json.dumps(_plain(content), indent=1, allow_nan=False))  # noqa: T201
+            print_json(self.content())
             return
         if self.rows:
             console.print(self._table())
         for name, value in self.facts.items():
             console.print(f"[bold]{name}[/]: ", end="")
             console.print(_text(value, ""), markup=False, highlight=False, soft_wrap=True)
+
+    def content(self) -> dict[str, Any]:
+        """What JSON has of it."""
+        return {**self.facts, "rows": list(self.rows)}
 
     def _table(self) -> Table:
         table = Table(title=self.title, box=None, pad_edge=False, title_justify="left")
@@ -71,6 +74,11 @@ class Listing:
         for row in self.rows:
             table.add_row(*(_text(row.get(c.key), c.style) for c in self.columns))
         return table
+
+
+def print_json(content: dict[str, Any]) -> None:
+    """Print one JSON object to standard output."""
+    print(json.dumps(_plain(content), indent=1, allow_nan=False))  # noqa: T201
 
 
 def _text(value: Any, style: str) -> str:

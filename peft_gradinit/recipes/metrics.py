@@ -85,18 +85,19 @@ def compute(names: list[str], predictions: Any, references: Any) -> dict[str, fl
 
     Returns:
         Their values; metrics with several give several.
-
-    Raises:
-        ConfigError: if one cannot be loaded or does not take these predictions.
     """
     found: dict[str, float] = {}
     for name in names:
-        try:
-            metric = _BUILT_IN[name]() if name in _BUILT_IN else evaluate.load(name)
-            found |= metric.compute(predictions=predictions, references=references) or {}
-        except (OSError, ValueError, TypeError, ImportError) as error:
-            raise ConfigError(
-                f"the metric {name!r} cannot be computed: {error}; built in are "
-                f"{sorted(_BUILT_IN)}, others come from the Hub."
-            ) from error
+        found |= _computed(name, predictions, references)
     return found
+
+
+def _computed(name: str, predictions: Any, references: Any) -> dict[str, float]:
+    try:
+        metric = _BUILT_IN[name]() if name in _BUILT_IN else evaluate.load(name)
+        return metric.compute(predictions=predictions, references=references) or {}
+    except (OSError, ValueError, TypeError, ImportError) as error:
+        raise ConfigError(
+            f"the metric {name!r} cannot be computed: {error}; built in are {sorted(_BUILT_IN)}, "
+            "others come from the Hub."
+        ) from error

@@ -1,9 +1,10 @@
 """Models, tokenizers and image processors by name: from the Hub, a folder, or embedded."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
+from huggingface_hub.constants import HF_HUB_OFFLINE
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -191,7 +192,15 @@ def _location(name: str) -> str:
 
 def _unloadable(what: str, name: str, error: Exception) -> str:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+    if _is_missing_folder(name):
+        reason = "there is no such folder."
+    network = " The network is switched off (HF_HUB_OFFLINE)." if HF_HUB_OFFLINE else ""
     return (
         f"cannot load the {what} {name!r}: {reason} Give a folder with config.json and weights, or "
-        f"a name on the Hub (offline: {transformers.utils.is_offline_mode()})."
+        f"a name on the Hub.{network}"
     )
+
+
+def _is_missing_folder(name: str) -> bool:
+    looks_like_one = name.startswith((".", "/", "~")) or name.count("/") > 1
+    return looks_like_one and not Path(name).exists()

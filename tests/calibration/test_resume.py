@@ -18,12 +18,11 @@ WIDE = {"hidden_size": 384, "intermediate_size": 512, "num_hidden_layers": 1}
 """Wide enough that the sketches are not exact."""
 
 
-class Killed(Exception):
+class Killed(Exception):  # noqa: N818 a death, not an error
     """Stands for a kill: nothing of the pass is cleaned up but what its contexts do."""
 
 
 def cut_after(n):
-    """The batches, until the process dies."""
     yield from BATCHES[:n]
     raise Killed
 
@@ -102,11 +101,9 @@ def test_a_pass_killed_after_its_last_batch_reads_nothing(tmp_path):
 def test_the_step_check_of_lora_one_does_without_the_batches_of_the_dead(tmp_path):
     checkpoint = Checkpoint(tmp_path / "partial.safetensors", every_seconds=0)
     options = {"target_modules": "all-linear", "r": 2, "task_type": "CAUSAL_LM"}
+    dying = Calibration(cut_after(18), progress=False, checkpoint=checkpoint)
     with pytest.raises(Killed):
-        config = LoraOneConfig(
-            **options, calibration=Calibration(cut_after(18), progress=False, checkpoint=checkpoint)
-        )
-        adapted(pico_llama(), config)
+        adapted(pico_llama(), LoraOneConfig(**options, calibration=dying))
     config = LoraOneConfig(
         **options, calibration=Calibration(BATCHES, progress=False, checkpoint=checkpoint)
     )
@@ -161,6 +158,7 @@ measured(LoraGAConfig, dying(), Checkpoint(sys.argv[1], "data", 0))
 """
 
 
+@pytest.mark.slow
 def test_after_kill_9_in_the_middle(tmp_path):
     path = tmp_path / "partial.safetensors"
     code = _VICTIM.replace(

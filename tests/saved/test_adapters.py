@@ -78,7 +78,7 @@ def test_damage_is_named(tmp_path):
     whole = load_file(weights)
     key = next(key for key in whole if key.endswith("lora_B.weight"))
     save_file({k: v for k, v in whole.items() if k != key}, weights)
-    with pytest.raises(AdapterError, match="is damaged: .* lora_B of shape None"):
+    with pytest.raises(AdapterError, match=r"is damaged: .* lora_B of shape None"):
         read_adapter(folder)
     save_file({**whole, key: torch.ones(3, 9)}, weights)
     with pytest.raises(AdapterError, match=r"lora_B of shape \(3, 9\)"):

@@ -87,7 +87,7 @@ def test_another_model_is_no_residual(tmp_path):
     overwriting_start(tmp_path, lora_config("pissa"))
     trained = read_adapter(tmp_path / "trained")
     start = residual_update(trained, weight_of(pico_llama()), weight_of(pico_llama(seed=1)))
-    with pytest.raises(AdapterError, match="differ in .* of which rank 4 leaves"):
+    with pytest.raises(AdapterError, match=r"differ in .* of which rank 4 leaves"):
         converted(trained, start, tmp_path)
     assert not (tmp_path / "plain").exists()
 
