@@ -27,6 +27,7 @@ _ADVICE = {
     errno.EACCES: "permission denied; write elsewhere, or change the permissions",
     errno.EPERM: "not permitted; write elsewhere, or change the permissions",
     errno.ENOTDIR: "a part of the path is a file, not a folder",
+    errno.EEXIST: "a part of the path is a file, not a folder",
     errno.EISDIR: "there is a folder of that name; give another name",
 }
 

@@ -34,11 +34,11 @@ _MIN_LENGTH = 60  # characters
 _N_TEST = 160
 _VOCABULARY = 512
 _CHAT_TEMPLATE = (
-    "{% for m in messages %}<s>{{ m['role'] }}: "
-    "{% generation %}{% if m['role'] == 'assistant' %}{{ m['content'] }}</s>"
-    "{% endif %}{% endgeneration %}"
-    "{% if m['role'] != 'assistant' %}{{ m['content'] }}</s>{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<s>assistant: {% endif %}"
+    "{% for m in messages %}<s>{{ m['role'] }}\n"
+    "{% if m['role'] == 'assistant' %}"
+    "{% generation %}{{ m['content'] }}</s>{% endgeneration %}"
+    "{% else %}{{ m['content'] }}</s>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
 )
 
 

@@ -119,7 +119,8 @@ class Encoder:
         if isinstance(prompt, list):
             start = self._chat_ids(prompt, add_generation_prompt=True)
             ids = self._chat_ids([*prompt, *completion])
-            rest = ids[len(start) :]
+            n = _n_common(start, ids)  # the last token of the prompt may grow into the answer
+            start, rest = ids[:n], ids[n:]
         else:
             kept = self._kept(str(completion))
             if kept is None:
@@ -229,6 +230,11 @@ class Encoder:
         return self.processor.apply_chat_template(
             _as_messages(messages), tokenize=True, chat_template=self._template, **options
         )
+
+
+def _n_common(first: list[int], second: list[int]) -> int:
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
 
 
 def _sequence(ids: list[int], labels: list[int]) -> dict[str, Any]:

@@ -26,6 +26,12 @@ from .methods import adapter_config, calibration_of
 from .models import load_model, load_processor, task_of
 from .schema import Recipe, Task
 
+_FIELDS = {field.name for field in dataclasses.fields(TrainingArguments)}
+_CHECKPOINTING = (
+    f"{'activation' if 'activation_checkpointing' in _FIELDS else 'gradient'}_checkpointing"
+)
+"""Later versions of transformers gave the argument a new name and warns of the old one."""
+
 RESULTS, PICTURE = "results.json", "loss.png"
 
 
@@ -134,7 +140,7 @@ def _arguments(recipe: Recipe, *, evaluates: bool) -> TrainingArguments:
         adam_beta2=training.adam_betas[1],
         bf16=training.precision == "bf16",
         fp16=training.precision == "fp16",
-        gradient_checkpointing=training.gradient_checkpointing,
+        **{_CHECKPOINTING: training.gradient_checkpointing},
         logging_steps=training.logging_steps,
         save_strategy="no" if training.save_steps is None else "steps",
         save_steps=training.save_steps or 500,

@@ -98,6 +98,8 @@ def structure(text: str, workshop: Path, tmp_path: Path) -> str:
     text = text.replace(str(workshop), "WORKSHOP").replace(str(tmp_path), "TMP")
     text = re.sub(r"(?<![\w.])[-+]?\d[\d,.]*(e[-+]?\d+)?", "#", text)
     text = re.sub(r"[ \t]+", " ", text)
+    text = re.sub(r"#( ?#)+", "#", text.replace(", ", " "))  # lists of any length
+    text = re.sub(r"^(suggestion:|could use more|less rank).*\n", "", text, flags=re.MULTILINE)
     return "\n".join(line.strip() for line in text.splitlines()) + "\n"
 
 
