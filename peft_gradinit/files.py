@@ -89,7 +89,7 @@ def _said_clearly(path: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         if isinstance(error, SafetensorError) and not _OS_ERROR.search(str(error)):
             raise
-        advice = _ADVICE.get(_number(error), "write elsewhere")
+        advice = _ADVICE.get(_number(error) or 0, "write elsewhere")
         raise OutputError(f"cannot write {str(path)!r}: {error}: {advice}.") from error
 
 

@@ -50,6 +50,7 @@ def draw_spectra(result: CalibrationResult, path: str | os.PathLike[str]) -> Pat
             colour = _GREY if depth is None else colours(depth / max(1, deepest))
             panel.semilogy(range(1, len(share) + 1), share, color=colour, lw=1.2, alpha=0.85)
         panel.set_title(kind, fontsize=8)
+        _whole_numbers(panel)
         panel.grid(alpha=0.3, which="both", lw=0.4)
     what = "gradient" if result.fingerprint.statistic == "gradient" else "inputs"
     figure.supxlabel("singular value", fontsize=9)
@@ -132,6 +133,7 @@ def draw_angles(
             panel.plot(range(1, len(degrees) + 1), degrees, color=colour, lw=1, alpha=0.8)
         panel.set(title=f"{side} spaces", xlabel="principal angle, ascending", ylim=(-2, 92))
         panel.set_yticks(range(0, 91, 15))
+        _whole_numbers(panel)
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("degrees")
     figure.suptitle(f"{names[0]} and {names[1]}", fontsize=10)
@@ -260,6 +262,10 @@ def _colour_bar(
     scale = pyplot.cm.ScalarMappable(pyplot.Normalize(low, high), _colours())
     whole = pyplot.MaxNLocator(integer=True)
     figure.colorbar(scale, ax=panels, label=label, fraction=0.03, ticks=whole)
+
+
+def _whole_numbers(panel: "Axes") -> None:
+    panel.xaxis.set_major_locator(_pyplot().MaxNLocator(integer=True))
 
 
 def _running_mean(values: list[float], window: int) -> list[float]:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
+import datasets
 import torch
 import typer
 import yaml
@@ -186,13 +187,13 @@ def calibrate(
             max_tokens=max_tokens,
             max_batches=max_batches,
             batch_size=batch_size,
-            estimator=estimator,  # pyright: ignore[reportArgumentType] checked above
+            estimator=estimator,
             seed=seed,
         ),
     )
     place = _Place(output, overwrite=overwrite, resume=resume, save_every=save_every)
     state = PartialState()
-    where = torch.device(device) if device else state.device
+    where = torch.device(device or state.device or "cpu")
     if dry_run:
         _show_estimate(job.estimate(where), as_json)
         return
@@ -283,7 +284,7 @@ class _Job:
     def _data(self) -> tuple[Any, Any, list[str] | None]:
         rows = load_rows(self.data)
         labels, processor = labels_of(rows, self.data), load_processor(self.model)
-        if hasattr(rows, "to_iterable_dataset"):
+        if isinstance(rows, datasets.Dataset):
             rows = rows.to_iterable_dataset()  # nothing is tokenised that is not read
         encoded = encode(rows, self.data, task_of(self.model), processor)
         if next(iter(encoded), None) is None:  # bad data are told before a model is loaded

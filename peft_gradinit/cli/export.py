@@ -76,5 +76,5 @@ def _loaded(saved: SavedAdapter, base: str) -> PeftModel:
     try:
         read_provenance(saved.directory)
     except GradInitError:
-        return PeftModel.from_pretrained(model, saved.directory)  # pyright: ignore[reportArgumentType]
+        return PeftModel.from_pretrained(model, saved.directory)
     return load_for_training(model, saved.directory)

@@ -83,7 +83,7 @@ def encode(rows: Rows, section: DataSection, task: Task, processor: Any) -> Rows
                 raise ConfigError(f"packing is for causal models, but the task is {task}.")
             pack_rows = functools.partial(pack, length=section.max_length)
             encoded = encoded.map(pack_rows, batched=True)
-    if not _streams(encoded) and not len(encoded):
+    if isinstance(encoded, datasets.Dataset) and not len(encoded):
         raise DataError(
             f"none of the rows of {section.path!r} is left: all are empty, longer than "
             f"max_length={section.max_length}, or without a match of completion_keep."
@@ -141,7 +141,7 @@ def _read_stored(path: str, name: str | None, split: str, section: DataSection) 
             )
         if place.stat().st_size == 0:
             raise DataError(f"the data file {path!r} is empty.")
-        options = {"delimiter": "\t"} if place.suffix == ".tsv" else {}
+        options: dict[str, Any] = {"delimiter": "\t"} if place.suffix == ".tsv" else {}
         part = split if "[" in split else "train"  # a file is one split, whatever its name
         part = re.sub(r"^\w+", "train", part)
         return datasets.load_dataset(builder, data_files=str(place), split=part, **options)

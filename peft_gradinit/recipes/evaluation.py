@@ -1,7 +1,7 @@
 """What a trained model is worth: its loss, its classes, or the answers that it generates."""
 
 import re
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import PartialState
@@ -46,7 +46,7 @@ def evaluate_model(
         )
     if metrics:
         encoder = Encoder(recipe.data, task, processor, columns_of(rows))
-        model = trainer.accelerator.unwrap_model(trainer.model)
+        model: Any = trainer.accelerator.unwrap_model(trainer.model)
         answers = _answers(model, recipe, task, list(rows), encoder)
         kept |= compute(metrics, *answers)
     return kept
@@ -94,7 +94,8 @@ def _answers(
     pairs = [(encoder.prompt(row), encoder.completion(row)) for row in rows]
     pairs = [(prompt, reference) for prompt, reference in pairs if reference is not None]
     found: list[tuple[str, str]] = []
-    with PartialState().split_between_processes(pairs) as mine:
+    with PartialState().split_between_processes(pairs) as share:
+        mine = cast("list[tuple[str, str]]", share)
         size = recipe.evaluation.batch_size
         for i in range(0, len(mine), size):
             part = mine[i : i + size]

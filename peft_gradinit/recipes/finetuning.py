@@ -103,7 +103,7 @@ def _started(
         inputs.train, recipe.calibration, inputs.processor, progress=progress
     )
     config = adapter_config(recipe.method, inputs.task, calibration)
-    return get_peft_model(model, config)  # pyright: ignore[reportArgumentType, reportReturnType]
+    return get_peft_model(model, config)
 
 
 def _trainer(model: PeftModel, recipe: Recipe, inputs: _Inputs) -> Trainer:
@@ -124,6 +124,7 @@ def _trainer(model: PeftModel, recipe: Recipe, inputs: _Inputs) -> Trainer:
 def _arguments(recipe: Recipe, *, evaluates: bool) -> TrainingArguments:
     training, evaluation = recipe.training, recipe.evaluation
     in_training = evaluates and evaluation.steps is not None
+    checkpointing: dict[str, Any] = {_CHECKPOINTING: training.gradient_checkpointing}
     return TrainingArguments(
         output_dir=str(Path(recipe.output) / "checkpoints"),
         learning_rate=training.learning_rate,
@@ -140,7 +141,7 @@ def _arguments(recipe: Recipe, *, evaluates: bool) -> TrainingArguments:
         adam_beta2=training.adam_betas[1],
         bf16=training.precision == "bf16",
         fp16=training.precision == "fp16",
-        **{_CHECKPOINTING: training.gradient_checkpointing},
+        **checkpointing,
         logging_steps=training.logging_steps,
         save_strategy="no" if training.save_steps is None else "steps",
         save_steps=training.save_steps or 500,

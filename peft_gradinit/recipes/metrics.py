@@ -1,6 +1,5 @@
 """Metrics for `evaluate` that need no network: `evaluate.load` would fetch their code."""
 
-from collections.abc import Callable
 from typing import Any
 
 import datasets
@@ -10,8 +9,8 @@ import numpy as np
 from ..errors import ConfigError
 
 
-class _Classification(evaluate.Metric):
-    """A metric of predicted and true classes."""
+class _Metric(evaluate.Metric):
+    """A metric of predictions and references."""
 
     kind = "int64"
 
@@ -25,17 +24,17 @@ class _Classification(evaluate.Metric):
         )
 
 
-class Accuracy(_Classification):
+class Accuracy(_Metric):
     """Share of right predictions."""
 
-    def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
+    def _compute(self, *, predictions: Any = (), references: Any = (), **_: Any) -> dict[str, float]:
         return {"accuracy": float(np.mean(np.asarray(predictions) == np.asarray(references)))}
 
 
-class MacroF1(_Classification):
+class MacroF1(_Metric):
     """F1 of each class that occurs, averaged over the classes."""
 
-    def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
+    def _compute(self, *, predictions: Any = (), references: Any = (), **_: Any) -> dict[str, float]:
         predicted, true = np.asarray(predictions), np.asarray(references)
         scores = []
         for label in np.union1d(predicted, true):
@@ -44,10 +43,10 @@ class MacroF1(_Classification):
         return {"macro_f1": float(np.mean(scores))}
 
 
-class Matthews(_Classification):
+class Matthews(_Metric):
     """Correlation of predicted and true classes, as GLUE scores CoLA; 0 where one is constant."""
 
-    def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
+    def _compute(self, *, predictions: Any = (), references: Any = (), **_: Any) -> dict[str, float]:
         predicted, true = np.asarray(predictions), np.asarray(references)
         labels = np.union1d(predicted, true)
         p = (predicted[:, None] == labels).astype(float)
@@ -57,17 +56,17 @@ class Matthews(_Classification):
         return {"matthews": float((p * t).sum() / scale) if scale > 0 else 0.0}
 
 
-class ExactMatch(_Classification):
+class ExactMatch(_Metric):
     """Share of texts that are the reference, but for space around them."""
 
     kind = "string"
 
-    def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
+    def _compute(self, *, predictions: Any = (), references: Any = (), **_: Any) -> dict[str, float]:
         pairs = zip(predictions, references, strict=True)
         return {"exact_match": float(np.mean([p.strip() == r.strip() for p, r in pairs]))}
 
 
-_BUILT_IN: dict[str, Callable[[], evaluate.Metric]] = {
+_BUILT_IN: dict[str, Any] = {
     "accuracy": Accuracy,
     "macro_f1": MacroF1,
     "matthews": Matthews,

@@ -104,8 +104,8 @@ def load_model(section: ModelSection, labels: list[str] | None = None) -> nn.Mod
     torch.manual_seed(section.seed)
     dtype = section.dtype if section.dtype == "auto" else getattr(torch, section.dtype)
     if section.name == embedded.PICO_LLAMA:
-        model = LlamaForCausalLM(embedded.pico_llama_config())
-        return model.to(torch.float32 if dtype == "auto" else dtype).eval()
+        model = LlamaForCausalLM(embedded.pico_llama_config()).eval()
+        return model if dtype == "auto" else nn.Module.to(model, dtype)
     options: dict[str, Any] = {"revision": section.revision, "dtype": dtype}
     options |= _head(task, section, labels)
     if section.quantization is not None:

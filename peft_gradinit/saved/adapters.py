@@ -166,8 +166,8 @@ def _read_config(name: str) -> LoraConfig:
             f"{name!r} holds no readable adapter_config.json: {error}; give the folder of a saved "
             "PEFT adapter."
         ) from error
-    if not isinstance(config, LoraConfig) or str(config.peft_type.value) != "LORA":
-        kind = getattr(config.peft_type, "value", config.peft_type)
+    kind = getattr(config.peft_type, "value", config.peft_type)
+    if not isinstance(config, LoraConfig) or kind != "LORA":
         raise AdapterError(
             f"{name!r} is a {kind} adapter where plain LoRA is expected; for an adapter of this "
             "package in its compact form, save it with save_format='lora'."

@@ -242,7 +242,7 @@ def test_export(run, workshop, tmp_path, target, adapter):
     arguments = ("export", workshop / adapter, tmp_path / "out", "--target", target)
     done = run(*arguments, "--base", workshop / "base")
     assert done.code == 0, done.err
-    check_snapshot(f"export_{target}", done.out, workshop, tmp_path)
+    check_snapshot(f"export_{adapter}_{target}", done.out, workshop, tmp_path)
     want = logits_on_fresh_base(workshop / adapter)
     if target == "merged":
         got = logits(type(pico_llama()).from_pretrained(tmp_path / "out").eval())

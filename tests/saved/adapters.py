@@ -18,8 +18,9 @@ def lora_config(start=True, **options) -> LoraConfig:
 
 def saved_lora(folder: Path, *, seed: int = 0, steps: int = 4, **options) -> Path:
     """A plain LoRA adapter of `pico_llama()`, trained a few steps."""
-    torch.manual_seed(seed)
-    model = get_peft_model(pico_llama(), lora_config(**options))
+    base = pico_llama()
+    torch.manual_seed(seed)  # of the adapter, after that of the model
+    model = get_peft_model(base, lora_config(**options))
     train_steps(model, steps)
     model.save_pretrained(folder)
     return folder
