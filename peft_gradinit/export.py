@@ -4,11 +4,11 @@ import copy
 import dataclasses
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, PeftType
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
 from rich.console import Console
 from rich.table import Table
@@ -20,6 +20,7 @@ from .errors import ExportError
 from .merging import merged_model
 from .model_card import CARD, PICTURE, complete_card, new_card
 from .serving import (
+    PREFIX,
     Layer,
     check_servable,
     completed,
@@ -186,10 +187,11 @@ def _checked_config(
             f"there is no adapter {adapter_name!r}; the model has {sorted(peft_model.peft_config)}."
         )
     config = peft_model.peft_config[adapter_name]
-    if not isinstance(config, LoraConfig | SpectralConfig):
+    ours = isinstance(config, GradInitConfig | SpectralConfig)
+    if not ours and config.peft_type != PeftType.LORA:
         raise ExportError(
             f"export_adapter writes LoRA adapters, and {adapter_name!r} is of type "
-            f"{config.peft_type}; use save_pretrained."
+            f"{PeftType(config.peft_type).value}; use save_pretrained."
         )
     if rank is not None and (type(rank) is not int or rank < 1):
         raise ExportError(f"rank must be a positive integer or None, got {rank!r}.")
@@ -197,7 +199,7 @@ def _checked_config(
         raise ExportError(
             f"target='merged' writes no factors that rank={rank} could truncate; leave rank out."
         )
-    return config
+    return cast("LoraConfig | SpectralConfig", config)
 
 
 def _saved_entries(peft_model: PeftModel, adapter_name: str) -> dict[str, Tensor]:
@@ -241,16 +243,21 @@ def _truncated(
     exact, others = linear_layers(state_dict, saved)
     if target == "serving":
         _check_base(saved)
-        check_servable(saved, others)
+        # PEFT copies the base weight of an adapted head into the file, which servers have already.
+        copies = {f"{PREFIX}{name}.base_layer.weight" for name in exact}
+        check_servable(saved, others.keys() - copies)
     elif rank is not None:
         _check_truncatable(saved, others)
     layers = {n: layer.truncated(rank) if rank else layer for n, layer in exact.items()}
     report = _report(target, exact, layers)
+    model = peft_model.get_base_model()
     if target == "peft":
         _write_patterns(saved, layers)
+        # No exclude_modules, which PEFT knows since 0.14.
+        saved.target_modules = target_names(layers, model)
+        saved.exclude_modules = saved.layers_to_transform = saved.layers_pattern = None
         return saved, {**others, **entries(layers)}, report
     served = served_rank(layers)
-    model = peft_model.get_base_model()
     uniform = {name: layer.folded().padded(served) for name, layer in layers.items()}
     uniform = completed(uniform, model)
     saved = LoraConfig(
@@ -288,13 +295,20 @@ def _check_truncatable(saved: LoraConfig, others: Mapping[str, Tensor]) -> None:
 
 def _write_patterns(saved: LoraConfig, layers: Mapping[str, Layer]) -> None:
     """Say the ranks and scales of all layers, under their full names."""
-    ranks = {f"^{re.escape(name)}": layer.r for name, layer in layers.items()}
+    keys = {name: _pattern_key(name, layers) for name in layers}
+    ranks = {keys[name]: layer.r for name, layer in layers.items()}
     root = 0.5 if saved.use_rslora else 1
-    alphas = {f"^{re.escape(name)}": x.scale * x.r**root for name, x in layers.items()}
+    alphas = {keys[name]: x.scale * x.r**root for name, x in layers.items()}
     saved.r = max(ranks.values())
     saved.lora_alpha = next(alphas[key] for key, r in ranks.items() if r == saved.r)  # pyright: ignore[reportAttributeAccessIssue]
     saved.rank_pattern = {key: r for key, r in ranks.items() if r != saved.r}
     saved.alpha_pattern = {key: a for key, a in alphas.items() if a != saved.lora_alpha}
+
+
+def _pattern_key(name: str, names: Iterable[str]) -> str:
+    """A key of `rank_pattern` that matches one layer; versions of PEFT before 0.15 know no `^`."""
+    ambiguous = any(other.endswith(f".{name}") for other in names)
+    return f"^{re.escape(name)}" if ambiguous else name
 
 
 def _report(

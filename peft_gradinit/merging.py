@@ -58,8 +58,7 @@ def _check_mergeable(model: nn.Module) -> None:
                 f"the adapters {module.merged_adapters} are merged into {name} already; call "
                 "unmerge_adapter() first."
             )
-        base = module.get_base_layer()
-        if getattr(base, "weight", None) is not None and is_quantized(base):
+        if is_quantized(module.get_base_layer()):
             raise ExportError(
                 f"{name} is quantised, and merging would round the adapter away; load the base "
                 "unquantised, add the saved adapter with PeftModel.from_pretrained, and export that."

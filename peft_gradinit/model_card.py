@@ -13,7 +13,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 from peft.utils import CONFIG_NAME
 
-from .methods import METHODS, MethodInfo
+from .methods import METHODS, LoraGAConfig, MethodInfo
 from .picture import draw_layers
 from .tuners.provenance import FILE_NAME
 from .tuners.publishing import hub_id, listeners
@@ -51,7 +51,9 @@ def complete_card(directory: Path, repo_id: str | None = None) -> None:
     facts |= {"adapter": name, "repo_id": repo_id, "picture": _picture(directory, facts)}
     card = ModelCard.load(readme)
     _fill_metadata(card.data, facts)
-    card.text = _with_section(card.text, facts)
+    card.text = (
+        _with_section(card.text, facts).rstrip() + "\n"
+    )  # PEFT drops the end of the last line
     card.save(readme)
 
 
@@ -186,7 +188,7 @@ def _is_plain(facts: dict[str, Any]) -> bool:
 
 
 def _table(facts: dict[str, Any]) -> str:
-    rows = [*_rank_rows(facts["saved"]), *_report_rows(facts["report"] or {})]
+    rows = [*_rank_rows(facts), *_report_rows(facts["report"] or {})]
     errors = [x["relative_error"] for x in facts.get("export", {}).get("layers", ())]
     if any(errors):
         rows.append(("truncated", f"relative error of a layer at most {max(errors):.1e}"))
@@ -195,11 +197,15 @@ def _table(facts: dict[str, Any]) -> str:
     return "| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in rows)
 
 
-def _rank_rows(saved: dict[str, Any]) -> list[tuple[str, str]]:
+def _rank_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    saved, live_r = facts["saved"], facts["config"].get("r")
     if "r" not in saved:
         return []
     others = [r for r in (saved.get("rank_pattern") or {}).values() if isinstance(r, int)]
     ranks = str(saved["r"])
+    method = _method(facts)
+    if method and method.config is LoraGAConfig and "export" not in facts:
+        ranks += f": the {live_r} that were trained, and as many that take their start out again"
     if others:
         ranks += f"; {len(others)} layers with their own, {min(others)} to {max(others)}"
     rows = [("rank", ranks)]

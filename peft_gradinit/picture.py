@@ -57,8 +57,8 @@ def _draw(axis: Any, label: str, values: Mapping[str, float]) -> None:
             label=kind,
             color=_COLOURS[i % len(_COLOURS)],
             marker=_MARKERS[i // len(_COLOURS) % len(_MARKERS)],
-            markersize=max(3.0, 6.5 - 0.5 * i),  # lines that coincide stay visible
-            linewidth=max(1.2, 4.0 - 0.4 * i),
+            markersize=max(3.0, 5.5 - 0.4 * i),  # lines that coincide stay visible
+            linewidth=max(1.2, 2.8 - 0.25 * i),
         )
     axis.set(xlabel="block", ylabel=label)
     axis.set_ylim(bottom=0, top=1.02 if label == "captured energy" else None)

@@ -190,7 +190,7 @@ def compare(options: argparse.Namespace, passed_on: list[str]) -> dict:
     }
     for name, values in ratios.items():
         console.print(f"{name}: {spread(values)}")
-    kept = {k: v for k, v in vars(options).items() if isinstance(v, int)}
+    kept = {k: v for k, v in vars(options).items() if type(v) is int}  # flags are bools
     return {"options": kept, "runs": runs, "ratios": ratios}
 
 

@@ -73,12 +73,15 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--tau", type=float, default=None, help="of ours; PEFT's is 0.99")
     parser.add_argument("--max-forwards", type=int, default=2000, help="cap on PEFT's loop")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--test-size", type=int, default=400, help="docstrings to test on")
     return parser.parse_args()
 
 
 def load_batches(options: argparse.Namespace) -> list[dict[str, Tensor]]:
     """Batches without labels, in a fixed order."""
-    data = load_task()["train"].remove_columns("labels").select(range(options.texts))
+    data = (
+        load_task(options.test_size)["train"].remove_columns("labels").select(range(options.texts))
+    )
     tokenizer = load_tokenizer()
 
     def collate(rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
@@ -195,7 +198,7 @@ def adapted(
 
 def tuned(model: PeftModel, options: argparse.Namespace) -> dict[str, float]:
     """Train for a fixed number of steps and evaluate."""
-    task, collate = load_task(), DataCollatorWithPadding(load_tokenizer())
+    task, collate = load_task(options.test_size), DataCollatorWithPadding(load_tokenizer())
     order = torch.Generator().manual_seed(0)
     loader = DataLoader(task["train"], 16, shuffle=True, generator=order, collate_fn=collate)
     parameters = [p for p in model.parameters() if p.requires_grad]

@@ -1,12 +1,13 @@
 """Accuracy of the gradient sketch on real gradients, by size and by number of orientations.
 
-    python scripts/bench_sketch.py
+    python scripts/bench_sketch.py [--sequences 64 --widths 64 80 96 112 128 --seeds 2]
 
 Error of the rank-16 reconstruction of each of MiniLM's encoder layers over the best possible
 rank-16 error, on 64 docstrings: median and worst layer. Memory is that of one 4096 x 4096 layer,
 as a share of its dense gradient. The default is the row marked with a star.
 """
 
+import argparse
 import os
 import statistics
 import warnings
@@ -28,10 +29,8 @@ from peft_gradinit import Calibration
 from peft_gradinit.calibration import batches, collect
 from peft_gradinit.statistics import DenseGradient, SketchedGradient, TestMatrixPool
 
-RANK, N_SEQUENCES = 16, 64
-WIDTHS = (64, 80, 96, 112, 128)
+RANK = 16
 FIRST_ORIENTATIONS = {"none": 10**9, "after 8": 8, "after 8 and 24": 8}
-SEEDS = (0, 1)
 
 
 class OneOrientation(SketchedGradient):
@@ -83,19 +82,25 @@ def memory_share(width: int, kind: str) -> str:
 
 def main() -> None:
     """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sequences", type=int, default=64)
+    parser.add_argument("--widths", type=int, nargs="+", default=[64, 80, 96, 112, 128])
+    parser.add_argument("--seeds", type=int, default=2, help="how many")
+    options = parser.parse_args()
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    rows = load_task()["train"].select(range(N_SEQUENCES))
+    rows = load_task()["train"].select(range(options.sequences))
     loader = DataLoader(rows, batch_size=8, collate_fn=DataCollatorWithPadding(load_tokenizer()))
     exact = {name: s.mean() for name, s in fill("dense", 0, 0, loader).items()}
-    table = Table(title=f"{len(exact)} layers, {len(SEEDS)} seeds")
+    table = Table(title=f"{len(exact)} layers, {options.seeds} seeds")
     for column in ("width", "orientations", "median", "worst", "memory at 4096"):
         table.add_column(column, justify="right")
     for kind in FIRST_ORIENTATIONS:
-        for width in WIDTHS:
-            ratios = [r for s in SEEDS for r in errors(fill(kind, width, s, loader), exact)]
+        for width in options.widths:
+            filled = [fill(kind, width, seed, loader) for seed in range(options.seeds)]
+            ratios = [r for sketches in filled for r in errors(sketches, exact)]
             star = " *" if (width, kind) == (2 * RANK + 80, "after 8 and 24") else ""
             table.add_row(
                 f"{width}{star}",

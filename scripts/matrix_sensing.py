@@ -8,8 +8,14 @@ steps at 1/16) and preconditioned gradient descent (100 steps at 1/2). Prints th
 `|B A - anchor - Delta|_F^2 / 2` at the end: median and range over the seeds.
 
 LoRA-GA takes its start `B0 A0`, of rank 8, out of the function, so that `B A` would have to reach
-`Delta + B0 A0`, of rank 12: the row `floor` is the best that rank 8 can do. Without the subtraction the
-same factors have no floor.
+`Delta + B0 A0`, of rank 12 in general: the column `floor` is the best that rank 8 can do. Without the
+subtraction the same factors have no floor.
+
+Directions are named as in `LoraGAConfig`. The paper writes `x (W0 + A B)`: its `A` is on the side of the
+inputs, as PEFT's is, but left singular vectors of its gradient are our right ones. Its LoRA-GA (`A` from
+`u_1..u_r`, `B` from `v_{r+1}..v_{2r}`) is our `ArB2r`, the default. `A2rBr` has no floor here, since
+the gradient `-Delta X^T X / N` has the target's column space exactly: with `B0` from there, `Delta + B0 A0`
+has rank 8. That holds in a linear model without noise; it says nothing of other gradients.
 """
 
 import argparse
@@ -70,13 +76,15 @@ def starts(problem: Problem, seed: int) -> dict[str, tuple[Tensor, Tensor, Tenso
     A = (2 * torch.rand(RANK, DIMENSION, generator=generator).double() - 1) * bound
     none = torch.zeros_like(problem.delta)
     length = DIMENSION**0.25 / GAMMA**0.5
-    A_ga, B_ga = lora_ga_factors(triplets, length=length)
+    A_ga, B_ga = lora_ga_factors(triplets, direction="ArB2r", length=length)
+    A_swapped, B_swapped = lora_ga_factors(triplets, direction="A2rBr", length=length)
     spectral = lora_one_factors(triplets.truncate(RANK), gamma=1 / triplets.S[0].item())
     return {
         "LoRA": (A, torch.zeros(DIMENSION, RANK).double(), none),
         "LoRA-One (spectral)": (*spectral, none),
-        "LoRA-GA": (A_ga, B_ga, B_ga @ A_ga),
-        "LoRA-GA without subtraction": (A_ga, B_ga, none),
+        "LoRA-GA, ArB2r": (A_ga, B_ga, B_ga @ A_ga),
+        "LoRA-GA, A2rBr": (A_swapped, B_swapped, B_swapped @ A_swapped),
+        "LoRA-GA, ArB2r, without subtraction": (A_ga, B_ga, none),
     }
 
 

@@ -43,7 +43,7 @@ from peft_gradinit import (
 )
 
 OUT = Path("out/quickstart")
-N_STEPS, BATCH_SIZE, N_CALIBRATION = 100, 16, 64
+N_STEPS, N_TEST, BATCH_SIZE, N_CALIBRATION = 100, 400, 16, 64
 ADAPTER = {
     "r": 8,
     "lora_alpha": 8,
@@ -113,7 +113,7 @@ def compute_metrics(prediction: transformers.EvalPrediction) -> dict[str, float]
     return Accuracy().compute(**arguments) | MacroF1().compute(**arguments)
 
 
-def train(method: str, lr: float, data: datasets.DatasetDict) -> tuple[Run, Trainer]:
+def train(method: str, lr: float, data: datasets.DatasetDict, n_steps: int) -> tuple[Run, Trainer]:
     """One run of `transformers.Trainer`."""
     base = load_model()
     started = time.perf_counter()
@@ -121,7 +121,7 @@ def train(method: str, lr: float, data: datasets.DatasetDict) -> tuple[Run, Trai
     cost = time.perf_counter() - started
     arguments = TrainingArguments(
         output_dir=str(OUT / method),
-        max_steps=N_STEPS,
+        max_steps=n_steps,
         per_device_train_batch_size=BATCH_SIZE,
         per_device_eval_batch_size=64,
         learning_rate=lr,
@@ -155,7 +155,8 @@ def train(method: str, lr: float, data: datasets.DatasetDict) -> tuple[Run, Trai
 
 def table(runs: dict[str, Run], rates: dict[str, float]) -> Table:
     """Results side by side."""
-    rows = Table(title=f"{len(MODULES)}-way docstring classification, MiniLM, r=8, {N_STEPS} steps")
+    n_steps = min(len(r.losses) for r in runs.values())
+    rows = Table(title=f"{len(MODULES)}-way docstring classification, MiniLM, r=8, {n_steps} steps")
     rows.add_column("")
     for method in runs:
         rows.add_column(method, justify="right")
@@ -167,7 +168,7 @@ def table(runs: dict[str, Run], rates: dict[str, float]) -> Table:
     add("trainable", [f"{r.n_trainable:,}" for r in runs.values()])
     add("start, s", [f"{r.start_seconds:.1f}" for r in runs.values()])
     add("training, s", [f"{r.seconds:.0f}" for r in runs.values()])
-    for last in sorted({10, 25, 50, N_STEPS}):
+    for last in sorted({n for n in (10, 25, 50) if n < n_steps} | {n_steps}):
         first = max(1, last - 9)
         add(
             f"loss, steps {first}-{last}",
@@ -190,15 +191,14 @@ def reload_in_new_process(folders: list[Path]) -> list[dict]:
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
-def quickstart() -> None:
+def quickstart(data: datasets.DatasetDict, n_steps: int) -> None:
     """The comparison at each method's own learning rate."""
-    data = load_task()
     console.print(f"{len(data['train'])} training and {len(data['test'])} test docstrings")
     data["test"].save_to_disk(OUT / "test")  # other imports could change the docstrings there
     runs = {}
     for method, lr in METHODS.items():
         console.print(f"{method} at learning rate {lr:g} …")
-        runs[method], trainer = train(method, lr, data)
+        runs[method], trainer = train(method, lr, data, n_steps)
         trainer.model.save_pretrained(OUT / method)
         reports = getattr(trainer.model.base_model, "init_report", {})
         if reports:
@@ -234,16 +234,15 @@ def report_reload(runs: dict[str, Run]) -> None:
     console.print(rows)
 
 
-def sweep(methods: list[str]) -> None:
+def sweep(methods: list[str], data: datasets.DatasetDict, n_steps: int) -> None:
     """Final loss and accuracy of each method over its grid of learning rates."""
-    data = load_task()
     rows = Table(title="loss of the last 25 steps / test accuracy")
     for column in ("method", "learning rate", "loss", "accuracy"):
         rows.add_column(column)
     for method in methods:
         for lr in GRID[method]:
-            run, _ = train(method, lr, data)
-            loss = run.mean_loss(N_STEPS - 24, N_STEPS)
+            run, _ = train(method, lr, data, n_steps)
+            loss = run.mean_loss(max(1, n_steps - 24), n_steps)
             console.print(f"{method} {lr:g}: {loss:.3f}, {run.scores['accuracy']:.3f}")
             rows.add_row(method, f"{lr:g}", f"{loss:.3f}", f"{run.scores['accuracy']:.3f}")
     console.print(rows)
@@ -256,17 +255,18 @@ def main() -> None:
         "--sweep", nargs="*", metavar="METHOD", help="compare learning rates instead"
     )
     parser.add_argument("--steps", type=int, default=N_STEPS, help="training steps of each run")
+    parser.add_argument("--test-size", type=int, default=N_TEST, help="docstrings to test on")
     arguments = parser.parse_args()
-    globals()["N_STEPS"] = arguments.steps
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     OUT.mkdir(parents=True, exist_ok=True)
+    data = load_task(arguments.test_size)
     if arguments.sweep is None:
-        quickstart()
+        quickstart(data, arguments.steps)
     else:
-        sweep(arguments.sweep or list(METHODS))
+        sweep(arguments.sweep or list(METHODS), data, arguments.steps)
 
 
 if __name__ == "__main__":

@@ -35,8 +35,9 @@ def draw(losses: dict[str, list[float]], calibration: CalibrationResult, path: P
 
 def _draw_losses(axes: plt.Axes, losses: dict[str, list[float]]) -> None:
     for method, values in losses.items():
-        smooth = np.convolve(values, np.ones(SMOOTHING) / SMOOTHING, mode="valid")
-        (line,) = axes.plot(np.arange(SMOOTHING, len(values) + 1), smooth, label=method, lw=2)
+        window = min(SMOOTHING, len(values))
+        smooth = np.convolve(values, np.ones(window) / window, mode="valid")
+        (line,) = axes.plot(np.arange(window, len(values) + 1), smooth, label=method, lw=2)
         axes.plot(np.arange(1, len(values) + 1), values, color=line.get_color(), alpha=0.2, lw=0.8)
     axes.set(xlabel="step", ylabel="training loss", title=f"Loss (mean of {SMOOTHING} steps)")
     axes.set_ylim(bottom=0)

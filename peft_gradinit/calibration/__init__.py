@@ -4,10 +4,11 @@ Knows nothing of LoRA: it is given modules and accumulators, and returns facts.
 """
 
 from .capture import capture
-from .fingerprint import model_fingerprint
+from .fingerprint import model_fingerprint, stored_weight, with_stored_weight
 from .gradients import measure_gradients
 from .guards import left_as_found
 from .inputs import measure_inputs
+from .losses import base_loss, mean_loss
 from .result import FILE_NAME, CalibrationResult, PassFacts
 from .resume import Checkpoint
 from .run import collect
@@ -20,10 +21,14 @@ __all__ = [
     "CalibrationResult",
     "Checkpoint",
     "PassFacts",
+    "base_loss",
     "capture",
     "collect",
     "left_as_found",
+    "mean_loss",
     "measure_gradients",
     "measure_inputs",
     "model_fingerprint",
+    "stored_weight",
+    "with_stored_weight",
 ]

@@ -21,6 +21,12 @@ from .budget import Budget, Step
 from .spec import Calibration
 from .tokens import IGNORE_INDEX, n_input_tokens, n_sequences, sequence_tokens
 
+FIRST_ORIENTATION = 8
+"""Sequences before the first orientation of the sketches; the next come after 3, 9, … times as many.
+
+An eighth and three eighths of a 64-sequence calibration: on MiniLM as good as four orientations.
+"""
+
 _TOKEN_COLUMNS = ("input_ids", "attention_mask", "labels", "decoder_input_ids", "inputs_embeds")
 _LABEL_COLUMNS = ("label", "label_ids")
 """Columns that the collators of Transformers rename to `labels`."""
@@ -31,32 +37,39 @@ PROBE_TOKENS = 64
 a calibration on 4,096."""
 
 
-def budgeted(calibration: Calibration, model: nn.Module, budget: Budget) -> Iterator[Step]:
+def budgeted(
+    batches: Iterable[Any], calibration: Calibration, model: nn.Module, budget: Budget
+) -> Iterator[Step]:
     """Yield the steps of a pass.
 
     Args:
-        calibration: data and budgets.
-        model: decides the device and the columns of dataset samples.
+        batches: what `read` gives.
+        calibration: budgets; with a `loss_fn`, batches stay whole.
+        model: decides the device.
         budget: counts along, and holds the reason for the end.
 
     Yields:
         Sub-batches in order.
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    orientation = budget.orientation or -(-FIRST_ORIENTATION // budget.n_readers)
+    may_be_cut = calibration.loss_fn is None
     if budget.n_resumed and (budget.tokens_spent() or budget.batches_spent()):
         return
-    for batch in islice(_batches(calibration, model), budget.n_resumed, None):
+    for batch in islice(batches, budget.n_resumed, None):
         budget.n_batches += 1
         rest = _placed(batch, device)
         while rest is not None and not budget.tokens_spent():
-            orient = budget.n_sequences >= budget.orientation
-            while budget.n_sequences >= budget.orientation:
-                budget.orientation *= 3
+            orient = budget.n_sequences >= orientation
+            while budget.n_sequences >= orientation:
+                orientation *= 3
+            budget.orientation = orientation
             part, rest = rest, None
-            room = budget.orientation - budget.n_sequences
-            if calibration.loss_fn is None and (cut := _cut(part, room, budget)):
-                part, rest = _slice(part, 0, cut), _slice(part, cut, None)
-            step = Step(part, n_sequences(part), n_input_tokens(part), orient, rest is None)
+            room = orientation - budget.n_sequences
+            if may_be_cut and (cut := _cut(part, room, budget)):
+                part, rest = sliced(part, 0, cut), sliced(part, cut, None)
+            n, n_tokens = n_sequences(part), n_input_tokens(part)
+            step = Step(part, n, n_tokens, orient, may_be_cut=may_be_cut, ends_batch=rest is None)
             yield budget.take(step)
         if budget.tokens_spent() or budget.batches_spent():
             return
@@ -73,9 +86,9 @@ def first_sequence(batch: Any) -> Any:
     Returns:
         A batch of one sequence.
     """
-    if not _is_sliceable(batch):
+    if not is_sliceable(batch):
         return batch
-    first = _slice(batch, 0, 1)
+    first = sliced(batch, 0, 1)
     if len({v.shape[1:] for v in first.values() if v.dim() > 1}) != 1:
         return first
     return {k: v[:, :PROBE_TOKENS] if v.dim() == 2 else v for k, v in first.items()}
@@ -91,7 +104,7 @@ def _placed(batch: Any, device: torch.device) -> Any:
 
 def _cut(batch: Any, room: int, budget: Budget) -> int | None:
     """Where to cut a batch: at the next orientation, or where the token budget is reached."""
-    if not _is_sliceable(batch):
+    if not is_sliceable(batch):
         return None
     cut = room
     if budget.max_tokens is not None:
@@ -100,7 +113,7 @@ def _cut(batch: Any, room: int, budget: Budget) -> int | None:
     return cut if cut < n_sequences(batch) else None
 
 
-def _is_sliceable(batch: Any) -> bool:
+def is_sliceable(batch: Any) -> bool:
     """Whether every value of a dict batch is a tensor with the same leading dimension."""
     if not isinstance(batch, Mapping):
         return False
@@ -109,11 +122,24 @@ def _is_sliceable(batch: Any) -> bool:
     return len({v.shape[0] for v in batch.values()}) == 1
 
 
-def _slice(batch: Mapping[str, Tensor], start: int, stop: int | None) -> dict[str, Tensor]:
+def sliced(batch: Mapping[str, Tensor], start: int, stop: int | None) -> dict[str, Tensor]:
+    """Some of the sequences of a batch that `is_sliceable`."""
     return {key: value[start:stop] for key, value in batch.items()}
 
 
-def _batches(calibration: Calibration, model: nn.Module) -> Iterator[Any]:
+def read(calibration: Calibration, model: nn.Module) -> Iterator[Any]:
+    """Yield batches from the calibration's data, whatever they are.
+
+    Args:
+        calibration: data, and how samples become batches.
+        model: decides the columns of dataset samples.
+
+    Yields:
+        Batches as the data give them.
+
+    Raises:
+        DataError: if the data cannot be read, or hold something else than batches.
+    """
     data = calibration.data
     if not isinstance(data, Iterable | Dataset) or isinstance(data, Mapping | Tensor | str):
         raise DataError(

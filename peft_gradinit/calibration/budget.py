@@ -1,9 +1,11 @@
 """How much of the data a pass reads."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from ..errors import DataError
+from .processes import Processes
 from .spec import Calibration
 
 
@@ -16,6 +18,8 @@ class Step:
         n_sequences: its leading dimension.
         n_tokens: its input tokens, padding not counted.
         orient: orient the sketches before adding this sub-batch.
+        may_be_cut: whether parts of it give the same answer.
+        counts: whether it adds anything; other processes may need it to be run all the same.
         ends_batch: nothing of its batch is left.
     """
 
@@ -23,41 +27,48 @@ class Step:
     n_sequences: int
     n_tokens: int
     orient: bool
+    may_be_cut: bool = True
+    counts: bool = True
     ends_batch: bool = True
-
-
-FIRST_ORIENTATION = 8
-"""Sequences before the first orientation of the sketches; the next come after 3, 9, … times as many.
-
-An eighth and three eighths of a 64-sequence calibration: on MiniLM as good as four orientations.
-"""
 
 
 class Budget:
     """Counts what was read and says why reading ended.
 
     Attributes:
-        orientation: sequences before the next orientation of the sketches.
-        n_resumed: batches that another process has read already.
+        n_readers: how many processes read data of their own within the budget.
+        orientation: sequences before the next orientation; `None` before the first batch.
+        n_resumed: batches that an earlier process has read already.
     """
+
+    n_readers: int = 1
 
     def __init__(self, calibration: Calibration) -> None:
         self.max_tokens = calibration.token_budget
         self.max_batches = calibration.max_batches
         self.n_tokens = self.n_sequences = self.n_batches = 0
         self.stopped_by = "end of data"
-        self.orientation, self.n_resumed = FIRST_ORIENTATION, 0
+        self.orientation: int | None = None
+        self.n_resumed = 0
 
-    def state(self) -> dict[str, int]:
+    def state(self) -> dict[str, Any]:
         """The position in the data, at the end of a batch."""
         names = ("n_tokens", "n_sequences", "n_batches", "orientation")
         return {name: getattr(self, name) for name in names}
 
-    def resume(self, state: dict[str, int]) -> None:
-        """Continue from `state()` of another process."""
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state()` of an earlier process."""
         for name, value in state.items():
             setattr(self, name, value)
         self.n_resumed = self.n_batches
+
+    def divide(self, n: int) -> None:
+        """Leave an equal part of the budget to this process, one of `n` with data of their own."""
+        self.n_readers = n
+        if self.max_tokens is not None:
+            self.max_tokens = -(-self.max_tokens // n)
+        if self.max_batches is not None:
+            self.max_batches = -(-self.max_batches // n)
 
     def tokens_spent(self) -> bool:
         """Whether to stop, within a batch or after it; batches of no tokens end as well."""
@@ -87,6 +98,23 @@ class Budget:
                 f"the calibration data ({type(data).__name__}) gave no batch; a generator can be "
                 "read only once, and an empty loader has nothing to calibrate on."
             )
+
+    def totals(self, world: Processes) -> dict[str, Any]:
+        """What was read by all processes, and why reading ended.
+
+        Args:
+            world: the processes.
+
+        Returns:
+            Fields of `PassFacts`.
+        """
+        read = [self.n_batches, self.n_sequences, self.n_tokens]
+        if self.n_readers > 1:
+            read = [int(n) for n in world.total(*read)]
+        return dict(
+            zip(("n_batches", "n_sequences", "n_tokens"), read, strict=True),
+            stopped_by=self.stopped_by,
+        )
 
     def take(self, step: Step) -> Step:
         """Count a step."""

@@ -1,5 +1,9 @@
 """Which model a measurement is of."""
 
+import copy
+from collections.abc import Iterator
+from typing import Any
+
 from torch import Tensor, nn
 
 from ..errors import CalibrationError
@@ -17,12 +21,44 @@ def model_fingerprint(model: nn.Module, skip: tuple[str, ...]) -> dict[str, str]
         Hashes by parameter name.
     """
     hashes = {}
-    for name, parameter in model.named_parameters():
+    for name, module, parameter in _parameters(model):
         if not any(part in name for part in skip):
             check_not_meta(name, parameter)
             plain = name.replace(".base_layer", "").replace(".original_module", "")
-            hashes[plain.replace("_orig_mod.", "")] = hash_weight(parameter)
+            stored = stored_weight(module) if name.endswith(".weight") else parameter
+            hashes[plain.replace("_orig_mod.", "")] = hash_weight(stored)
     return hashes
+
+
+def stored_weight(module: nn.Module) -> Any:
+    """The weight as a checkpoint would hold it; the module is not changed.
+
+    bitsandbytes packs 4-bit weights anew, in place, when they are evaluated on a CPU.
+
+    Args:
+        module: any module with a weight.
+
+    Returns:
+        `module.weight`, or its unpacked copy.
+    """
+    return with_stored_weight(module).weight
+
+
+def with_stored_weight(module: nn.Module) -> nn.Module:
+    """The module, or a copy of it where its weight is packed for evaluation."""
+    state = getattr(getattr(module, "weight", None), "quant_state", None)
+    if not getattr(state, "packing_format_for_cpu", False):
+        return module
+    module = copy.deepcopy(module)
+    module.state_dict()  # unpacks
+    return module
+
+
+def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor]]:
+    """Every parameter once, with its full name and its module."""
+    modules = dict(model.named_modules())
+    for name, parameter in model.named_parameters():
+        yield name, modules[name.rpartition(".")[0]], parameter
 
 
 def check_not_meta(name: str, parameter: Tensor) -> None:

@@ -10,21 +10,25 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DataError
-from .batches import budgeted, first_sequence
+from .batches import first_sequence
 from .budget import Budget, Step
 from .fingerprint import check_not_meta
 from .gauges import peak_bytes, progress
 from .guards import left_as_found
+from .layouts import is_sharded
+from .processes import Processes
+from .reduction import keep_on_first, orient_inputs, sum_inputs
 from .result import PassFacts
 from .resume import Resume
 from .selection import TokenSelection
+from .shards import steps
 from .sharing import SharedInputs
 from .spec import Calibration
 from .tokens import is_encoder_decoder
 
 
 class Settling(Protocol):
-    """What is asked after each orientation."""
+    """What is asked after each orientation, and what it compares with."""
 
     before: dict[str, Tensor]
 
@@ -41,9 +45,9 @@ class Forwards:
         shared: accumulators by module name.
         calibration: data and budgets; its `loss_fn`, if any, is what runs the model.
         use_labels: take only tokens that carry loss.
-        settled: asked after each orientation whether to stop; its `state()` and `resume()` keep
-            what it compares with.
+        settled: asked after each orientation whether to stop.
         resume: keeps the unfinished sums.
+        world: the processes that share the data.
 
     Attributes:
         probe: the first sequence of the data as a batch; `None` before `run`.
@@ -57,7 +61,8 @@ class Forwards:
         *,
         use_labels: bool,
         settled: Settling,
-        resume: Resume | None = None,
+        resume: Resume,
+        world: Processes,
     ) -> None:
         self.model = model
         self.shared = shared
@@ -68,6 +73,9 @@ class Forwards:
         self.budget = Budget(calibration)
         self.probe: Any = None
         self.weight = 0
+        self.world = world
+        self.runs_all = world.size > 1 and is_sharded(model)
+        self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self._selection: TokenSelection | None = None
 
     def run(self, modules: Mapping[str, nn.Module]) -> PassFacts:
@@ -79,44 +87,43 @@ class Forwards:
         Returns:
             The facts of the pass.
         """
-        for name, parameter in self.model.named_parameters():
-            check_not_meta(name, parameter)
+        with self.world.together():
+            for name, parameter in self.model.named_parameters():
+                check_not_meta(name, parameter)
         started, peak = time.perf_counter(), peak_bytes()
-        if self._resume is not None and (saved := self._resume.load()):
+        if saved := self._resume.load():
             self._continue(*saved)
         with (
             left_as_found(self.model, self.calibration.data, self.calibration.seed),
             torch.no_grad(),
             _inputs(modules, self._sink),
-            progress(self.calibration) as bar,
+            progress(self.calibration, self.world) as bar,
         ):
-            bar.update(self.budget.n_tokens)  # what another process has read
-            for step in budgeted(self.calibration, self.model, self.budget):
+            for step in steps(self.calibration, self.model, self.budget, self.world):
                 settled = step.orient and self._orient()
-                self._add(step)
-                bar.update(step.n_tokens)
-                if self._resume is not None and step.ends_batch and not settled:
+                with self.world.together():
+                    self._add(step)
+                bar.update(self.budget.n_tokens - bar.n)
+                if step.ends_batch and not settled:
                     self._resume.after_batch(self._state)
                 if settled:
                     self.budget.stopped_by = "settled"
                     break
-        self._check()
+        self._finish()
         return PassFacts(
-            n_batches=self.budget.n_batches,
-            n_sequences=self.budget.n_sequences,
-            n_tokens=self.budget.n_tokens,
+            **self.budget.totals(self.world),
             loss_weight=self.weight,
             loss=None,
             seconds=time.perf_counter() - started,
             state_bytes=sum(s.n_bytes() for s in self.shared.distinct()),
             peak_bytes=max(0, peak_bytes() - peak),
-            stopped_by=self.budget.stopped_by,
         )
 
     def _orient(self) -> bool:
-        for statistic in self.shared.distinct():
-            statistic.orient()
-        return self.settled.check(self.shared)
+        orient_inputs(self.shared, self.device, self.world)
+        settled = self.world.gather(self.settled.check(self.shared))[0]
+        keep_on_first(self.shared, self.world)
+        return settled
 
     def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and numbers to continue from, at the end of a batch."""
@@ -125,9 +132,8 @@ class Forwards:
         return tensors, {"budget": self.budget.state(), "weight": self.weight, "shared": numbers}
 
     def _continue(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
-        """Continue from `_state()` of another process."""
-        device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
-        tensors = {key: tensor.to(device) for key, tensor in tensors.items()}
+        """Continue from `_state()` of an earlier process."""
+        tensors = {key: tensor.to(self.device) for key, tensor in tensors.items()}
         of_settling = {k: t for k, t in tensors.items() if k.startswith("settling.")}
         self.settled.before = {k.removeprefix("settling."): t for k, t in of_settling.items()}
         self.shared.resume(tensors, numbers["shared"])
@@ -135,16 +141,18 @@ class Forwards:
         self.weight = numbers["weight"]
 
     def _add(self, step: Step) -> None:
-        self._selection = TokenSelection(self.model, step.batch, use_labels=self.use_labels)
-        if not self._selection.n_tokens:
+        selection = TokenSelection(self.model, step.batch, use_labels=self.use_labels)
+        counts = step.counts and selection.n_tokens > 0
+        if not counts and not self.runs_all:
             return
         if self.probe is None:
             self.probe = first_sequence(step.batch)
+        self._selection = selection if counts else None
         try:
             self._forward(step.batch)
         finally:
             self.shared.forget()
-        self.weight += self._selection.n_tokens
+        self.weight += selection.n_tokens if counts else 0
 
     def _sink(self, name: str, x: Tensor) -> None:
         if self._selection is not None:
@@ -161,13 +169,15 @@ class Forwards:
             else:
                 self.model(*batch) if isinstance(batch, tuple | list) else self.model(batch)
 
-    def _check(self) -> None:
-        """Tell why nothing was measured, if so.
+    def _finish(self) -> None:
+        """Add up what all processes measured, and tell why it is nothing, if so.
 
         Raises:
             DataError: if the data are empty, or none of their tokens counts.
         """
         self.budget.check_read(self.calibration.data)
+        (self.weight,) = self.world.total(self.weight)
+        sum_inputs(self.shared, self.device, self.world)
         if self.weight == 0:
             raise DataError(
                 f"no token of the {self.budget.n_sequences} calibration sequences carries loss (all "

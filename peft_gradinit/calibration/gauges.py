@@ -8,11 +8,20 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from .processes import Processes
 from .spec import Calibration
 
 
 def peak_bytes() -> int:
-    """Peak memory so far: of the accelerator if there is one, else of the process."""
+    """Peak memory so far, in bytes.
+
+    With CUDA, what torch allocated on the current device since the start of the process or the
+    user's last reset; a model on several devices uses more. Else the resident memory of the whole
+    process, the interpreter and the model included.
+
+    Returns:
+        The peak; 0 where the system keeps no such count (Windows without CUDA).
+    """
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     if sys.platform == "win32":
@@ -24,9 +33,17 @@ def peak_bytes() -> int:
 
 
 @contextmanager
-def progress(calibration: Calibration) -> Iterator[Any]:
-    """A progress bar that counts the tokens of the budget, full when the data end before it."""
-    total, quiet = calibration.token_budget, not calibration.progress
+def progress(calibration: Calibration, world: Processes) -> Iterator[Any]:
+    """A progress bar on the first process, which counts the tokens of the budget.
+
+    Args:
+        calibration: its budget, and whether to show a bar.
+        world: the processes.
+
+    Yields:
+        The bar; full when the data end before the budget.
+    """
+    total, quiet = calibration.token_budget, not calibration.progress or world.rank > 0
     with tqdm(desc="calibration", unit=" tokens", total=total, disable=quiet) as bar:
         yield bar
         bar.total = bar.n

@@ -8,7 +8,10 @@ from collections.abc import Mapping
 from torch import nn
 
 from ..errors import CalibrationError
+from ..linalg import TruncatedSVD
 from ..statistics import Fingerprint, GradientStatistic, TestMatrixPool, gradient_statistic
+from .processes import processes
+from .reduction import factored
 from .replay import Replay
 from .result import CalibrationResult
 from .resume import Resume
@@ -40,31 +43,29 @@ def measure_gradients(
 
     """
     started = time.perf_counter()
-    pool = TestMatrixPool()
-    statistics = {
-        name: gradient_statistic(
-            (out_features, in_features),
-            rank=rank,
-            estimator=calibration.estimator,
-            sketch_size=calibration.sketch_size,
-            seed=calibration.seed,
-            pool=pool,
-        )
-        for name, (out_features, in_features, rank) in fingerprint.targets.items()
-    }
-    replay = Replay() if keep_batches else None
+    statistics = _empty(fingerprint, calibration)
+    replay = Replay(custom_loss=calibration.loss_fn is not None) if keep_batches else None
     on_batch = replay.keep if replay else None
-    resume = Resume(calibration.checkpoint, fingerprint)
-    facts, probe = collect(model, modules, statistics, calibration, on_batch, resume)
-    energy, failures = _judge(statistics, facts.n_batches)
-    triplets = {}
-    for name, (_, _, rank) in fingerprint.targets.items():
-        if name in failures:
-            continue
-        statistic = statistics.pop(name)  # popped: its memory goes before the next one
-        triplets[name] = statistic.triplets(rank)
-        energy[name] = statistic.energy(triplets[name])
-    resume.done()
+    with processes() as world:
+        resume = Resume(calibration.checkpoint, fingerprint, world, replay)
+        facts, probe = collect(
+            model, modules, statistics, calibration, on_batch, world, resume=resume
+        )
+        if replay is not None:
+            replay.of_one_process = world.size > 1
+        energy, failures = world.gather(_judge(statistics, facts.n_batches))[0]
+
+        def triplets_of(name: str) -> TruncatedSVD:
+            statistic = statistics.pop(name)  # popped: its memory goes before the next one
+            svd = statistic.triplets(fingerprint.targets[name][2])
+            energy[name] = statistic.energy(svd)
+            return svd
+
+        names = [name for name in fingerprint.targets if name not in failures]
+        triplets = factored(names, triplets_of, world)
+        for rank, theirs in enumerate(world.gather(energy)):
+            energy |= {name: theirs[name] for name in names[rank :: world.size]}
+        resume.done()
     return CalibrationResult(
         triplets=triplets,
         energy=energy,
@@ -75,6 +76,22 @@ def measure_gradients(
         replay=replay if replay and replay.batches else None,
         options=dataclasses.replace(calibration, data=()),
     )
+
+
+def _empty(fingerprint: Fingerprint, calibration: Calibration) -> dict[str, GradientStatistic]:
+    """An empty accumulator for every target; layers of one dimension share test matrices."""
+    pool = TestMatrixPool()
+    return {
+        name: gradient_statistic(
+            (out_features, in_features),
+            rank=rank,
+            estimator=calibration.estimator,
+            sketch_size=calibration.sketch_size,
+            seed=calibration.seed,
+            pool=pool,
+        )
+        for name, (out_features, in_features, rank) in fingerprint.targets.items()
+    }
 
 
 def _judge(

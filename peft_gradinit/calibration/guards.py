@@ -6,6 +6,8 @@ changes for the pass, it puts back in reverse order:
 - every module in eval mode (no dropout, so the gradient is a property of the data alone), except
   modules that checkpoint, which do so in train mode only: their own flag is on, whatever it was
   (`from_pretrained` returns models in eval mode), and their own dropout rates are zero;
+- 4-bit layers of bitsandbytes in train mode and unpacked: evaluated on a CPU they pack their weight
+  for good, and a packed weight passes no gradient on;
 - reentrant checkpointing replaced by the non-reentrant kind, under which taps work;
 - `use_cache` off; compiled code run eagerly, since compiled graphs ignore hooks added later;
 - the random state of torch, numpy and Python, and of the generators of the user's data loader;
@@ -37,15 +39,16 @@ def left_as_found(model: nn.Module, data: Any, seed: int) -> Iterator[None]:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.compiler.set_stance("force_eager"))
-        for context in (_randomness(data, seed), _modes(model), _attributes(model)):
+        contexts = (_randomness(data, seed), _modes(model), _unpacked(model), _attributes(model))
+        for context in contexts:
             stack.enter_context(context)
         yield
 
 
 @contextmanager
 def _randomness(data: Any, seed: int) -> Iterator[None]:
-    generators = _generators(data)
-    states = [g.get_state() for g in generators]
+    found = generators(data)
+    states = [g.get_state() for g in found]
     python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
         # Devices by name: without them, fork_rng warns where there are several.
@@ -57,11 +60,11 @@ def _randomness(data: Any, seed: int) -> Iterator[None]:
     finally:
         random.setstate(python_state)
         np.random.set_state(numpy_state)
-        for generator, state in zip(generators, states, strict=True):
+        for generator, state in zip(found, states, strict=True):
             generator.set_state(state)
 
 
-def _generators(loader: Any) -> list[torch.Generator]:
+def generators(loader: Any) -> list[torch.Generator]:
     """Generators that iterating over a `DataLoader` would advance, also inside other samplers."""
     found: dict[int, torch.Generator] = {}
     holders, visited = [loader], set()
@@ -78,17 +81,40 @@ def _generators(loader: Any) -> list[torch.Generator]:
 
 @contextmanager
 def _modes(model: nn.Module) -> Iterator[None]:
-    """Eval mode, but checkpointing modules in train mode."""
+    """Eval mode, but modules that checkpoint and 4-bit layers in train mode."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
         for module, _ in modes:
-            if getattr(module, "gradient_checkpointing", False):
+            if getattr(module, "gradient_checkpointing", False) or _state_of_4bit(module):
                 module.training = True
         yield
     finally:
         for module, was_training in modes:
             module.training = was_training
+
+
+@contextmanager
+def _unpacked(model: nn.Module) -> Iterator[None]:
+    """Unpacked copies of packed 4-bit weights; afterwards the packed ones are back, bit for bit."""
+    packed = []
+    try:
+        for module in model.modules():
+            state = _state_of_4bit(module)
+            if getattr(state, "packing_format_for_cpu", False):
+                packed.append((module.weight, module.weight.data, state, dict(vars(state))))
+                module.state_dict()  # unpacks the module's own weight, rounding its scales
+        yield
+    finally:
+        for weight, data, state, fields in packed:
+            weight.data = data
+            vars(state).clear()
+            vars(state).update(fields)
+
+
+def _state_of_4bit(module: nn.Module) -> Any:
+    """The scales of a 4-bit layer of bitsandbytes; `None` for other modules."""
+    return getattr(getattr(module, "weight", None), "quant_state", None)
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 
@@ -11,6 +11,8 @@ from ..errors import CalibrationError
 from ..linalg import Components, TruncatedSVD, explained_share
 from ..statistics import Fingerprint, InputStatistic, TestMatrixPool, input_statistic
 from .forwards import Forwards
+from .processes import processes
+from .reduction import factored
 from .result import CalibrationResult, PassFacts
 from .resume import Resume
 from .sharing import SharedInputs
@@ -53,14 +55,23 @@ def measure_inputs(
     started = time.perf_counter()
     shared = _empty(fingerprint, calibration, centered)
     settling = _Settling(fingerprint, stop_when_settled)
-    resume = Resume(calibration.checkpoint, fingerprint)
-    forwards = Forwards(
-        model, shared, calibration, use_labels=use_labels, settled=settling, resume=resume
-    )
-    facts = forwards.run(modules)
-    energy, failures = _judge({name: shared[name] for name in fingerprint.targets}, facts)
-    triplets = _triplets(shared, fingerprint, failures)
-    resume.done()
+    with processes() as world:
+        resume = Resume(calibration.checkpoint, fingerprint, world)
+        forwards = Forwards(
+            model,
+            shared,
+            calibration,
+            use_labels=use_labels,
+            settled=settling,
+            resume=resume,
+            world=world,
+        )
+        facts = forwards.run(modules)
+        energy, failures = _judge({name: shared[name] for name in fingerprint.targets}, facts)
+        energy, failures = world.gather((energy, failures))[0]
+        names = [name for name in fingerprint.targets if name not in failures]
+        triplets = factored(names, _factoring(shared, fingerprint), world)
+        resume.done()
     return CalibrationResult(
         triplets=triplets,
         energy=energy,
@@ -165,13 +176,15 @@ def _judge(
     return energy, failures
 
 
-def _triplets(
-    shared: SharedInputs, fingerprint: Fingerprint, failures: Mapping[str, str]
-) -> dict[str, TruncatedSVD]:
-    triplets, components = {}, _Cached()
-    for name, (_, in_features, rank) in fingerprint.targets.items():
-        if name not in failures:
-            found = components(shared[name], min(rank, in_features))
-            U = found.Vh.new_zeros(0, len(found.variance))
-            triplets[name] = TruncatedSVD(U, found.variance.sqrt(), found.Vh)
-    return triplets
+def _factoring(shared: SharedInputs, fingerprint: Fingerprint) -> Callable[[str], TruncatedSVD]:
+    """A function from a layer's name to its components, computed once for layers that share."""
+    components = _Cached()
+
+    def triplets_of(name: str) -> TruncatedSVD:
+        _, in_features, rank = fingerprint.targets[name]
+        found = components(shared[name], min(rank, in_features))
+        return TruncatedSVD(
+            found.Vh.new_zeros(0, len(found.variance)), found.variance.sqrt(), found.Vh
+        )
+
+    return triplets_of

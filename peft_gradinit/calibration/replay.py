@@ -4,12 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
-from .guards import left_as_found
-from .run import loss_and_weight
-from .spec import Calibration
+from torch import Tensor
 
 MAX_BYTES = 64 * 2**20
 """What is kept at most: millions of token ids, or a hundred images."""
@@ -20,48 +15,53 @@ class Replay:
     """The first batches of a pass, and the base model's loss on them.
 
     Attributes:
-        batches: on the model's device.
+        batches: as passed to the model.
         loss_sum: sum of their losses, each times its weight.
-        weight: sum of their weights.
+        weights: of each, the number of terms that its loss is the mean of.
         n_bytes: what the batches hold.
+        custom_loss: whether the loss was the user's `loss_fn`, not the model's own.
+        of_one_process: whether other processes have batches of the same pass.
     """
 
     batches: list[Any] = dataclasses.field(default_factory=list, repr=False)
     loss_sum: float = 0.0
-    weight: float = 0.0
+    weights: list[float] = dataclasses.field(default_factory=list, repr=False)
     n_bytes: int = 0
-
-    @property
-    def loss(self) -> float:
-        """Mean loss of the base model."""
-        return self.loss_sum / self.weight
+    custom_loss: bool = False
+    of_one_process: bool = False
 
     def keep(self, batch: Any, loss: float, weight: float) -> None:
-        """Keep a batch, unless the limit is reached."""
+        """Keep a batch, unless the limit is reached; one without weight only if it is the first."""
         n_bytes = _n_bytes(batch)
-        if self.batches and self.n_bytes + n_bytes > MAX_BYTES:
+        if self.batches and (self.n_bytes + n_bytes > MAX_BYTES or weight == 0):
             return
         self.batches.append(batch)
         self.n_bytes += n_bytes
         self.loss_sum += loss * weight
-        self.weight += weight
+        self.weights.append(weight)
 
-    def mean_loss(self, model: nn.Module, calibration: Calibration) -> float:
-        """Mean loss of the model, as it is now, on the batches kept.
+    @property
+    def is_storable(self) -> bool:
+        """Whether all batches are dicts of tensors, which a file can hold."""
+        return all(
+            isinstance(batch, Mapping) and all(isinstance(v, Tensor) for v in batch.values())
+            for batch in self.batches
+        )
 
-        Args:
-            model: the model, with whatever adapters are active.
-            calibration: gives the loss.
+    def restore(self, batches: list[Any], facts: Mapping[str, Any]) -> None:
+        """Continue with the batches of an earlier process, and its `facts()`."""
+        self.batches = batches
+        for name, value in facts.items():
+            setattr(self, name, value)
 
-        Returns:
-            The loss, weighted as in the pass.
-        """
-        total = 0.0
-        with left_as_found(model, None, calibration.seed), torch.no_grad():
-            for batch in self.batches:
-                loss, weight = loss_and_weight(model, batch, calibration)
-                total += float(loss) * weight
-        return total / self.weight
+    def facts(self) -> dict[str, Any]:
+        """The numbers, for JSON."""
+        return {
+            "loss_sum": self.loss_sum,
+            "weights": self.weights,
+            "n_bytes": self.n_bytes,
+            "custom_loss": self.custom_loss,
+        }
 
 
 def _n_bytes(batch: Any) -> int:

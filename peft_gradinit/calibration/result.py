@@ -8,7 +8,8 @@ from typing import Any
 
 from ..errors import FingerprintError
 from ..linalg import TruncatedSVD
-from ..statistics import Fingerprint, load_triplets, save_triplets
+from ..statistics import Fingerprint, load_batches, load_triplets, save_triplets
+from .replay import Replay
 
 FILE_NAME = "calibration.safetensors"
 
@@ -52,7 +53,8 @@ class CalibrationResult:
         fingerprint: model, targets and options; `save` keeps it and a config checks it.
         facts: what happened during the pass.
         probe: first sequence of the data, to measure the drift of the output with; not saved.
-        replay: batches to measure the loss on again, for methods that take a step; not saved.
+        replay: batches to measure the loss on again, for methods that take a step; saved if they
+            are dicts of tensors.
         options: the calibration without its data: the loss of `probe` and `replay`; not saved.
     """
 
@@ -62,7 +64,7 @@ class CalibrationResult:
     fingerprint: Fingerprint
     facts: PassFacts
     probe: Any = dataclasses.field(default=None, repr=False, compare=False)
-    replay: Any = dataclasses.field(default=None, repr=False, compare=False)
+    replay: Replay | None = dataclasses.field(default=None, repr=False, compare=False)
     options: Any = dataclasses.field(default=None, repr=False, compare=False)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
@@ -82,7 +84,11 @@ class CalibrationResult:
             "failures": dict(self.failures),
             "pass": dataclasses.asdict(self.facts),
         }
-        save_triplets(path, self.triplets, self.fingerprint, facts)
+        batches = []
+        if self.replay is not None and self.replay.is_storable:
+            facts["replay"] = self.replay.facts()
+            batches = self.replay.batches
+        save_triplets(path, self.triplets, self.fingerprint, facts, batches)
         return path
 
     @classmethod
@@ -105,6 +111,7 @@ class CalibrationResult:
         try:
             passed = PassFacts(**facts["pass"])
             energy, failures = facts["energy"], facts["failures"]
+            replay = Replay(load_batches(path), **facts["replay"]) if "replay" in facts else None
         except (KeyError, TypeError) as error:
             raise FingerprintError(
                 f"the facts in {str(path)!r} are not those of this version ({error}); recalibrate."
@@ -115,4 +122,5 @@ class CalibrationResult:
             failures=failures,
             fingerprint=fingerprint,
             facts=passed,
+            replay=replay,
         )

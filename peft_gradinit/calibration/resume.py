@@ -15,15 +15,17 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ..files import whole_file
 from ..statistics import Fingerprint
+from .processes import Processes
+from .replay import Replay
 
 FORMAT = "peft_gradinit.partial/1"
+_BATCH = "replay/"
 _MAX_SHARE = 0.05
 """Saving takes at most this share of the time, however slow the disk is."""
 
@@ -49,14 +51,21 @@ class Resume:
     Args:
         checkpoint: where; `None` for passes that are not to be continued.
         fingerprint: of what is measured.
+        world: the processes that share the data.
+        replay: batches that are kept along the way, and continued with; filled by `load`.
     """
 
-    def __init__(self, checkpoint: Checkpoint | None, fingerprint: Fingerprint) -> None:
-        alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
-        alone = alone or torch.distributed.get_world_size() == 1
-        self._checkpoint = checkpoint if alone else None
+    def __init__(
+        self,
+        checkpoint: Checkpoint | None = None,
+        fingerprint: Fingerprint | None = None,
+        world: Processes | None = None,
+        replay: Replay | None = None,
+    ) -> None:
+        self._replay = replay
+        self._checkpoint = checkpoint if world is None or world.size == 1 else None
         self._identity = ""
-        if checkpoint is not None:
+        if checkpoint is not None and fingerprint is not None:
             text = json.dumps([dataclasses.asdict(fingerprint), checkpoint.data], sort_keys=True)
             self._identity = hashlib.sha256(text.encode()).hexdigest()
         self._last, self._cost = time.perf_counter(), 0.0
@@ -77,7 +86,10 @@ class Resume:
                     )
                     return None
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            return tensors, json.loads(metadata["numbers"])
+            numbers = json.loads(metadata["numbers"])
+            if self._replay is not None and "replay" in numbers:
+                self._replay.restore(_batches(tensors), numbers["replay"])
+            return tensors, numbers
         except (OSError, SafetensorError, ValueError) as error:
             warnings.warn(
                 f"{str(path)!r} cannot be continued ({error}); the calibration begins anew.",
@@ -97,6 +109,9 @@ class Resume:
         if now - self._last < max(self._checkpoint.every_seconds, self._cost / _MAX_SHARE):
             return
         tensors, numbers = state()
+        if self._replay is not None and self._replay.is_storable:
+            numbers = {**numbers, "replay": self._replay.facts()}
+            tensors = {**tensors, **_entries(self._replay)}
         metadata = {"format": FORMAT, "identity": self._identity, "numbers": json.dumps(numbers)}
         own = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
         with whole_file(self._checkpoint.path) as beside:
@@ -109,3 +124,20 @@ class Resume:
         """Remove the file: the result is there."""
         if self._checkpoint is not None:
             self._checkpoint.path.unlink(missing_ok=True)
+
+
+def _entries(replay: Replay) -> dict[str, Tensor]:
+    return {
+        f"{_BATCH}{i}/{key}": value
+        for i, batch in enumerate(replay.batches)
+        for key, value in batch.items()
+    }
+
+
+def _batches(tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+    batches: dict[int, dict[str, Tensor]] = {}
+    for name in tensors:
+        if name.startswith(_BATCH):
+            i, _, key = name.removeprefix(_BATCH).partition("/")
+            batches.setdefault(int(i), {})[key] = tensors[name]
+    return [batches[i] for i in sorted(batches)]

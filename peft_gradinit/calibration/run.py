@@ -3,7 +3,6 @@
 import math
 import time
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -11,14 +10,19 @@ from torch import Tensor, nn
 
 from ..errors import CalibrationError, DataError
 from ..statistics import GradientStatistic
-from .batches import budgeted, first_sequence
+from .batches import first_sequence
 from .budget import Budget, Step
 from .capture import Capture, capture
 from .fingerprint import check_not_meta
 from .gauges import peak_bytes, progress
 from .guards import left_as_found
+from .layouts import is_sharded
+from .losses import loss_and_weight
+from .processes import Processes
+from .reduction import orient_gradients, sum_gradients
 from .result import PassFacts
 from .resume import Resume
+from .shards import steps
 from .spec import Calibration
 from .tokens import loss_weight
 
@@ -33,9 +37,11 @@ def collect(
     statistics: Mapping[str, GradientStatistic],
     calibration: Calibration,
     on_batch: Callable[[Any, float, float], None] | None = None,
+    world: Processes | None = None,
+    *,
     resume: Resume | None = None,
 ) -> tuple[PassFacts, Any]:
-    """Run the data through the model and fill the statistics.
+    """Run the data through the model and fill the statistics, with those of all processes.
 
     The model is left as it was found, whatever happens.
 
@@ -44,41 +50,41 @@ def collect(
         modules: linear layers to capture, by name.
         statistics: accumulators by the same names.
         calibration: data, budgets, loss.
-        on_batch: called with every sub-batch that counted, its loss and its weight.
-        resume: keeps the unfinished sums.
+        on_batch: called with every sub-batch that counted on this process, its loss and weight.
+        world: the processes that share the data. Default: this one alone.
+        resume: keeps the unfinished sums. Default: they are not kept.
 
     Returns:
         The facts of the pass, and the first sequence of the data as a batch.
 
     """
-    _check_model(model)
-    pass_ = _Pass(model, statistics, calibration)
+    world, resume = world or Processes(), resume or Resume()
+    with world.together():
+        _check_model(model)
+    pass_ = _Pass(model, statistics, calibration, world)
     pass_.on_batch = on_batch
-    if resume is not None and (saved := resume.load()):
+    if saved := resume.load():
         pass_.resume(*saved)
     started, peak = time.perf_counter(), peak_bytes()
     with (
         left_as_found(model, calibration.data, calibration.seed),
         capture(modules, pass_.sinks()) as seen,
-        progress(calibration) as bar,
+        progress(calibration, world) as bar,
     ):
-        bar.update(pass_.budget.n_tokens)  # what another process has read
-        for step in budgeted(calibration, model, pass_.budget):
-            pass_.run(step, seen)
-            bar.update(step.n_tokens)
-            if resume is not None and step.ends_batch:
+        for step in steps(calibration, model, pass_.budget, world):
+            with world.together():
+                pass_.run(step, seen)
+            bar.update(pass_.budget.n_tokens - bar.n)
+            if step.ends_batch:
                 resume.after_batch(pass_.state)
-    pass_.check()
+    pass_.finish()
     facts = PassFacts(
-        n_batches=pass_.budget.n_batches,
-        n_sequences=pass_.budget.n_sequences,
-        n_tokens=pass_.budget.n_tokens,
+        **pass_.budget.totals(world),
         loss_weight=pass_.weight,
         loss=pass_.loss_sum / pass_.weight,
         seconds=time.perf_counter() - started,
         state_bytes=sum(s.n_bytes() for s in statistics.values()),
         peak_bytes=max(0, peak_bytes() - peak),
-        stopped_by=pass_.budget.stopped_by,
     )
     return facts, pass_.probe
 
@@ -91,8 +97,12 @@ class _Pass:
         model: nn.Module,
         statistics: Mapping[str, GradientStatistic],
         calibration: Calibration,
+        world: Processes,
     ) -> None:
         self.model = model
+        self.world = world
+        self.runs_all = world.size > 1 and is_sharded(model)
+        self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self.statistics = statistics
         self.calibration = calibration
         self.budget = Budget(calibration)
@@ -104,7 +114,11 @@ class _Pass:
 
     def sinks(self) -> dict[str, Any]:
         def sink_of(statistic: GradientStatistic) -> Any:
-            return lambda x, dy: statistic.add(x, dy, self._step_weight / self.scale)
+            def sink(x: Tensor, dy: Tensor) -> None:
+                if self._step_weight:
+                    statistic.add(x, dy, self._step_weight / self.scale)
+
+            return sink
 
         return {name: sink_of(statistic) for name, statistic in self.statistics.items()}
 
@@ -113,14 +127,16 @@ class _Pass:
         seen.tapped.clear()
         seen.untapped.clear()
         if step.orient:
-            for statistic in self.statistics.values():
-                statistic.orient()
-        if self.calibration.loss_fn is None and not loss_weight(self.model, step.batch):
+            orient_gradients(self.statistics, self.device, self.world)
+        if not self.runs_all and not self._may_count(step):
             return
         loss, weight = loss_and_weight(self.model, step.batch, self.calibration)
-        if weight == 0:
+        counts = step.counts and weight > 0
+        if not counts and not self.runs_all:
             return
         seen.check()
+        if not counts and isinstance(loss, Tensor):
+            loss, weight = torch.nan_to_num(loss), 0.0
         self._check_loss(loss)
         if self.probe is None:
             # A loss of the user's may be of several sequences together.
@@ -135,6 +151,11 @@ class _Pass:
         if self.on_batch is not None:
             self.on_batch(step.batch, loss.item(), weight)
 
+    def _may_count(self, step: Step) -> bool:
+        if not step.counts:
+            return False
+        return self.calibration.loss_fn is not None or loss_weight(self.model, step.batch) > 0
+
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and numbers to continue from, at the end of a batch."""
         tensors = {
@@ -145,22 +166,23 @@ class _Pass:
         return tensors, {"budget": self.budget.state(), "counts": counts, **sums}
 
     def resume(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
-        """Continue from `state()` of another process."""
-        device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
+        """Continue from `state()` of an earlier process."""
         for name, statistic in self.statistics.items():
             weight, n_calls = numbers["counts"][name]
-            own = _entries(tensors, name, device)
+            own = _entries(tensors, name, self.device)
             statistic.load_state_dict({**own, "weight": weight, "n_calls": n_calls})
         self.budget.resume(numbers["budget"])
         self.weight, self.loss_sum = numbers["weight"], numbers["loss_sum"]
 
-    def check(self) -> None:
-        """Tell why nothing was measured, if so.
+    def finish(self) -> None:
+        """Add up what all processes measured, and tell why it is nothing, if so.
 
         Raises:
             DataError: if the data are empty, or none of them carries loss.
         """
         self.budget.check_read(self.calibration.data)
+        self.weight, self.loss_sum = self.world.total(self.weight, self.loss_sum)
+        sum_gradients(self.statistics, self.device, self.world)
         if self.weight == 0:
             raise DataError(
                 f"all labels of the {self.budget.n_sequences} calibration sequences are -100 (or "
@@ -194,57 +216,6 @@ def _entries(tensors: Mapping[str, Tensor], name: str, device: torch.device) -> 
     """The tensors of one accumulator: their own names have no dot."""
     parts = {key: key.rpartition(".") for key in tensors}
     return {k: tensors[key].to(device) for key, (n, _, k) in parts.items() if n == name}
-
-
-def loss_and_weight(model: nn.Module, batch: Any, calibration: Calibration) -> tuple[Any, float]:
-    """The loss of a batch, and the number of terms that it is the mean of.
-
-    Args:
-        model: the model to run.
-        batch: on its device.
-        calibration: gives `loss_fn` and the user's accelerator.
-
-    Returns:
-        The loss, unchecked, and its weight.
-    """
-    accelerator = calibration.accelerator
-    with accelerator.autocast() if accelerator else nullcontext():
-        if calibration.loss_fn is None:
-            return _model_loss(model, batch), loss_weight(model, batch)
-        result = calibration.loss_fn(model, batch)
-    if isinstance(result, tuple):
-        return result[0], _checked_weight(result)
-    return result, loss_weight(model, batch)
-
-
-def _model_loss(model: nn.Module, batch: Any) -> Any:
-    if isinstance(batch, Mapping):
-        output = model(**batch)
-    else:
-        output = model(*batch) if isinstance(batch, tuple | list) else model(batch)
-    loss = getattr(output, "loss", None)
-    if loss is None:
-        got = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
-        raise DataError(
-            f"{type(model).__name__} returned no loss for a calibration batch of {got}; add "
-            "'labels' to the batches (as DataCollatorForLanguageModeling does), or pass "
-            "Calibration(data, loss_fn=…)."
-        )
-    return loss
-
-
-def _checked_weight(result: tuple[Any, ...]) -> float:
-    weight = result[1] if len(result) == 2 else None
-    if isinstance(weight, Tensor) and weight.numel() == 1:
-        weight = weight.item()
-    if not isinstance(weight, int | float) or not 0 <= weight < math.inf:
-        got = ", ".join(type(r).__name__ for r in result)
-        raise CalibrationError(
-            f"loss_fn returned ({got}) with weight {weight!r} where (loss, weight) with a number "
-            "of at least 0 is expected; return the scalar loss, or the loss and the number of "
-            "tokens that it is the mean of."
-        )
-    return float(weight)
 
 
 def _check_model(model: nn.Module) -> None:

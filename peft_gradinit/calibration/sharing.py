@@ -8,7 +8,7 @@ as all they were ever given was the same, whatever the routing, and part for goo
 """
 
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -46,6 +46,13 @@ class SharedInputs:
         """Every statistic once."""
         return list({id(s): s for s in self._of.values()}.values())
 
+    def groups(self) -> list[list[str]]:
+        """Names of the layers that share a statistic, for every statistic."""
+        names: dict[int, list[str]] = {}
+        for name, statistic in self._of.items():
+            names.setdefault(id(statistic), []).append(name)
+        return list(names.values())
+
     def add(self, name: str, x: Tensor, rows: Callable[[Tensor], Tensor]) -> None:
         """Add the inputs of a layer.
 
@@ -67,19 +74,33 @@ class SharedInputs:
         self._point(name, result)
         self._recent.append(_Added(mine, x, identity, result))
 
+    def part(self, groups: Iterable[Collection[str]]) -> None:
+        """Let only layers of one group share a statistic.
+
+        Args:
+            groups: names of layers, each in one group; those of a group share one already.
+        """
+        for group in groups:
+            shared = self[next(iter(group))]
+            if self._users[id(shared)] > len(group):
+                own = shared.copy()
+                for name in group:
+                    self._point(name, own)
+
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and numbers to continue from, and which layers share; between two forwards."""
-        order = {id(s): i for i, s in enumerate(self.distinct())}
+        distinct = self.distinct()
+        order = {id(s): i for i, s in enumerate(distinct)}
         tensors = {
             f"{i}.{name}": tensor
-            for i, statistic in enumerate(self.distinct())
+            for i, statistic in enumerate(distinct)
             for name, tensor in statistic.tensors().items()
         }
-        counts = [[s.n_tokens, s.n_calls] for s in self.distinct()]
+        counts = [[s.n_tokens, s.n_calls] for s in distinct]
         return tensors, {"of": {n: order[id(s)] for n, s in self._of.items()}, "counts": counts}
 
     def resume(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
-        """Continue from `state()` of another process."""
+        """Continue from `state()` of an earlier process."""
         found: dict[int, InputStatistic] = {}
         for name, i in numbers["of"].items():
             if i not in found:

@@ -31,24 +31,31 @@ class Calibration:
             of a saved one.
         max_tokens: budget in input tokens, padding not counted. The pass stops at the first
             sequence that reaches it. Default: 65,536 if `max_batches` is not given either.
-        max_batches: budget in batches of `data`. Default: no limit of its own.
-        estimator: `"sketch"` keeps `O(width (out + in))` floats a layer; `"dense"` keeps the exact
-            gradient, for small models.
-        sketch_size: columns of the sketches. Default: `2 * rank + 80`, see
-            `statistics.gradient_statistic`.
+        max_batches: budget in batches of `data`. Default: no limit of its own, since batches are of
+            any size and tokens say better how much is measured.
+        estimator: `"sketch"` (default) keeps `O(sketch_size (out + in))` floats a layer, or the exact
+            statistic where that is smaller; `"dense"` always keeps the exact one, `(out, in)` floats
+            for gradients and `(in, in)` for inputs: for small models, or to check a sketch.
+        sketch_size: columns of the sketches; unused by `"dense"`. Default: `2 * rank + 80`, with
+            `rank` the triplets that the method needs of a layer. On MiniLM the error is then 1.04
+            times that of the exact rank-16 gradient, 1.06 in the worst layer; more columns cost
+            memory and time in proportion.
         loss_fn: `loss_fn(model, batch)` returns a scalar loss, or `(loss, weight)` with the number
             of tokens (or pairs, …) that it is the mean of. Default: `model(**batch).loss`, weighted
             by the labels that are not -100.
         collate_fn: makes a batch from samples when `data` are samples: a dataset, or any iterable
             of samples. Default, for datasets: pads `input_ids`, `attention_mask` and `labels`, and
             drops columns that the model's `forward` lacks.
-        batch_size: samples in a batch when `data` are samples. Does not change the result.
-        seed: seed of the test matrices and of everything random in `data`.
+        batch_size: samples in a batch when `data` are samples. 8 fits where training fits, as weights
+            get no gradient; larger is faster on a GPU. Does not change the result.
+        seed: seed of the test matrices and of everything random in `data`, such as a shuffling
+            loader. Fixed at 0, so that a second run, or another process, finds the same start.
         accelerator: the user's `accelerate.Accelerator`, if its autocast is to be used. None is
             ever created here.
-        progress: show a progress bar.
+        progress: show a progress bar of the tokens read. On by default: a pass may take minutes.
         checkpoint: where to keep the unfinished sums, so that a killed pass continues to the same
-            result. The data must give the same batches in the same order again. Default: nowhere.
+            result; for one process. The data must give the same batches in the same order again.
+            Default: nowhere, since most passes take no longer than loading the model.
 
     Raises:
         ConfigError: if an option has a value that cannot work.

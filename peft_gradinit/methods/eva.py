@@ -50,7 +50,7 @@ from ..calibration import Calibration, CalibrationResult, measure_inputs
 from ..errors import ConfigError
 from ..linalg import TruncatedSVD
 from ..statistics import Fingerprint
-from ..tuners import GradInitConfig, RankAllocation, Target
+from ..tuners import GradInitConfig, RankAllocation, Target, is_finite_number
 
 
 @dataclass
@@ -103,7 +103,7 @@ class EvaConfig(GradInitConfig):
     def __post_init__(self, calibration: Any) -> None:
         super().__post_init__(calibration)
         self.peft_type = PeftType("EVA")
-        if self.tau is not None and not (_is_number(self.tau) and 0 < self.tau <= 1):
+        if self.tau is not None and not (is_finite_number(self.tau) and 0 < self.tau <= 1):
             raise ConfigError(f"EvaConfig: tau must be in (0, 1] or None, got {self.tau!r}.")
 
     @property
@@ -165,7 +165,3 @@ def eva_factors(
         varies = torch.finfo(S.dtype).eps ** 0.5 * S[:1] < S
         A0 = A0 / torch.where(varies, S, torch.ones_like(S)).sqrt()[:, None]
     return A0, A0.new_zeros(out_features, r)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -34,7 +34,6 @@ At initialisation the function is unchanged up to rounding; singular values of `
 the scale of the loss does not matter.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
@@ -48,7 +47,7 @@ from ..calibration import Calibration, CalibrationResult, measure_gradients
 from ..errors import ConfigError, ShapeError
 from ..linalg import TruncatedSVD
 from ..statistics import Fingerprint
-from ..tuners import GradInitConfig, Target
+from ..tuners import GradInitConfig, Target, is_finite_number
 
 Direction = Literal["ArB2r", "A2rBr", "ArBr", "random"]
 Scale = Literal["stable", "gd", "unit", "weight_svd"]
@@ -96,7 +95,7 @@ class LoraGAConfig(GradInitConfig):
             if value not in allowed:
                 raise ConfigError(f"LoraGAConfig: {name} must be one of {allowed}, got {value!r}.")
         gamma = self.stable_gamma
-        if not isinstance(gamma, int | float) or not 0 < gamma < math.inf:
+        if not is_finite_number(gamma) or gamma <= 0:
             raise ConfigError(
                 f"LoraGAConfig: stable_gamma must be a positive number, got {gamma!r}."
             )

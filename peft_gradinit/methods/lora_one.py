@@ -25,7 +25,6 @@ rsLoRA, `s = alpha / r^(1/2)`, as the paper reads.
 The scale of the loss does not matter, as the singular values are normalised by the first.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -39,7 +38,7 @@ from ..calibration import Calibration, CalibrationResult, measure_gradients
 from ..errors import ConfigError
 from ..linalg import TruncatedSVD
 from ..statistics import Fingerprint
-from ..tuners import GradInitConfig, Target
+from ..tuners import GradInitConfig, Target, is_finite_number
 
 
 @dataclass
@@ -72,7 +71,7 @@ class LoraOneConfig(GradInitConfig):
         super().__post_init__(calibration)
         self.peft_type = PeftType("LORA_ONE")
         gamma = self.stable_gamma
-        if not isinstance(gamma, int | float) or not 0 < gamma < math.inf:
+        if not is_finite_number(gamma) or gamma <= 0:
             raise ConfigError(
                 f"LoraOneConfig: stable_gamma must be a positive number, got {gamma!r}."
             )

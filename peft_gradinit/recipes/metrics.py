@@ -27,14 +27,18 @@ class _Metric(evaluate.Metric):
 class Accuracy(_Metric):
     """Share of right predictions."""
 
-    def _compute(self, *, predictions: Any = (), references: Any = (), **_: Any) -> dict[str, float]:
+    def _compute(
+        self, *, predictions: Any = (), references: Any = (), **_: Any
+    ) -> dict[str, float]:
         return {"accuracy": float(np.mean(np.asarray(predictions) == np.asarray(references)))}
 
 
 class MacroF1(_Metric):
     """F1 of each class that occurs, averaged over the classes."""
 
-    def _compute(self, *, predictions: Any = (), references: Any = (), **_: Any) -> dict[str, float]:
+    def _compute(
+        self, *, predictions: Any = (), references: Any = (), **_: Any
+    ) -> dict[str, float]:
         predicted, true = np.asarray(predictions), np.asarray(references)
         scores = []
         for label in np.union1d(predicted, true):
@@ -46,7 +50,9 @@ class MacroF1(_Metric):
 class Matthews(_Metric):
     """Correlation of predicted and true classes, as GLUE scores CoLA; 0 where one is constant."""
 
-    def _compute(self, *, predictions: Any = (), references: Any = (), **_: Any) -> dict[str, float]:
+    def _compute(
+        self, *, predictions: Any = (), references: Any = (), **_: Any
+    ) -> dict[str, float]:
         predicted, true = np.asarray(predictions), np.asarray(references)
         labels = np.union1d(predicted, true)
         p = (predicted[:, None] == labels).astype(float)
@@ -61,7 +67,9 @@ class ExactMatch(_Metric):
 
     kind = "string"
 
-    def _compute(self, *, predictions: Any = (), references: Any = (), **_: Any) -> dict[str, float]:
+    def _compute(
+        self, *, predictions: Any = (), references: Any = (), **_: Any
+    ) -> dict[str, float]:
         pairs = zip(predictions, references, strict=True)
         return {"exact_match": float(np.mean([p.strip() == r.strip() for p, r in pairs]))}
 

@@ -4,7 +4,7 @@ from .gradient import DenseGradient, GradientStatistic
 from .gradient_sketch import SketchedGradient, TestMatrixPool, gradient_statistic
 from .input_sketch import SketchedInputs, input_statistic
 from .inputs import DenseInputs, InputStatistic
-from .store import Fingerprint, hash_weight, load_triplets, save_triplets
+from .store import Fingerprint, hash_weight, load_batches, load_triplets, save_triplets
 
 __all__ = [
     "DenseGradient",
@@ -18,6 +18,7 @@ __all__ = [
     "gradient_statistic",
     "hash_weight",
     "input_statistic",
+    "load_batches",
     "load_triplets",
     "save_triplets",
 ]

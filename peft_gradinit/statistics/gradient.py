@@ -86,6 +86,19 @@ class GradientStatistic(ABC):
         """
 
     @abstractmethod
+    def sums(self, device: torch.device) -> list[Tensor]:
+        """The tensors that add up over parts of the data; zeros on `device` if nothing was added."""
+
+    def clear(self) -> None:
+        """Forget what was added, but not how it is measured."""
+        for tensor in self._existing_sums():
+            tensor.zero_()
+        self.weight, self.n_calls = 0.0, 0
+
+    @abstractmethod
+    def _existing_sums(self) -> list[Tensor]: ...
+
+    @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that hold the state, by name; those that exist so far."""
 
@@ -133,14 +146,21 @@ class DenseGradient(GradientStatistic):
     _sum: Tensor | None = None
 
     def _accumulate(self, x: Tensor, dy: Tensor, weight: float | int) -> None:
-        if self._sum is None:
-            self._sum = torch.zeros(self.shape, device=x.device)
-        self._sum.addmm_(dy.T, x, alpha=weight)
+        (total,) = self.sums(x.device)
+        total.addmm_(dy.T, x, alpha=weight)
 
     def _merge_sums(self, other: GradientStatistic) -> None:
         for name, tensor in other.tensors().items():
             mine = getattr(self, f"_{name}")
             setattr(self, f"_{name}", tensor.clone() if mine is None else mine + tensor.to(mine))
+
+    def sums(self, device: torch.device) -> list[Tensor]:  # noqa: D102
+        if self._sum is None:
+            self._sum = torch.zeros(self.shape, device=device)
+        return [self._sum]
+
+    def _existing_sums(self) -> list[Tensor]:
+        return [] if self._sum is None else [self._sum]
 
     def tensors(self) -> dict[str, Tensor]:  # noqa: D102
         return {} if self._sum is None else {"sum": self._sum}

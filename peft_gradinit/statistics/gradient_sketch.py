@@ -57,13 +57,20 @@ class SketchedGradient(GradientStatistic):
         return min(self.width - N_RANDOM_COLUMNS, 2 * self.width // 3)
 
     def _accumulate(self, x: Tensor, dy: Tensor, weight: float | int) -> None:
+        Y, Z = self.sums(x.device)
+        random = self._random(x.device)
+        Y.addmm_(dy.T, _project(x, self._V, random.Omega), alpha=weight)
+        Z.addmm_(x.T, _project(dy, self._U, random.Psi), alpha=weight)
+
+    def sums(self, device: torch.device) -> list[Tensor]:  # noqa: D102
         if self._Y is None or self._Z is None:
             out_features, in_features = self.shape
-            self._Y = torch.zeros(out_features, self.width, device=x.device)
-            self._Z = torch.zeros(in_features, self.width, device=x.device)
-        random = self._random(x.device)
-        self._Y.addmm_(dy.T, _project(x, self._V, random.Omega), alpha=weight)
-        self._Z.addmm_(x.T, _project(dy, self._U, random.Psi), alpha=weight)
+            self._Y = torch.zeros(out_features, self.width, device=device)
+            self._Z = torch.zeros(in_features, self.width, device=device)
+        return [self._Y, self._Z]
+
+    def _existing_sums(self) -> list[Tensor]:
+        return [t for t in (self._Y, self._Z) if t is not None]
 
     def orient(self) -> None:
         """Turn the test matrices towards the gradient seen so far and move the sums to them."""
@@ -195,8 +202,9 @@ def gradient_statistic(
         shape: `(out, in)` of the layer.
         rank: triplets that will be asked for.
         estimator: `"sketch"` or `"dense"`.
-        sketch_size: columns of the sketches. `None`: `2 * rank + 80`, at which the error of the
-            rank-`rank` reconstruction stays within a few per cent of the best possible one.
+        sketch_size: columns of the sketches; unused by `"dense"`. `None`: `2 * rank + 80`, at which
+            the error of the rank-`rank` reconstruction stays within a few per cent of the best
+            possible one.
         seed: seed of the test matrices.
         pool: shared by the layers of one pass.
 
@@ -204,9 +212,11 @@ def gradient_statistic(
         A `SketchedGradient`, or a `DenseGradient` if asked for or if it is the smaller one.
 
     Raises:
-        ShapeError: if `sketch_size` is too small for `rank`.
+        ShapeError: if `estimator="sketch"` and `sketch_size` is too small for `rank`.
     """
     out_features, in_features = shape
+    if estimator == "dense":
+        return DenseGradient(out_features, in_features)
     width = 2 * rank + 80 if sketch_size is None else sketch_size
     if width < max(rank, N_RANDOM_COLUMNS) + 8:
         raise ShapeError(
@@ -215,7 +225,7 @@ def gradient_statistic(
         )
     sketch = SketchedGradient(out_features, in_features, width=width, seed=seed, pool=pool)
     n_floats = (width + sketch.n_oriented) * (out_features + in_features)
-    if estimator == "dense" or n_floats >= out_features * in_features:
+    if n_floats >= out_features * in_features:
         return DenseGradient(out_features, in_features)
     return sketch
 

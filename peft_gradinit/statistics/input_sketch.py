@@ -106,8 +106,9 @@ def input_statistic(
         in_features: dimension of the layer's inputs.
         rank: components that will be asked for.
         estimator: `"sketch"` or `"dense"`.
-        sketch_size: columns of the sketch. `None`: `2 * rank + 80`; on MiniLM 96 columns for 8
-            components explain at least 0.998 of the variance that PCA explains in every layer.
+        sketch_size: columns of the sketch; unused by `"dense"`. `None`: `2 * rank + 80`; on MiniLM
+            96 columns for 8 components explain at least 0.998 of the variance that PCA explains in
+            every layer.
         seed: seed of the test matrix.
         pool: shared by the layers of one pass.
         centered: whether components are of `x - mean` or of `x`.
@@ -116,14 +117,16 @@ def input_statistic(
         A `SketchedInputs`, or a `DenseInputs` if asked for or if it is the smaller one.
 
     Raises:
-        ShapeError: if `sketch_size` is too small for `rank`.
+        ShapeError: if `estimator="sketch"` and `sketch_size` is too small for `rank`.
     """
+    if estimator == "dense":
+        return DenseInputs(in_features, centered=centered)
     width = 2 * rank + 80 if sketch_size is None else sketch_size
     if width < rank + N_RANDOM_COLUMNS:
         raise ShapeError(
             f"sketch_size={width} is too small for {rank} components; it needs at least "
             f"{rank + N_RANDOM_COLUMNS}, and {2 * rank + 80} is the default."
         )
-    if estimator == "dense" or 2 * width - N_RANDOM_COLUMNS >= in_features:
+    if 2 * width - N_RANDOM_COLUMNS >= in_features:
         return DenseInputs(in_features, centered=centered)
     return SketchedInputs(in_features, width=width, seed=seed, pool=pool, centered=centered)

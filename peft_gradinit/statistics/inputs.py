@@ -68,15 +68,14 @@ class InputStatistic(ABC):
         x = x.reshape(-1, self.in_features).float()
         if not len(x):
             return
-        if self._sums is None:
-            sizes = ((self.in_features, self.width), (self.in_features,), ())
-            self._sums = Sums(*(torch.zeros(size, device=x.device) for size in sizes))
-            self._c = x.mean(0) if self.centered else None
+        if self._sums is None and self.centered:
+            self._c = x.mean(0)
+        sums = self.sums(x.device)
         if self._c is not None:
             x = x - self._c
-        self._sums.M.addmm_(x.T, self._project(x))
-        self._sums.m.add_(x.sum(0))
-        self._sums.squares.add_(torch.linalg.vector_norm(x).square())
+        sums.M.addmm_(x.T, self._project(x))
+        sums.m.add_(x.sum(0))
+        sums.squares.add_(torch.linalg.vector_norm(x).square())
         self.n_tokens += len(x)
 
     def merge(self, other: "InputStatistic") -> None:
@@ -101,6 +100,35 @@ class InputStatistic(ABC):
             self._sums = Sums(*(mine + part.to(mine) for mine, part in pairs))
         self.n_tokens += other.n_tokens
         self.n_calls += other.n_calls
+
+    def sums(self, device: torch.device) -> Sums:
+        """What adds up over parts of the data; zeros on `device` if nothing was added."""
+        if self._sums is None:
+            sizes = ((self.in_features, self.width), (self.in_features,), ())
+            self._sums = Sums(*(torch.zeros(size, device=device) for size in sizes))
+        return self._sums
+
+    def point(self, device: torch.device) -> Tensor:
+        """The point `c` that the sums are about; zero on `device` before any token."""
+        return torch.zeros(self.in_features, device=device) if self._c is None else self._c
+
+    def move_to(self, point: Tensor) -> None:
+        """Take the sums about another point, so that they add up with others about it.
+
+        Args:
+            point: `(in,)`; of no effect if components are not centred.
+        """
+        if not self.centered:
+            return
+        if self._sums is not None and self._c is not None:
+            self._sums = self._about(self._sums, point)
+        self._c = point
+
+    def clear(self) -> None:
+        """Forget what was added, but not how it is measured."""
+        for tensor in self._sums or ():
+            tensor.zero_()
+        self.n_tokens = self.n_calls = 0
 
     def orient(self) -> None:  # noqa: B027 optional for children
         """Adapt to the data seen so far; does nothing where nothing is to adapt."""

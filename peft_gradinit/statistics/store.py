@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,8 @@ from ..linalg import TruncatedSVD
 
 FORMAT = "peft_gradinit.calibration/1"
 _PARTS = ("U", "S", "Vh")
+_BATCH = "batch/"
+"""Starts the names of tensors that belong to batches; no module's name has a slash."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +95,7 @@ def save_triplets(
     triplets: Mapping[str, TruncatedSVD],
     fingerprint: Fingerprint,
     facts: Mapping[str, Any],
+    batches: Sequence[Mapping[str, Tensor]] = (),
 ) -> None:
     """Write triplets, fingerprint and facts; an interrupted write leaves the old file in place.
 
@@ -101,12 +104,16 @@ def save_triplets(
         triplets: by module name.
         fingerprint: where they are from.
         facts: anything else to remember, as JSON.
+        batches: batches of the data to keep as well.
     """
     tensors = {
         f"{name}.{part}": getattr(svd, part).detach().cpu().contiguous().clone()  # may be shared
         for name, svd in triplets.items()
         for part in _PARTS
     }
+    for i, batch in enumerate(batches):
+        for key, value in batch.items():
+            tensors[f"{_BATCH}{i}/{key}"] = value.detach().cpu().contiguous().clone()
     metadata = {
         "format": FORMAT,
         "fingerprint": json.dumps(dataclasses.asdict(fingerprint), sort_keys=True),
@@ -133,7 +140,8 @@ def load_triplets(
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            names = [key for key in file.keys() if not key.startswith(_BATCH)]  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in names}
     except (OSError, SafetensorError) as error:
         raise FingerprintError(
             f"cannot read a calibration from {str(path)!r}: {error}; pass the file that "
@@ -157,6 +165,24 @@ def load_triplets(
         raise FingerprintError(
             f"{str(path)!r} is a damaged calibration: {error!r}; calibrate and save it again."
         ) from error
+
+
+def load_batches(path: str | os.PathLike[str]) -> list[dict[str, Tensor]]:
+    """Read the batches that `save_triplets` kept.
+
+    Args:
+        path: a file that `load_triplets` accepts.
+
+    Returns:
+        The batches in order; empty if none were kept.
+    """
+    batches: dict[int, dict[str, Tensor]] = {}
+    with safe_open(path, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118
+            if name.startswith(_BATCH):
+                _, index, key = name.split("/", 2)
+                batches.setdefault(int(index), {})[key] = file.get_tensor(name)
+    return [batches[i] for i in sorted(batches)]
 
 
 def _compare(what: str, stored: Mapping[str, Any], expected: Mapping[str, Any], unit: str) -> None:

@@ -3,6 +3,7 @@
 from .allocation import RankAllocation
 from .config import GradInitConfig
 from .model import GradInitModel
+from .numbers import is_finite_number
 from .planning import planned_targets
 from .provenance import read_provenance
 from .registration import register
@@ -24,6 +25,7 @@ __all__ = [
     "Target",
     "calibrate",
     "initialize",
+    "is_finite_number",
     "is_quantized",
     "linear_shape",
     "linear_weight",

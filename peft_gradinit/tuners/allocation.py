@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from ..calibration import CalibrationResult
 from ..errors import ConfigError
 from ..linalg import allocate_ranks
+from .numbers import is_finite_number, is_integer
 from .targets import Target
 
 if TYPE_CHECKING:
@@ -32,17 +33,9 @@ def check_allocation(config: "GradInitConfig") -> None:
         raise ConfigError(
             f"{name}: rank_allocation must be one of {ALLOCATIONS}, got {allocation!r}."
         )
-    if not _is_number(config.rho) or not 1 <= config.rho < math.inf:
+    if not is_finite_number(config.rho) or config.rho < 1:
         raise ConfigError(f"{name}: rho must be a number of at least 1, got {config.rho!r}.")
-    highest = config.max_rank
-    if not isinstance(config.min_rank, int) or not 0 <= config.min_rank <= config.r:
-        raise ConfigError(
-            f"{name}: min_rank must be between 0 and r={config.r}, got {config.min_rank!r}."
-        )
-    if highest is not None and (not isinstance(highest, int) or highest < config.r):
-        raise ConfigError(
-            f"{name}: max_rank must be an integer of at least r={config.r}, got {highest!r}."
-        )
+    _check_limits(name, config)
     if allocation == "gradient_energy" and config.statistic != "gradient":
         raise ConfigError(
             f"{name} measures {config.statistic}, not gradients; use "
@@ -54,6 +47,35 @@ def check_allocation(config: "GradInitConfig") -> None:
             "adapter does not have yet; calibrate first and pass the result, or set "
             "rho=1."
         )
+
+
+def _check_limits(name: str, config: "GradInitConfig") -> None:
+    """Refuse limits that the ranks asked for do not keep.
+
+    Args:
+        name: of the config's class.
+        config: with ranks that were checked.
+
+    Raises:
+        ConfigError: naming the limit, or the pattern that exceeds it.
+    """
+    highest = config.max_rank
+    if not is_integer(config.min_rank) or not 0 <= config.min_rank <= config.r:
+        raise ConfigError(
+            f"{name}: min_rank must be between 0 and r={config.r}, got {config.min_rank!r}."
+        )
+    if highest is None:
+        return
+    if not is_integer(highest) or highest < config.r:
+        raise ConfigError(
+            f"{name}: max_rank must be an integer of at least r={config.r}, got {highest!r}."
+        )
+    for pattern, r in (config.rank_pattern or {}).items():
+        if r > highest:
+            raise ConfigError(
+                f"{name}: rank_pattern[{pattern!r}] must be at most max_rank={highest}, got {r}; "
+                "raise max_rank, or lower the pattern."
+            )
 
 
 def offered_rank(target: Target, config: "GradInitConfig") -> int:
@@ -120,7 +142,3 @@ def _with_rank(target: Target, r: int, config: "GradInitConfig") -> Target:
     return dataclasses.replace(
         target, r=r, alpha=target.alpha * (math.sqrt(ratio) if config.use_rslora else ratio)
     )
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,7 +1,6 @@
 """The config that all methods share: a `LoraConfig` that knows where its start comes from."""
 
 import abc
-import dataclasses
 import math
 import os
 from collections.abc import Mapping
@@ -18,6 +17,8 @@ from ..linalg import TruncatedSVD
 from ..statistics import Fingerprint
 from .allocation import ALLOCATIONS as _ALLOCATIONS
 from .allocation import RankAllocation, check_allocation
+from .combining import plain_config
+from .numbers import is_finite_number, is_integer
 from .provenance import write_provenance
 from .report import InitReport
 from .targets import Target
@@ -62,7 +63,8 @@ class GradInitConfig(LoraConfig, abc.ABC):
         rho: with an allocation, a layer can get up to `rho * r` ranks. 2, as in the EVA paper; at 1
             all ranks stay.
         min_rank: with an allocation, the least that a layer gets; at 0 it may lose its adapter.
-        max_rank: with an allocation, the most that a layer gets. Default: `rho * r`.
+        max_rank: with an allocation, the most that a layer gets; at least `r` and every rank of
+            `rank_pattern`. Default: `rho` times the rank asked for.
 
     Raises:
         ConfigError: if a rank or an alpha is not positive, or an option of `LoraConfig` excludes
@@ -112,14 +114,14 @@ class GradInitConfig(LoraConfig, abc.ABC):
         ranks = {"r": self.r}
         ranks |= {f"rank_pattern[{k!r}]": v for k, v in (self.rank_pattern or {}).items()}
         for name, value in ranks.items():
-            if type(value) is not int or value < 1:
+            if not is_integer(value) or value < 1:
                 raise ConfigError(
                     f"{self._name}: {name} must be a positive integer, got {value!r}."
                 )
         alphas = {"lora_alpha": self.lora_alpha}
         alphas |= {f"alpha_pattern[{k!r}]": v for k, v in (self.alpha_pattern or {}).items()}
         for name, value in alphas.items():
-            if not isinstance(value, int | float) or not 0 < value < math.inf:
+            if not is_finite_number(value) or value <= 0:
                 raise ConfigError(f"{self._name}: {name} must be a positive number, got {value!r}.")
 
     @property
@@ -198,9 +200,7 @@ class GradInitConfig(LoraConfig, abc.ABC):
         An anchored adapter of rank `r` is saved with rank `2 r`; `lora_alpha` grows by 2 (rsLoRA:
         by the root of 2), which keeps the scaling. The same holds for the patterns.
         """
-        plain = LoraConfig(**{
-            f.name: getattr(self, f.name) for f in dataclasses.fields(LoraConfig) if f.init
-        })
+        plain = plain_config(self)
         if self.anchored:
             growth = math.sqrt(2) if self.use_rslora else 2
             plain.r = 2 * self.r

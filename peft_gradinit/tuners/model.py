@@ -1,16 +1,17 @@
 """The tuner model of all methods: calibrates, lets PEFT inject LoRA, and writes the start in."""
 
 import copy
+import dataclasses
 import math
 import warnings
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from peft.tuners.lora import LoraLayer, LoraModel
 from torch import Tensor, nn
 
-from ..calibration import left_as_found
+from ..calibration import base_loss, left_as_found, mean_loss
 from ..errors import ConfigError, NotInitializedError
 from .allocation import without_empty
 from .anchored import (
@@ -21,34 +22,28 @@ from .anchored import (
     join,
     split,
 )
+from .combining import combined_config, highest_rank, plain_config
 from .config import GradInitConfig
+from .magnitude import renew_magnitude
 from .pending import hold, is_pending, release
 from .publishing import attend, card_tags
-from .report import InitReport, StepCheck
+from .report import InitReport, ReportsByAdapter, StepCheck
+from .rollback import all_or_nothing, remove_adapter
 from .start import Start, check_step, compute_start
 from .switching import adapter_alone, adapters_disabled
 from .targets import Target, resolve_targets, write_patterns
 
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
 _PREFIX = "base_model.model."
 
 
-class GradInitModel(LoraModel):
-    """`peft.LoraModel` whose adapters get their start from the config's method.
-
-    Attributes:
-        init_report: an `InitReport` by adapter name; absent for deferred and loaded adapters.
-    """
+class GradInitModel(ReportsByAdapter, LoraModel):
+    """`peft.LoraModel` whose adapters get their start from the config's method."""
 
     _just_started: tuple[str, Start] | None = None
-
-    @property
-    def init_report(self) -> dict[str, InitReport]:
-        """Reports of this model's adapters, by adapter name."""
-        return {
-            name: report
-            for name, config in self.peft_config.items()
-            if (report := getattr(config, "init_report", None)) is not None
-        }
+    _combining: tuple[list[str], str] | None = None
 
     @property
     def model_tags(self) -> list[str]:
@@ -73,22 +68,24 @@ class GradInitModel(LoraModel):
             autocast_adapter_dtype: passed on to PEFT.
             low_cpu_mem_usage: must be `False`.
             state_dict: passed on to PEFT.
+
+        Raises:
+            ConfigError: if there is no calibration, or with `low_cpu_mem_usage`.
+            TargetError: if the method cannot serve a target.
+            CalibrationError: if the pass, or one of its targets, fails.
+            FingerprintError: if a saved calibration does not fit.
         """
         options = (autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        if self._combining is not None:
+            adapters, kind = self._combining
+            proposed = cast("LoraConfig", self.peft_config[adapter_name])
+            self.peft_config[adapter_name] = combined_config(model, adapters, kind, proposed)
         if not isinstance(self.peft_config[adapter_name], GradInitConfig):
             super().inject_adapter(model, adapter_name, *options)
             return
         _check_memory(low_cpu_mem_usage)
-        trainable = [(p, p.requires_grad) for p in model.parameters()]
-        try:
-            # Parameters made in a caller's inference mode could never be trained.
-            with torch.inference_mode(False):
-                self._inject(model, adapter_name, options)
-        except BaseException:
-            self._undo(adapter_name)
-            for parameter, requires_grad in trainable:
-                parameter.requires_grad = requires_grad
-            raise
+        with all_or_nothing(model, lambda: remove_adapter(self, adapter_name)):
+            self._inject(model, adapter_name, options)
 
     def _inject(self, model: nn.Module, adapter_name: str, options: tuple[Any, ...]) -> None:
         config = copy.copy(self._config(adapter_name))  # ranks may be lowered in it
@@ -107,17 +104,6 @@ class GradInitModel(LoraModel):
         if start is not None:
             self.fill(adapter_name, start)
             self._just_started = (adapter_name, start)
-
-    def _undo(self, adapter_name: str) -> None:
-        """Remove an adapter whose injection failed; PEFT rolls back an `Exception` only in part."""
-        injected = any(
-            isinstance(m, LoraLayer) and adapter_name in m.scaling for m in self.model.modules()
-        )
-        if injected and len(self.peft_config) == 1:
-            self.unload()
-        elif injected:
-            self.delete_adapter(adapter_name)
-        self.peft_config.pop(adapter_name, None)
 
     def fill(self, adapter_name: str, start: Start) -> InitReport:
         """Write a start into an injected adapter and report on it.
@@ -146,16 +132,23 @@ class GradInitModel(LoraModel):
     def _checked_step(self, adapter_name: str, start: Start) -> StepCheck | None:
         """Measure the loss after the start, and halve a start that raises it."""
         replay = start.result.replay
-        if replay is None:
+        if replay is None or (replay.custom_loss and start.calibration.loss_fn is None):
+            why = "holds no batches" if replay is None else "was made with a loss_fn"
+            warnings.warn(
+                f"the step that {self._config(adapter_name).method} starts with is not checked: the "
+                f"saved calibration {why}; pass the data (and Calibration(…, loss_fn=…)), or "
+                "check_step=False to do without.",
+                stacklevel=2,
+            )
             return None
 
         def loss_at(scale: float) -> float:
             # Both factors share the scale of their product.
             self._write(adapter_name, start, shrink=math.sqrt(scale))
             with adapter_alone(self.model, adapter_name):
-                return replay.mean_loss(self.model, start.calibration)
+                return mean_loss(self.model, replay, start.calibration)
 
-        return check_step(self._config(adapter_name).method, replay.loss, loss_at)
+        return check_step(self._config(adapter_name).method, base_loss(replay), loss_at)
 
     def _prepare_layers(self, targets: Mapping[str, Target], adapter_name: str) -> None:
         """Anchor the layers where the method does, and hold them until they have their start."""
@@ -175,6 +168,7 @@ class GradInitModel(LoraModel):
         fill = fill_anchored if self._config(adapter_name).anchored else fill_plain
         for name, (A0, B0) in start.factors.items():
             fill(self._layer(name), adapter_name, shrink * A0, shrink * B0)
+            renew_magnitude(self._layer(name), adapter_name)
         for layer in self.model.modules():
             release(layer, adapter_name)
 
@@ -183,12 +177,14 @@ class GradInitModel(LoraModel):
         before = self._dtypes(adapter_name)
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         (name, start), self._just_started = self._just_started or (None, None), None
-        if name == adapter_name and start is not None and self._dtypes(adapter_name) != before:
-            try:
-                self.fill(adapter_name, start)
-            except BaseException:  # PEFT is past its own clean-up here
-                self._undo(adapter_name)
-                raise
+        if name != adapter_name or start is None or self._dtypes(adapter_name) == before:
+            return
+        with all_or_nothing(self.model, lambda: remove_adapter(self, adapter_name)):
+            config = self._config(adapter_name)
+            report = cast("InitReport", config.init_report)
+            self._write(adapter_name, start, math.sqrt(report.step.scale if report.step else 1))
+            drift = self._drift(adapter_name, start)
+            config.init_report = dataclasses.replace(report, drift=drift)
 
     def _dtypes(self, adapter_name: str) -> list[torch.dtype]:
         return [
@@ -222,16 +218,30 @@ class GradInitModel(LoraModel):
     def _config(self, adapter_name: str) -> GradInitConfig:
         return cast("GradInitConfig", self.peft_config[adapter_name])
 
-    def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
-        """Combine adapters like PEFT, which cannot write into anchored ones.
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: Any = "svd",
+        svd_rank: int | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        """Combine adapters like PEFT, into a plain LoRA adapter.
 
         Args:
             adapters: names of the adapters to combine.
+            weights: one number for each.
+            adapter_name: name of the combination.
+            combination_type: as in PEFT; the kinds that add factors need equal ranks.
+            svd_rank: rank of the kinds that factor the sum. Default: the largest of a layer.
             args: passed on to PEFT.
             kwargs: passed on to PEFT.
 
         Raises:
-            ConfigError: if one of them is anchored; PEFT's result would be empty.
+            ConfigError: if one of them is anchored, where PEFT's result would be empty, or if
+                ranks differ where they must not.
         """
         anchored = [n for n in adapters if getattr(self.peft_config.get(n), "anchored", False)]
         if anchored:
@@ -240,7 +250,21 @@ class GradInitModel(LoraModel):
                 "anchor; save them and combine them as plain LoRA, loaded with "
                 "PeftModel.from_pretrained."
             )
-        super().add_weighted_adapter(adapters, *args, **kwargs)
+        if adapter_name in self.peft_config:
+            return  # as PEFT does
+        svd_rank = svd_rank or highest_rank(self.model, adapters)
+        live = dict(self.peft_config)
+        self._combining = (list(adapters), combination_type)
+        try:
+            # PEFT copies the first config, of which only what LoRA knows may count.
+            self.peft_config.update({n: plain_config(live[n]) for n in adapters if n in live})
+            with all_or_nothing(self.model, lambda: remove_adapter(self, adapter_name)):
+                super().add_weighted_adapter(
+                    adapters, weights, adapter_name, combination_type, svd_rank, *args, **kwargs
+                )
+        finally:
+            self.peft_config.update(live)
+            self._combining = None
 
     # Saving and loading: PEFT's hooks, pure state-dict arithmetic ------------------------------
 
@@ -259,6 +283,7 @@ class GradInitModel(LoraModel):
                 f"adapter {adapter_name!r} is deferred and {len(pending)} layers ({pending[0]}, …) "
                 "have no start yet, so there is nothing to save; call initialize(model, data)."
             )
+        _check_ranks(model, adapter_name)
         attend(model)
         entries = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
@@ -293,9 +318,31 @@ class GradInitModel(LoraModel):
         return loaded
 
 
+def _check_ranks(model: nn.Module, adapter_name: str) -> None:
+    """Refuse factors that were replaced by wider ones, as preparing for compiled hot-swapping does.
+
+    Raises:
+        ConfigError: naming the first layer; what would be saved could not be loaded.
+    """
+    modules: dict[str, Any] = dict(model.named_modules())
+    for name, layer in modules.items():
+        if not isinstance(layer, LoraLayer) or adapter_name not in layer.lora_A:
+            continue
+        linear: Any = layer.lora_A[adapter_name]
+        anchored = is_anchored(modules[name], adapter_name)
+        weight = linear.parametrizations.weight.original if anchored else linear.weight
+        r = layer.r[adapter_name]
+        if isinstance(linear, nn.Linear) and weight.dim() == 2 and weight.shape[0] != r:
+            raise ConfigError(
+                f"{name} has factors of rank {weight.shape[0]}, but the adapter {adapter_name!r} has "
+                f"r={r} there: the model was changed, as prepare_model_for_compiled_hotswap does. "
+                "Save before that, and prepare the adapter that PeftModel.from_pretrained loads."
+            )
+
+
 def _check_memory(low_cpu_mem_usage: bool) -> None:
     # `get_peft_model` does not hand the option on; it wraps everything in `init_empty_weights`.
-    if low_cpu_mem_usage or nn.Linear(1, 1).weight.is_meta:
+    if low_cpu_mem_usage or nn.LayerNorm(1).weight.is_meta:
         raise ConfigError(
             "low_cpu_mem_usage=True puts the adapter on the meta device, where no start can be "
             "written; leave it at False for configs of this package."

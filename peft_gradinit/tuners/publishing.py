@@ -50,7 +50,10 @@ def published(directory: Path, repo_id: str | None = None) -> None:
         directory: holds adapters, or directories of adapters.
         repo_id: where it goes.
     """
-    for path in (*directory.glob(CONFIG_NAME), *directory.glob(f"*/{CONFIG_NAME}")):
+    below = directory.glob(f"*/{CONFIG_NAME}")
+    # A directory with a card of its own is no adapter of this one but a checkpoint of Trainer.
+    named = [path for path in below if not (path.parent / "README.md").exists()]
+    for path in (*directory.glob(CONFIG_NAME), *named):
         _name_no_path(path)
         for listener in listeners:
             listener(path.parent, repo_id)

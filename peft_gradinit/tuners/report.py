@@ -48,6 +48,23 @@ class StepCheck:
     scale: float
 
 
+class ReportsByAdapter:
+    """A tuner whose configs hold reports.
+
+    Attributes:
+        init_report: an `InitReport` by adapter name; absent for deferred adapters, and for loaded
+            ones unless `load_for_training` brought it along.
+    """
+
+    peft_config: dict[str, Any]
+
+    @property
+    def init_report(self) -> dict[str, "InitReport"]:
+        """Reports of this model's adapters, by adapter name."""
+        reports = {n: getattr(c, "init_report", None) for n, c in self.peft_config.items()}
+        return {name: report for name, report in reports.items() if report is not None}
+
+
 @dataclasses.dataclass(frozen=True)
 class InitReport:
     """What an initialisation did; prints as a table.

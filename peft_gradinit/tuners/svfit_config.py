@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..statistics import Fingerprint
+from .numbers import is_integer
 from .provenance import write_provenance
 from .report import InitReport
 
@@ -77,8 +78,7 @@ class SpectralConfig(PeftConfig, abc.ABC):
     def _check_ranks(self) -> None:
         ranks = {"r": self.r} | {f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()}
         for name, value in ranks.items():
-            positive = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-            if not positive and value != FULL:
+            if not (is_integer(value) and value >= 1) and value != FULL:
                 raise ConfigError(
                     f"{self._name}: {name} must be a positive integer or {FULL!r}, got {value!r}."
                 )

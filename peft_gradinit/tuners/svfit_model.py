@@ -7,22 +7,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
-import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..calibration import stored_weight
 from ..errors import ConfigError, TargetError
 from ..statistics import Fingerprint, hash_weight
 from .publishing import attend, card_tags
+from .report import ReportsByAdapter
+from .rollback import all_or_nothing, remove_adapter
 from .start import base_fingerprint
 from .svfit_config import SpectralConfig
 from .svfit_layer import SVFitLinear, checked_shape
 from .svfit_saving import compact_form, live_form, live_layers, lora_form
 
 
-class SVFitModel(BaseTuner):
+class SVFitModel(ReportsByAdapter, BaseTuner):
     """Adapters that train the `r` numbers of `delta` in `y = W x + U (delta * (Vh x))`."""
 
     prefix: str = "svfit_"
@@ -51,16 +53,8 @@ class SVFitModel(BaseTuner):
             low_cpu_mem_usage: without effect: a basis cannot be computed on the meta device.
             state_dict: passed on to PEFT.
         """
-        trainable = [(p, p.requires_grad) for p in model.parameters()]
-        try:
-            # Parameters made in a caller's inference mode could never be trained.
-            with torch.inference_mode(False):
-                self._inject(model, adapter_name, (autocast_adapter_dtype, False, state_dict))
-        except BaseException:
-            self._undo(adapter_name)
-            for parameter, requires_grad in trainable:
-                parameter.requires_grad = requires_grad
-            raise
+        with all_or_nothing(model, lambda: remove_adapter(self, adapter_name)):
+            self._inject(model, adapter_name, (autocast_adapter_dtype, False, state_dict))
 
     def _inject(self, model: nn.Module, adapter_name: str, options: tuple[Any, ...]) -> None:
         # Ranks are written into it.
@@ -74,7 +68,7 @@ class SVFitModel(BaseTuner):
         for name, layer in layers.items():
             weight = _finite_matrix(name, layer)
             layer.fill(adapter_name, *config.basis(weight, layer.r[adapter_name], name))
-            layer.weight_hash[adapter_name] = hash_weight(layer.weight)
+            layer.weight_hash[adapter_name] = hash_weight(stored_weight(layer.get_base_layer()))
         bases = [layer.get_base_layer() for layer in layers.values()]
         config.fan_in_fan_out = any(isinstance(base, Conv1D) for base in bases)
         config.ranks = {name: layer.r[adapter_name] for name, layer in layers.items()}
@@ -87,15 +81,6 @@ class SVFitModel(BaseTuner):
             },
             options=config.basis_options(),
         )
-
-    def _undo(self, adapter_name: str) -> None:
-        """Remove an adapter whose injection failed; PEFT rolls back an `Exception` only in part."""
-        injected = bool(live_layers(self.model, adapter_name))
-        if injected and len(self.peft_config) == 1:
-            self.unload()
-        elif injected:
-            self.delete_adapter(adapter_name)
-        self.peft_config.pop(adapter_name, None)
 
     def _create_and_replace(
         self,
@@ -125,6 +110,22 @@ class SVFitModel(BaseTuner):
                 "PeftModel.from_pretrained, which can."
             )
         yield
+
+    def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
+        """Refuse: a sum of spectral adapters is a LoRA of another basis.
+
+        Args:
+            adapters: names of adapters.
+            args: unused.
+            kwargs: unused.
+
+        Raises:
+            ConfigError: always, with the way that works.
+        """
+        raise ConfigError(
+            f"add_weighted_adapter cannot combine the live SVFit adapters {adapters}; save them and "
+            "combine them as plain LoRA, loaded with PeftModel.from_pretrained."
+        )
 
     # Saving and loading: PEFT's hooks ---------------------------------------------------------
 

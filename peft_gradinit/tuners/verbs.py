@@ -7,6 +7,7 @@ from typing import Any, cast
 import peft
 from peft import PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from torch import nn
 
@@ -18,6 +19,7 @@ from .model import GradInitModel
 from .pending import is_pending
 from .provenance import read_provenance
 from .report import InitReport
+from .rollback import all_or_nothing, remove_adapter
 from .start import base_fingerprint, compute_start, measured
 from .svfit_config import SpectralConfig
 from .targets import live_targets, resolve_targets
@@ -103,20 +105,14 @@ def load_for_training(
     if not allow_mismatch:
         _check_base(model, config, content["fingerprint"], directory)
     _check_weights(directory)
-    trainable = [(p, p.requires_grad) for p in model.parameters()]
-    fresh = not isinstance(model, PeftModel)
     if isinstance(model, PeftModel):
         peft_model = model
         peft_model.add_adapter(adapter_name, config)
     else:
         peft_model = get_peft_model(model, config, adapter_name)
-    try:
+    tuner = cast("BaseTuner", peft_model.base_model)
+    with all_or_nothing(peft_model, lambda: remove_adapter(tuner, adapter_name)):
         peft_model.load_adapter(str(directory), adapter_name, is_trainable=True)
-    except BaseException:
-        peft_model.unload() if fresh else peft_model.delete_adapter(adapter_name)
-        for parameter, requires_grad in trainable:
-            parameter.requires_grad = requires_grad
-        raise
     peft_model.set_adapter(adapter_name)
     live = cast("GradInitConfig | SpectralConfig", peft_model.peft_config[adapter_name])
     live.fingerprint, live.init_report = fingerprint, report

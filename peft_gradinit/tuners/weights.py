@@ -7,6 +7,8 @@ from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..calibration import with_stored_weight
+
 
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     """`(out, in)` of a linear layer's weight in the layout of `nn.Linear`; `None` for others."""
@@ -21,6 +23,8 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
 def is_quantized(module: nn.Module) -> bool:
     """Whether the weight is stored in fewer bits than it is computed with."""
     weight: Any = getattr(module, "weight", None)
+    if weight is None:
+        return False
     return hasattr(weight, "quant_state") or not weight.is_floating_point()
 
 
@@ -34,9 +38,7 @@ def linear_weight(module: nn.Module) -> Tensor:
         `(out, in)` float32; shares memory with the module where it can.
     """
     if is_quantized(module):
-        module = copy.deepcopy(module)  # the two calls below write to 8-bit and to 4-bit layers
-        state: Any = getattr(module.weight, "quant_state", None)
-        if getattr(state, "packing_format_for_cpu", False):
-            module.state_dict()  # bitsandbytes packs 4-bit weights to evaluate; this unpacks them
+        # Copied, since dequantising writes to 8-bit layers.
+        module = copy.deepcopy(with_stored_weight(module))
     weight = cast("Tensor", dequantize_module_weight(module)).detach().float()
     return weight.T if isinstance(module, Conv1D) else weight

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from peft_gradinit import Calibration
-from peft_gradinit.calibration.batches import Budget, _placed, budgeted, first_sequence
+from peft_gradinit.calibration.batches import Budget, _placed, budgeted, first_sequence, read
 from peft_gradinit.calibration.spec import DEFAULT_MAX_TOKENS
 from peft_gradinit.errors import DataError
 from tests.calibration.passes import FLOAT32, gradients, run_pass, sketches, worst_error
@@ -219,7 +219,8 @@ def test_sketches_do_not_depend_on_the_batch_size():
 def steps(data, **options):
     calibration = quiet(data, **options)
     budget = Budget(calibration)
-    return list(budgeted(calibration, torch.nn.Linear(1, 1), budget)), budget
+    model = torch.nn.Linear(1, 1)
+    return list(budgeted(read(calibration, model), calibration, model, budget)), budget
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 8, 32, 80])

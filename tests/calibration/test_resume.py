@@ -98,18 +98,23 @@ def test_a_pass_killed_after_its_last_batch_reads_nothing(tmp_path):
     same(measured(LoraGAConfig, BATCHES, checkpoint), measured(LoraGAConfig, BATCHES))
 
 
-def test_the_step_check_of_lora_one_does_without_the_batches_of_the_dead(tmp_path):
+@pytest.mark.parametrize("n_batches", [2, 18])
+def test_the_step_of_lora_one_is_checked_on_the_same_batches(tmp_path, n_batches):
     checkpoint = Checkpoint(tmp_path / "partial.safetensors", every_seconds=0)
     options = {"target_modules": "all-linear", "r": 2, "task_type": "CAUSAL_LM"}
-    dying = Calibration(cut_after(18), progress=False, checkpoint=checkpoint)
+    dying = Calibration(cut_after(n_batches), progress=False, checkpoint=checkpoint)
     with pytest.raises(Killed):
         adapted(pico_llama(), LoraOneConfig(**options, calibration=dying))
     config = LoraOneConfig(
         **options, calibration=Calibration(BATCHES, progress=False, checkpoint=checkpoint)
     )
     model = adapted(pico_llama(), config)
-    whole = LoraOneConfig(**options, calibration=Calibration(BATCHES, progress=False))
-    torch.testing.assert_close(logits(model), logits(adapted(pico_llama(), whole)))
+    uninterrupted = LoraOneConfig(**options, calibration=Calibration(BATCHES, progress=False))
+    want = adapted(pico_llama(), uninterrupted)
+    torch.testing.assert_close(logits(model), logits(want))
+    step, expected = (m.base_model.init_report["default"].step for m in (model, want))
+    assert step.loss_before == pytest.approx(expected.loss_before)
+    assert step.loss_after == pytest.approx(expected.loss_after)
 
 
 @pytest.mark.parametrize("change", ["data", "seed", "rank", "model"])

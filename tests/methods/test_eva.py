@@ -1,15 +1,17 @@
 """EVA's own claim, its options, and its agreement with an exact PCA on MiniLM."""
 
 import functools
+import itertools
 import math
 from pathlib import Path
 
+import datasets
 import peft
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel, AutoTokenizer, BatchEncoding
 
 import peft_gradinit
 from peft_gradinit import Calibration, EvaConfig
@@ -22,9 +24,11 @@ from tests.docstrings import labelled_docstrings
 from tests.helpers import (
     logits,
     overlap,
+    pad,
     pico_llama,
     quiet,
     relative_error,
+    rows_of,
     token_batches,
     train_steps,
 )
@@ -221,6 +225,88 @@ def test_a_layer_without_ranks_has_no_adapter_and_another_adapter_may_have_it(tm
     peft_model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(narrow(pico_llama()), tmp_path)
     assert relative_error(logits(loaded), first) <= 1e-5
+
+
+# Its data ----------------------------------------------------------------------------------------
+
+
+def samples():
+    """What a tokenised dataset holds: lists of different lengths, and a text column."""
+    for row in rows_of(token_batches()):
+        yield {"input_ids": row.tolist(), "labels": row.tolist(), "text": "unused"}
+
+
+def endless():
+    while True:
+        yield from samples()
+
+
+SOURCES = {
+    "BatchEncoding": lambda: [BatchEncoding(b) for b in token_batches()],
+    "Dataset": lambda: datasets.Dataset.from_list(list(samples())),
+    "streaming": lambda: datasets.Dataset.from_list(list(samples())).to_iterable_dataset(),
+    "streaming generator": lambda: datasets.IterableDataset.from_generator(samples),
+    "streaming, sharded": lambda: datasets.Dataset.from_list(list(samples())).to_iterable_dataset(
+        num_shards=3
+    ),
+    "streaming, without labels": lambda: datasets.IterableDataset.from_generator(
+        samples
+    ).remove_columns("labels"),
+}
+
+
+def starts_of(peft_model):
+    return {n: m.lora_A["default"].weight.detach() for n, m in eva_layers(peft_model).items()}
+
+
+def assert_same_starts(got, want):
+    assert got.keys() == want.keys()
+    for name, A in want.items():
+        # Singular vectors turn by the rounding over the gap to the next value.
+        assert relative_error(got[name], A) <= 2e-3, name
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_every_form_of_the_data_gives_the_same_start(source):
+    # Labels would leave out the last token of a sequence, which no loss depends on.
+    options = {"rho": 1.0, "use_label_mask": False}
+    want = starts_of(adapted_by_eva(**options))
+    got = adapted_by_eva(**options, calibration=quiet(SOURCES[source]()))
+    assert_same_starts(starts_of(got), want)
+
+
+def test_an_endless_stream_ends_with_the_budget():
+    stream = datasets.IterableDataset.from_generator(endless)
+    report = adapted_by_eva(calibration=quiet(stream, max_tokens=100)).base_model.init_report
+    facts = report["default"].facts
+    assert 100 <= facts.n_tokens < 120  # a sequence has 20 tokens at most
+    assert facts.stopped_by == "max_tokens"
+
+
+def test_batches_shorter_than_the_rank_add_what_they_have():
+    """Pieces of one to three tokens at r 4."""
+    ids = torch.cat(rows_of(token_batches()))[:60]
+    lengths = itertools.cycle([1, 2, 3])
+    pieces = []
+    while len(ids):
+        n = next(lengths)
+        pieces.append(ids[:n])
+        ids = ids[n:]
+    options = {"rho": 1.0, "use_label_mask": False}
+    assert max(map(len, pieces)) < 4
+    short = adapted_by_eva(**options, calibration=quiet([pad([p]) for p in pieces]))
+    together = adapted_by_eva(**options, calibration=quiet([pad(pieces)]))
+    assert_same_starts(starts_of(short), starts_of(together))
+    assert short.base_model.init_report["default"].facts.n_tokens == 60
+
+
+def test_fewer_tokens_than_the_rank_still_give_a_start_that_trains():
+    peft_model = adapted_by_eva(
+        rho=1.0, use_label_mask=False, calibration=quiet([pad([torch.tensor([5, 6, 7])])])
+    )
+    for name, A in starts_of(peft_model).items():
+        torch.testing.assert_close(A @ A.T, torch.eye(4), msg=name)
+    assert all(map(math.isfinite, train_steps(peft_model)))
 
 
 # The config --------------------------------------------------------------------------------------

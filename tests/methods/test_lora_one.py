@@ -10,9 +10,11 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import peft_gradinit
 from peft_gradinit import Calibration, LoraOneConfig, calibrate, load_for_training
+from peft_gradinit.calibration import mean_loss as mean_loss_of_replay
 from peft_gradinit.errors import ConfigError
 from peft_gradinit.linalg import TruncatedSVD
 from peft_gradinit.methods import lora_one_factors
+from peft_gradinit.tuners import model as model_module
 from tests.docstrings import MODULES, labelled_docstrings
 from tests.helpers import (
     autograd_gradients,
@@ -163,11 +165,79 @@ def test_the_check_takes_the_loss_of_the_pass_also_for_a_result_made_before():
         assert step.loss_after == pytest.approx(step.loss_before, rel=0.5)
 
 
-def test_a_result_from_a_file_has_no_data_to_check_the_step_on(tmp_path):
-    result = calibrate(pico_llama(), lora_one(), quiet(token_batches()))
-    peft_model = stepped(calibration=result.save(tmp_path))
+def test_a_result_from_a_file_checks_the_step_on_the_batches_that_it_kept(tmp_path):
+    result = calibrate(pico_llama(), lora_one(**HARMFUL), quiet(token_batches()))
+    path = result.save(tmp_path)
+    with pytest.warns(UserWarning, match="would raise the loss"):
+        direct = stepped(**HARMFUL)
+    with pytest.warns(UserWarning, match="would raise the loss"):
+        from_file = stepped(calibration=path, **HARMFUL)
+    assert report_of(from_file).step == report_of(direct).step
+    assert report_of(from_file).step.scale < 1
+    assert torch.equal(logits(from_file), logits(direct))
+
+
+def test_a_result_without_batches_says_that_the_step_is_not_checked(tmp_path):
+    without = calibrate(pico_llama(), lora_one(check_step=False), quiet(token_batches()))
+    path = without.save(tmp_path)
+    with pytest.warns(UserWarning, match="is not checked: the saved calibration holds no batches"):
+        peft_model = stepped(calibration=path)
     assert report_of(peft_model).step is None
-    assert torch.equal(logits(peft_model), logits(stepped()))
+    stepped(calibration=path, check_step=False)  # and asks for no warning
+
+
+def test_a_result_of_the_users_loss_needs_that_loss_again_to_check_the_step(tmp_path):
+    calibration = quiet(token_batches(), loss_fn=scaled_loss)
+    path = calibrate(pico_llama(), lora_one(), calibration).save(tmp_path)
+    with pytest.warns(UserWarning, match="was made with a loss_fn"):
+        assert report_of(stepped(calibration=path)).step is None
+    given = quiet(path, loss_fn=scaled_loss)
+    step = report_of(stepped(calibration=given)).step
+    assert step.loss_before == pytest.approx(1000 * mean_loss(pico_llama()), rel=1e-5)
+
+
+def test_batches_that_a_file_cannot_hold_are_left_out(tmp_path):
+    batches = [(b["input_ids"], b["attention_mask"], b["labels"]) for b in token_batches()]
+
+    def loss_fn(model, batch):
+        return model(input_ids=batch[0], attention_mask=batch[1], labels=batch[2]).loss, 1.0
+
+    result = calibrate(pico_llama(), lora_one(), quiet(batches, loss_fn=loss_fn))
+    with pytest.warns(UserWarning, match="holds no batches"):
+        stepped(calibration=quiet(result.save(tmp_path), loss_fn=loss_fn))
+
+
+def test_with_dora_the_step_is_the_same(tmp_path):
+    want = stepped()
+    peft_model = stepped(use_dora=True)
+    for name, layer in layers_of(peft_model).items():
+        W, product = layer.base_layer.weight, 2 * layers_of(want)[name].lora_B["default"].weight
+        product = product @ layers_of(want)[name].lora_A["default"].weight
+        magnitude = layer.lora_magnitude_vector["default"].weight
+        assert relative_error(magnitude, (W + product).norm(dim=1)) <= 1e-5, name
+    assert relative_error(logits(peft_model), logits(want)) <= 1e-5
+    peft_model.save_pretrained(tmp_path)
+    plain = PeftModel.from_pretrained(pico_llama(), tmp_path)
+    assert relative_error(logits(plain), logits(peft_model)) <= 1e-6
+
+
+def test_on_a_bfloat16_base_the_step_is_measured_once(monkeypatch):
+    calls = []
+
+    def counted(model, replay, calibration):
+        calls.append(1)
+        return mean_loss_of_replay(model, replay, calibration)
+
+    monkeypatch.setattr(model_module, "mean_loss", counted)
+    peft_model = stepped(pico_llama().to(torch.bfloat16))
+    assert len(calls) == 1
+    report = report_of(peft_model)
+    assert report.drift > 0
+    assert (
+        layers_of(peft_model)["model.layers.0.mlp.up_proj"].lora_A["default"].weight.dtype
+        == torch.float32
+    )
+    assert report.step.loss_after == pytest.approx(mean_loss(peft_model.eval()), rel=1e-2)
 
 
 def test_an_exception_in_the_check_leaves_the_model_as_it_was():

@@ -256,6 +256,11 @@ def test_the_width_can_be_chosen():
     assert chosen((4096, 4096), sketch_size=96).width == 96
 
 
+def test_dense_needs_no_width():
+    statistic = chosen((4096, 4096), estimator="dense", sketch_size=1)
+    assert isinstance(statistic, DenseGradient)
+
+
 def test_the_oriented_columns_leave_forty_random_ones_and_a_third_at_least():
     for width in (48, 60, 112, 400):
         statistic = sketch(width)

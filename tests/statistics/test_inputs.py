@@ -288,6 +288,11 @@ def test_the_smaller_accumulator_is_chosen(in_features, estimator, kind):
     assert statistic.width == (96 if kind is SketchedInputs else in_features)
 
 
+def test_dense_needs_no_width():
+    statistic = input_statistic(1024, rank=8, estimator="dense", sketch_size=1, seed=0, pool=POOL)
+    assert isinstance(statistic, DenseInputs)
+
+
 def test_a_sketch_too_small_for_the_rank_is_refused():
     with pytest.raises(ShapeError, match=r"sketch_size=31 is too small for 8 components.* 32,"):
         input_statistic(1024, rank=8, estimator="sketch", sketch_size=31, seed=0, pool=POOL)

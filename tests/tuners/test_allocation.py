@@ -1,5 +1,6 @@
 """Ranks shared by a budget: kept exactly, written as anchored names, alive everywhere."""
 
+import dataclasses
 import json
 import math
 
@@ -257,6 +258,8 @@ def test_a_layer_without_ranks_takes_none_with_it(excluded, tmp_path):
         ({"min_rank": -1}, "min_rank must be between 0 and r=8, got -1"),
         ({"min_rank": 9}, "min_rank must be between 0 and r=8, got 9"),
         ({"min_rank": 1.5}, r"min_rank must be between 0 and r=8, got 1\.5"),
+        ({"min_rank": True}, "min_rank must be between 0 and r=8, got True"),
+        ({"r": 1, "max_rank": True}, "max_rank must be an integer of at least r=1, got True"),
         ({"max_rank": 7}, "max_rank must be an integer of at least r=8, got 7"),
         ({"max_rank": 9.5}, "max_rank must be an integer"),
     ],
@@ -266,6 +269,25 @@ def test_a_layer_without_ranks_takes_none_with_it(excluded, tmp_path):
 def test_options_that_cannot_work_are_refused(method, options, message):
     with pytest.raises(ConfigError, match=f"{method.__name__}: {message}"):
         method(**options)
+
+
+@every_method
+@pytest.mark.parametrize("pattern", ["q_proj", r".*\.q_proj"])
+def test_a_rank_above_the_largest_is_refused_before_anything_is_read(method, pattern):
+    with pytest.raises(
+        ConfigError, match=r"rank_pattern\[.*\] must be at most max_rank=10, got 12"
+    ):
+        method(rank_pattern={"v_proj": 10, pattern: 12}, max_rank=10)
+    assert method(rank_pattern={pattern: 12}, max_rank=12).max_rank == 12
+
+
+@every_method
+def test_an_allocated_config_can_be_made_again(method):
+    """Its patterns are within the limits that it was allocated under."""
+    config = allocated(method, rho=4, max_rank=6).peft_config["default"]
+    assert config.rank_pattern
+    again = dataclasses.replace(config, calibration=quiet(token_batches()))
+    assert again.rank_pattern == config.rank_pattern
 
 
 def test_eva_measures_no_gradient_energy():

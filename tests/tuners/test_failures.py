@@ -194,15 +194,15 @@ def test_interrupted_initialize_can_be_repeated(monkeypatch):
 
 def test_interrupt_after_the_cast_of_a_bfloat16_base_leaves_it_bare(monkeypatch):
     model = pico_llama().to(torch.bfloat16)
-    fill, calls = GradInitModel.fill, []
+    write, calls = GradInitModel._write, []
 
     def second_raises(self, *args):
         calls.append(1)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return fill(self, *args)
+        return write(self, *args)
 
-    monkeypatch.setattr(GradInitModel, "fill", second_raises)
+    monkeypatch.setattr(GradInitModel, "_write", second_raises)
     with pytest.raises(KeyboardInterrupt):
         adapted(model)
     assert not any("lora" in name for name, _ in model.named_modules())

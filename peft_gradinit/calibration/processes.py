@@ -1,0 +1,179 @@
+"""The processes of a distributed run, and what they tell each other during a pass.
+
+Rank and world size are those of `torch.distributed`. No `Accelerator` is created, since the first
+one decides the settings of all later ones. Words go over a gloo group of their own, so that they
+cannot be mistaken for a collective of a sharded model, and a process that is lost is noticed within
+`TIMEOUT`. Sums of tensors go over the default group of their device.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from torch import Tensor
+
+from ..errors import CalibrationError
+
+TIMEOUT = timedelta(minutes=10)
+"""How long a process waits for the others at one step: longer than any step should take."""
+
+BUCKET = 64 * 2**20
+"""Floats in one collective, at most."""
+
+
+class Processes:
+    """The processes that share a pass; one alone by default, for which nothing is sent.
+
+    Attributes:
+        rank: of this process.
+        size: how many there are.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1, control: Any = None) -> None:
+        self.rank = rank
+        self.size = size
+        self._control = control
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every process's value, by rank.
+
+        Args:
+            value: anything that can be pickled.
+
+        Returns:
+            `size` values.
+
+        Raises:
+            CalibrationError: if a process is lost.
+        """
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        try:
+            dist.all_gather_object(values, value, group=self._control)
+        except RuntimeError as error:
+            raise CalibrationError(
+                f"process {self.rank} of {self.size} lost another one during the calibration "
+                f"({str(error).splitlines()[0]}); look at the log of the process that ended first, "
+                "and run the calibration on every process, outside main_process_first()."
+            ) from error
+        return values
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Run a block that all processes run; if it fails on one, it fails on all.
+
+        Yields:
+            Nothing.
+
+        Raises:
+            CalibrationError: naming the process that failed and its error, on the others.
+        """
+        failure: BaseException | None = None
+        try:
+            yield
+        except BaseException as error:  # noqa: BLE001 raised again below
+            failure = error
+        if self.size > 1:
+            said = None if failure is None else f"{type(failure).__name__}: {failure}"
+            try:
+                words = self.gather(said)
+            except CalibrationError:
+                if failure is None:
+                    raise
+                words = []
+            self._raise_for(words if failure is None else [])
+        if failure is not None:
+            raise failure
+
+    def _raise_for(self, words: Sequence[str | None]) -> None:
+        for rank, word in enumerate(words):
+            if word is not None:
+                raise CalibrationError(
+                    f"the calibration failed on process {rank} of {self.size}: {word}"
+                )
+
+    def total(self, *numbers: float) -> list[float]:
+        """Sums of numbers over the processes."""
+        return [sum(column) for column in zip(*self.gather(numbers), strict=True)]
+
+    def sum_(self, tensors: Sequence[Tensor]) -> None:
+        """Add float32 tensors over the processes, in place.
+
+        Args:
+            tensors: on every process the same number, of the same shapes.
+        """
+        if self.size > 1:
+            self._in_buckets(tensors, dist.all_reduce)
+
+    def broadcast_(self, tensors: Sequence[Tensor], source: int) -> None:
+        """Give tensors of one process to all, in place.
+
+        Args:
+            tensors: on every process the same number, of the same shapes, float32.
+            source: rank of the process that has the values.
+        """
+        if self.size > 1:
+            self._in_buckets(tensors, lambda flat, group: dist.broadcast(flat, source, group=group))
+
+    def _in_buckets(self, tensors: Sequence[Tensor], collective: Any) -> None:
+        for bucket in _buckets(tensors):
+            flat = torch.cat([t.reshape(-1) for t in bucket])
+            # gloo serves the CPU where the default group is that of an accelerator.
+            collective(flat, group=self._control if flat.device.type == "cpu" else None)
+            parts = flat.split([t.numel() for t in bucket])
+            for tensor, part in zip(bucket, parts, strict=True):
+                tensor.copy_(part.view_as(tensor))
+
+
+@contextmanager
+def processes() -> Iterator[Processes]:
+    """The processes of this run, for the length of a block that all of them run.
+
+    Yields:
+        One process where nothing was launched.
+    """
+    if not dist.is_available() or not _is_launched():
+        yield Processes()
+        return
+    control = _control_group()
+    try:
+        yield Processes(dist.get_rank(), dist.get_world_size(), control)
+    finally:
+        with contextlib.suppress(RuntimeError, ValueError):  # the whole run may be gone
+            dist.destroy_process_group(control)
+
+
+def _control_group() -> Any:
+    try:
+        return dist.new_group(backend="gloo", timeout=TIMEOUT)
+    except RuntimeError as error:
+        raise CalibrationError(
+            f"process {dist.get_rank()} of {dist.get_world_size()} waited {TIMEOUT} for the others "
+            "to begin the calibration; run it on every process, outside main_process_first()."
+        ) from error
+
+
+def _is_launched() -> bool:
+    """Whether there are several processes; joins them if a launcher has started them."""
+    if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        PartialState(cpu=not torch.accelerator.is_available())
+    return dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    bucket: list[Tensor] = []
+    for tensor in tensors:
+        full = sum(t.numel() for t in bucket) + tensor.numel() > BUCKET
+        if bucket and (full or tensor.device != bucket[0].device):
+            yield bucket
+            bucket = []
+        bucket.append(tensor)
+    if bucket:
+        yield bucket

