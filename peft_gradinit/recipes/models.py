@@ -107,7 +107,9 @@ def load_model(section: ModelSection, labels: list[str] | None = None) -> nn.Mod
         model = LlamaForCausalLM(embedded.pico_llama_config()).eval()
         return model if dtype == "auto" else nn.Module.to(model, dtype)
     options: dict[str, Any] = {"revision": section.revision, "dtype": dtype}
-    options |= _head(task, section, labels)
+    head = _head(task, section, labels)
+    # A head for other classes is replaced by one that is drawn from the seed.
+    options |= {**head, "ignore_mismatched_sizes": True} if head else {}
     if section.quantization is not None:
         options["quantization_config"] = _quantization(section, dtype)
     try:

@@ -6,14 +6,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import sklearn.metrics
 import torch
+import yaml
 from peft import PeftModel
+from PIL import Image
+from transformers import T5Config, T5ForConditionalGeneration, ViTConfig, ViTForImageClassification
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from peft_gradinit.errors import ConfigError
 from peft_gradinit.recipes import ModelSection, finetune, load_model, load_recipe
+from peft_gradinit.recipes.embedded import pico_tokenizer
 from peft_gradinit.recipes.metrics import compute
 
 ROOT = Path(__file__).parent.parent.parent
@@ -130,6 +136,77 @@ def test_metrics_are_those_of_scikit_learn():
     assert compute(["exact_match"], ["a ", "b"], ["a", "c"]) == {"exact_match": 0.5}
     with pytest.raises(ConfigError, match="'acuracy' cannot be computed"):
         compute(["acuracy"], [1], [1])
+
+
+def small_recipe(folder, data, **sections):
+    values = {
+        "version": 1,
+        "title": "a test",
+        "output": str(folder / "out"),
+        "model": {"name": str(folder / "model")},
+        "data": {"path": str(folder / "data"), "n_eval": 4, **data},
+        "training": {"learning_rate": 1e-3, "max_steps": 2, "logging_steps": 1},
+        **sections,
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(values))
+    return load_recipe(folder / "recipe.yaml")
+
+
+def test_images_are_classified(tmp_path):
+    config = ViTConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=48,
+        image_size=16,
+        patch_size=8,
+    )
+    ViTForImageClassification(config).save_pretrained(tmp_path / "model")
+    ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "model")
+    images = [Image.effect_noise((20, 20), 50) for _ in range(16)]
+    rows = [{"img": image, "kind": i % 3} for i, image in enumerate(images)]
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "data")
+    method = {
+        "name": "lora_ga",
+        "r": 2,
+        "target_modules": ["query", "value", "q_proj", "v_proj"],
+        "options": {"modules_to_save": ["classifier"]},
+    }
+    recipe = small_recipe(
+        tmp_path,
+        {"image": "img", "label": "kind"},
+        method=method,
+        evaluation={"metrics": ["accuracy"]},
+    )
+    results = finetune(recipe)
+    assert 0 <= results["metrics"]["metric_accuracy"] <= 1
+    assert len(results["losses"]) == 2
+
+
+def test_encoder_decoders_answer(tmp_path):
+    config = T5Config(
+        vocab_size=512,
+        d_model=32,
+        d_kv=8,
+        d_ff=48,
+        num_layers=2,
+        num_heads=4,
+        decoder_start_token_id=0,
+        pad_token_id=0,
+        eos_token_id=2,
+    )
+    T5ForConditionalGeneration(config).save_pretrained(tmp_path / "model")
+    pico_tokenizer().save_pretrained(tmp_path / "model")
+    rows = [{"sentence": f"sentence {i}", "label": i % 2} for i in range(16)]
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "data")
+    recipe = small_recipe(
+        tmp_path,
+        {"prompt": "{sentence}: ", "completion": "{label}", "label_words": {0: "bad", 1: "good"}},
+        method={"name": "lora_ga", "r": 2},
+        evaluation={"metrics": ["exact_match"], "max_new_tokens": 3},
+    )
+    results = finetune(recipe)
+    assert 0 <= results["metrics"]["exact_match"] <= 1
 
 
 def script(*arguments):
