@@ -1,46 +1,22 @@
 """`peft-gradinit calibrate`: a model, data, and a result directory."""
 
 import dataclasses
-import itertools
-import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
-import datasets
 import torch
 import typer
 import yaml
 from accelerate import PartialState
 
-from .. import __version__
-from ..calibration import FILE_NAME, CalibrationResult, Checkpoint
-from ..errors import ConfigError, DataError, OutputError
-from ..files import check_writable, whole_file
-from ..recipes import (
-    CalibrationSection,
-    DataSection,
-    MethodSection,
-    ModelSection,
-    adapter_config,
-    calibration_of,
-    empty_model,
-    encode,
-    labels_of,
-    load_model,
-    load_processor,
-    load_rows,
-    section_of,
-    task_of,
-)
-from ..recipes.estimate import Estimate, estimate
-from ..tuners import calibrate as run_calibration
-from ..tuners import planned_targets
+from ..calibration import CalibrationResult
+from ..errors import ConfigError
+from ..recipes import CalibrationSection, DataSection, MethodSection, ModelSection, section_of
+from ..recipes.estimate import Estimate
 from . import options
-from .output import Listing, console, errors, human_bytes
-
-PARTIAL_NAME, RECORD_NAME = "partial.safetensors", "calibration.json"
+from .jobs import Job, Place
+from .output import Listing, console, human_bytes
 
 
 def calibrate(
@@ -150,7 +126,7 @@ def calibrate(
         raise ConfigError(f"method must be one of {options.method_names()}, got {method!r}.")
     if estimator not in ("sketch", "dense"):
         raise ConfigError(f"estimator must be 'sketch' or 'dense', got {estimator!r}.")
-    job = _Job(
+    job = Job(
         model=section_of(
             ModelSection,
             name=model,
@@ -191,7 +167,7 @@ def calibrate(
             seed=seed,
         ),
     )
-    place = _Place(output, overwrite=overwrite, resume=resume, save_every=save_every)
+    place = Place(output, overwrite=overwrite, resume=resume, save_every=save_every)
     state = PartialState()
     where = torch.device(device or state.device or "cpu")
     if dry_run:
@@ -202,112 +178,6 @@ def calibrate(
         place.write(result, job)
         _show_result(result, output, job, as_json)
     state.wait_for_everyone()
-
-
-@dataclasses.dataclass(frozen=True)
-class _Place:
-    """Where the result goes, and how."""
-
-    folder: Path
-    overwrite: bool
-    resume: bool
-    save_every: float
-
-    def __post_init__(self) -> None:
-        if (self.folder / FILE_NAME).exists() and not self.overwrite:
-            raise OutputError(
-                f"{str(self.folder)!r} holds a calibration already; give another folder, or "
-                "--overwrite."
-            )
-        check_writable(self.folder)
-
-    @property
-    def partial(self) -> Path:
-        return self.folder / PARTIAL_NAME
-
-    def checkpoint(self, job: "_Job") -> Checkpoint:
-        if not self.resume:
-            self.partial.unlink(missing_ok=True)
-        data = json.dumps([job.data.model_dump(), job.calibration.batch_size], sort_keys=True)
-        return Checkpoint(self.partial, data, self.save_every)
-
-    def write(self, result: CalibrationResult, job: "_Job") -> None:
-        result.save(self.folder)
-        record = {
-            "peft_gradinit": __version__,
-            "model": job.model.model_dump(),
-            "data": job.data.model_dump(),
-            "method": job.method.model_dump(),
-            "calibration": job.calibration.model_dump(),
-            "facts": dataclasses.asdict(result.facts),
-        }
-        with whole_file(self.folder / RECORD_NAME) as path:
-            path.write_text(json.dumps(record, indent=1) + "\n")
-
-
-@dataclasses.dataclass(frozen=True)
-class _Job:
-    """What is measured on what."""
-
-    model: ModelSection
-    data: DataSection
-    method: MethodSection
-    calibration: CalibrationSection
-
-    def run(self, device: torch.device, place: _Place, *, progress: bool) -> CalibrationResult:
-        rows, processor, labels = self._data()
-        model = load_model(self.model, labels)
-        if self.model.quantization is None:
-            model.to(device)
-        if not progress:
-            errors.quiet = True
-        data = calibration_of(
-            rows, self.calibration, processor, progress=progress, checkpoint=place.checkpoint(self)
-        )
-        return run_calibration(model, self._config(), data)
-
-    def estimate(self, device: torch.device) -> Estimate:
-        rows, processor, labels = self._data()
-        model, config = empty_model(self.model, labels), self._config()
-        calibration = calibration_of(rows, self.calibration, processor)
-        lengths = list(_lengths(rows, calibration))
-        return estimate(
-            model,
-            planned_targets(model, config),
-            config.statistic,
-            lengths,
-            self.calibration,
-            device=device,
-            quantization=self.model.quantization,
-        )
-
-    def _data(self) -> tuple[Any, Any, list[str] | None]:
-        rows = load_rows(self.data)
-        labels, processor = labels_of(rows, self.data), load_processor(self.model)
-        if isinstance(rows, datasets.Dataset):
-            rows = rows.to_iterable_dataset()  # nothing is tokenised that is not read
-        encoded = encode(rows, self.data, task_of(self.model), processor)
-        if next(iter(encoded), None) is None:  # bad data are told before a model is loaded
-            raise DataError(
-                f"the data {self.data.path!r} have no usable row in the split {self.data.split!r}."
-            )
-        return encoded, processor, labels
-
-    def _config(self) -> Any:
-        return adapter_config(self.method, task_of(self.model), calibration="unused")
-
-
-def _lengths(rows: Any, calibration: Any) -> Iterator[int]:
-    """Lengths of the sequences that fit into the budget."""
-    n_batches, budget = calibration.max_batches, calibration.token_budget
-    stop = None if n_batches is None else n_batches * calibration.batch_size
-    total = 0
-    for row in itertools.islice(rows, stop):
-        length = len(row["input_ids"]) if "input_ids" in row else 1
-        total += length
-        yield length
-        if budget is not None and total >= budget:
-            return
 
 
 def _show_estimate(costs: Estimate, as_json: bool) -> None:
@@ -327,7 +197,7 @@ def _show_estimate(costs: Estimate, as_json: bool) -> None:
     Listing("", (), (), facts).show(as_json=False)
 
 
-def _show_result(result: CalibrationResult, output: Path, job: _Job, as_json: bool) -> None:
+def _show_result(result: CalibrationResult, output: Path, job: Job, as_json: bool) -> None:
     facts = dataclasses.asdict(result.facts)
     if as_json:
         Listing("", (), (), {"output": str(output), **facts, "failures": result.failures}).show(
@@ -335,7 +205,7 @@ def _show_result(result: CalibrationResult, output: Path, job: _Job, as_json: bo
         )
         return
     loss = "" if result.facts.loss is None else f", loss {result.facts.loss:.4f}"
-    name = type(job._config()).__name__
+    name = type(job.config()).__name__
     console.print(
         f"{len(result.triplets)} layers from {result.facts.n_sequences:,} sequences "
         f"({result.facts.n_tokens:,} tokens; ended by {result.facts.stopped_by}){loss}, "
