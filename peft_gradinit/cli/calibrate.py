@@ -167,12 +167,12 @@ def calibrate(
             seed=seed,
         ),
     )
-    place = Place(output, overwrite=overwrite, resume=resume, save_every=save_every)
     state = PartialState()
     where = torch.device(device or state.device or "cpu")
     if dry_run:
         _show_estimate(job.estimate(where), as_json)
         return
+    place = Place(output, overwrite=overwrite, resume=resume, save_every=save_every)
     result = job.run(where, place, progress=state.is_main_process)
     if state.is_main_process:
         place.write(result, job)
