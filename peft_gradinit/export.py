@@ -152,7 +152,7 @@ def export_adapter(
     """
     config = _checked_config(peft_model, target, rank, adapter_name)
     with written_whole(directory, overwrite=overwrite, is_ours=_is_ours) as part:
-        state_dict = _saved_entries(peft_model, adapter_name)
+        state_dict = _saved_entries(peft_model, adapter_name, embeddings=target != "merged")
         if target == "merged":
             report = ExportReport(target, 0, ())
             merged_model(peft_model.get_base_model(), adapter_name).save_pretrained(part)
@@ -202,17 +202,23 @@ def _checked_config(
     return cast("LoraConfig | SpectralConfig", config)
 
 
-def _saved_entries(peft_model: PeftModel, adapter_name: str) -> dict[str, Tensor]:
+def _saved_entries(
+    peft_model: PeftModel, adapter_name: str, *, embeddings: bool
+) -> dict[str, Tensor]:
     """The adapter as plain LoRA, also where the config asks for the compact form."""
-    config = peft_model.peft_config[adapter_name]
-    if not isinstance(config, SpectralConfig) or config.saves_lora:
-        return get_peft_model_state_dict(peft_model, adapter_name=adapter_name)
-    live = config.save_format
-    config.save_format = "lora"
+    config = cast("Any", peft_model.peft_config[adapter_name])
+    compact = isinstance(config, SpectralConfig) and not config.saves_lora
+    if compact:
+        config.save_format = "lora"
     try:
-        return get_peft_model_state_dict(peft_model, adapter_name=adapter_name)
+        return get_peft_model_state_dict(
+            peft_model,
+            adapter_name=adapter_name,
+            save_embedding_layers="auto" if embeddings else False,
+        )
     finally:
-        config.save_format = live
+        if compact:
+            config.save_format = "compact"
 
 
 def _saved_config(config: LoraConfig | SpectralConfig) -> LoraConfig:

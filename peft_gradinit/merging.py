@@ -40,7 +40,8 @@ def merged_model(model: Any, adapter_name: str) -> PreTrainedModel:
     names = fresh.state_dict().keys()
     fresh.load_state_dict({name: tensors[name] for name in names}, assign=True)
     fresh.tie_weights()
-    fresh.generation_config = copy.deepcopy(model.generation_config)
+    if getattr(model, "generation_config", None) is not None:  # classifiers have none
+        fresh.generation_config = copy.deepcopy(model.generation_config)
     return fresh.eval()
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
-from peft.utils import CONFIG_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors import safe_open
 
 from .methods import METHODS, LoraGAConfig, MethodInfo
 from .picture import draw_layers
@@ -72,7 +73,19 @@ def _facts(directory: Path) -> dict[str, Any]:
     config = directory / CONFIG_NAME
     saved = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
     base = hub_id(saved.get("base_model_name_or_path"))
-    return {**facts, "saved": saved, "base": base or facts["config"]["base_model_name_or_path"]}
+    base = base or facts["config"]["base_model_name_or_path"]
+    return {**facts, "saved": saved, "base": base, "n_labels": _n_labels(directory)}
+
+
+def _n_labels(directory: Path) -> int | None:
+    """The size of a classification head that was trained with the adapter, to build its model."""
+    path = directory / SAFETENSORS_WEIGHTS_NAME
+    if not path.exists():
+        return None
+    with safe_open(path, framework="pt") as file:
+        heads = [k for k in file.keys() if "lora_" not in k and k.endswith(".weight")]  # noqa: SIM118
+        sizes = [file.get_slice(key).get_shape() for key in heads]
+    return sizes[0][0] if len(sizes) == 1 else None
 
 
 def _picture(directory: Path, facts: dict[str, Any]) -> bool:
@@ -252,6 +265,8 @@ def _usage(facts: dict[str, Any]) -> str:
             f"model = {auto}.from_pretrained({where}){note}",
         )
     base = _quoted(facts["base"]) if facts["base"] else '"base-model"'
+    if auto.endswith("Classification") and facts["n_labels"]:
+        base += f", num_labels={facts['n_labels']}"
     base_note = "" if facts["base"] else "  # the model that the adapter was made for"
     folder = "" if facts["adapter"] == "default" else f', subfolder="{facts["adapter"]}"'
     code = _python(

@@ -1,7 +1,8 @@
 """A small picture of an adapter's start: ranks and captured energy, layer by layer."""
 
 import re
-from collections.abc import Mapping
+import statistics
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,11 +70,27 @@ def _draw(axis: Any, label: str, values: Mapping[str, float]) -> None:
 
 
 def _series(values: Mapping[str, float]) -> dict[str, list[tuple[int, float]]]:
-    """Points `(block, value)` by kind of layer; the block is the first number in the name."""
-    series: dict[str, list[tuple[int, float]]] = {}
+    """Points `(block, value)` by kind of layer; the block is the first number in the name.
+
+    Layers of one kind in one block, such as experts, are averaged.
+    """
+    found: dict[str, dict[int, list[float]]] = {}
     for name, value in values.items():
         block = re.search(r"(?<=\.)\d+(?=\.|$)|^\d+", name)
-        kind = re.sub(r"^\d+\.?|\.\d+(?=\.|$)", "", name)
-        short = ".".join(kind.split(".")[-2:]) or name
-        series.setdefault(short, []).append((int(block[0]) if block else 0, value))
-    return series
+        kind = re.sub(r"^\d+\.|\.\d+(?=\.|$)", "", name)
+        found.setdefault(kind, {}).setdefault(int(block[0]) if block else 0, []).append(value)
+    return {
+        _label(kind, found): [(i, statistics.fmean(group)) for i, group in sorted(points.items())]
+        for kind, points in found.items()
+    }
+
+
+def _label(kind: str, kinds: Iterable[str]) -> str:
+    """The last parts of a name, two or as many as no other kind ends with."""
+    parts = kind.split(".")
+    others = [f".{other}" for other in kinds if other != kind]
+    for n in range(2, len(parts)):
+        label = ".".join(parts[-n:])
+        if not any(other.endswith(f".{label}") for other in others):
+            return label
+    return kind

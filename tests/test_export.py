@@ -10,7 +10,13 @@ import torch
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from peft_gradinit import SVFitConfig, directories, export_adapter, load_for_training
 from peft_gradinit.errors import ExportError, NotInitializedError
@@ -309,6 +315,25 @@ def test_bf16_base_gives_a_bf16_model(tmp_path):
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     # The merged weights are rounded to bf16 once.
     assert relative_error(logits(model).float(), logits(peft_model).float()) <= 2**-5
+
+
+def test_classifier_is_merged_with_its_head_and_its_card_builds_it(tmp_path):
+    sizes = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 1}
+    llama = LlamaConfig(vocab_size=96, num_attention_heads=4, num_labels=5, pad_token_id=0, **sizes)
+    torch.manual_seed(0)
+    base = LlamaForSequenceClassification(llama).eval()
+    base.save_pretrained(tmp_path / "base")
+    lora = LoraConfig(target_modules=["q_proj"], task_type="SEQ_CLS", init_lora_weights=False)
+    peft_model = get_peft_model(base, lora).eval()
+    torch.nn.init.normal_(peft_model.base_model.model.score.modules_to_save["default"].weight)
+    export_adapter(peft_model, tmp_path / "merged", "merged")
+    want = logits(peft_model)
+    got = logits(merged(tmp_path / "merged", LlamaForSequenceClassification))
+    assert relative_error(got, want) <= EXACT
+    export_adapter(peft_model, tmp_path / "cut", rank=4)
+    text = (tmp_path / "cut" / "README.md").read_text()
+    line = 'AutoModelForSequenceClassification.from_pretrained("base-model", num_labels=5)'
+    assert line in text
 
 
 @pytest.mark.filterwarnings(

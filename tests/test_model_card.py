@@ -195,7 +195,7 @@ def test_picture_is_drawn_where_layers_differ(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["both.png", "ranks.png"]
 
 
-def test_picture_shows_every_layer(tmp_path, monkeypatch):
+def lines_drawn(ranks, monkeypatch):
     drawn = {}
     from matplotlib.figure import Figure
 
@@ -204,8 +204,24 @@ def test_picture_shows_every_layer(tmp_path, monkeypatch):
         drawn.update({line.get_label(): list(line.get_ydata()) for line in axes[0].lines})
 
     monkeypatch.setattr(Figure, "savefig", keep)
-    assert draw_layers(tmp_path / "x.png", RANKS, {}, "title")
+    assert draw_layers("x.png", ranks, {}, "title")
+    return drawn
+
+
+def test_picture_shows_every_layer(monkeypatch):
+    drawn = lines_drawn(RANKS, monkeypatch)
     assert drawn == {"self_attn.q_proj": [4, 4, 4], "self_attn.k_proj": [0, 1, 2]}
+
+
+def test_kinds_that_end_alike_have_lines_of_their_own_and_experts_are_averaged(monkeypatch):
+    ranks = {f"bert.layer.{i}.attention.output.dense": 1 + i for i in range(2)}
+    ranks |= {f"bert.layer.{i}.output.dense": 5 + i for i in range(2)}
+    ranks |= {f"bert.layer.{i}.experts.{j}.up": 2 * i + j for i in range(2) for j in (0, 2)}
+    assert lines_drawn(ranks, monkeypatch) == {
+        "attention.output.dense": [1, 2],
+        "layer.output.dense": [5, 6],
+        "experts.up": [1, 3],
+    }
 
 
 def test_saving_works_without_matplotlib(tmp_path, monkeypatch):
