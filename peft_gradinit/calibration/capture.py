@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CalibrationError
+from .tensor_parallel import whole_features
 
-Sink = Callable[[Tensor, Tensor], None]
+Sink = Callable[[Tensor, Any], None]
 
 
 class Tap(torch.autograd.Function):
@@ -82,13 +83,17 @@ def capture(modules: Mapping[str, nn.Module], sinks: Mapping[str, Sink]) -> Iter
     handles = []
     try:
         for name, module in modules.items():
-            hook = _forward_hook(name, sinks[name], seen)
+            hook = _forward_hook(name, _of_whole_features(module, sinks[name]), seen)
             # Before other hooks, which may change the output: the tap is for the layer's own.
             handles.append(module.register_forward_hook(hook, with_kwargs=True, prepend=True))
         yield seen
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _of_whole_features(module: nn.Module, sink: Sink) -> Sink:
+    return lambda x, dy: sink(*whole_features(module, x, dy))
 
 
 def _forward_hook(name: str, sink: Sink, seen: Capture) -> Callable[..., Any]:

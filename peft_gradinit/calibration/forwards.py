@@ -24,6 +24,7 @@ from .selection import TokenSelection
 from .shards import steps
 from .sharing import SharedInputs
 from .spec import Calibration
+from .tensor_parallel import whole_features
 from .tokens import is_encoder_decoder
 
 
@@ -196,7 +197,11 @@ def _inputs(
 
     def hook_of(name: str) -> Callable[..., None]:
         # A forward hook, not a pre-hook: it sees what other pre-hooks made of the input.
-        return lambda _, args, kwargs, __: sink(name, next(iter((*args, *kwargs.values()))))
+        def hook(module: nn.Module, args: Any, kwargs: Any, _: Any) -> None:
+            x, _ = whole_features(module, next(iter((*args, *kwargs.values()))), None)
+            sink(name, x)
+
+        return hook
 
     handles = []
     try:

@@ -46,7 +46,7 @@ def measure_gradients(
     statistics = _empty(fingerprint, calibration)
     replay = Replay(custom_loss=calibration.loss_fn is not None) if keep_batches else None
     on_batch = replay.keep if replay else None
-    with processes() as world:
+    with processes(model) as world:
         resume = Resume(calibration.checkpoint, fingerprint, world, replay)
         facts, probe = collect(
             model, modules, statistics, calibration, on_batch, world, resume=resume

@@ -55,7 +55,7 @@ def measure_inputs(
     started = time.perf_counter()
     shared = _empty(fingerprint, calibration, centered)
     settling = _Settling(fingerprint, stop_when_settled)
-    with processes() as world:
+    with processes(model) as world:
         resume = Resume(calibration.checkpoint, fingerprint, world)
         forwards = Forwards(
             model,

@@ -18,9 +18,9 @@ from .spec import Calibration
 from .tokens import loss_weight
 
 
-def base_loss(replay: Replay) -> float:
+def base_loss(model: nn.Module, replay: Replay) -> float:
     """Mean loss of the base model on the batches of a replay, of all processes."""
-    with _processes_of(replay) as world:
+    with _processes_of(model, replay) as world:
         loss_sum, weight = world.total(replay.loss_sum, sum(replay.weights))
     return loss_sum / weight
 
@@ -38,7 +38,7 @@ def mean_loss(model: nn.Module, replay: Replay, calibration: Calibration) -> flo
     """
     loss_sum = 0.0
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    with _processes_of(replay) as world:
+    with _processes_of(model, replay) as world:
         runs = len(replay.batches)
         if must_run_equally(model, calibration):
             runs = max(world.gather(runs))
@@ -52,8 +52,8 @@ def mean_loss(model: nn.Module, replay: Replay, calibration: Calibration) -> flo
     return loss_sum / weight
 
 
-def _processes_of(replay: Replay) -> AbstractContextManager[Processes]:
-    return processes() if replay.of_one_process else nullcontext(Processes())
+def _processes_of(model: nn.Module, replay: Replay) -> AbstractContextManager[Processes]:
+    return processes(model) if replay.of_one_process else nullcontext(Processes())
 
 
 def loss_and_weight(model: nn.Module, batch: Any, calibration: Calibration) -> tuple[Any, float]:

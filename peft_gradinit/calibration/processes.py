@@ -16,9 +16,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import CalibrationError
+from .tensor_parallel import replicas
 
 TIMEOUT = timedelta(minutes=10)
 """How long a process waits for the others at one step: longer than any step should take."""
@@ -35,10 +36,13 @@ class Processes:
         size: how many there are.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1, control: Any = None) -> None:
+    def __init__(
+        self, rank: int = 0, size: int = 1, control: Any = None, group: Any = None
+    ) -> None:
         self.rank = rank
         self.size = size
         self._control = control
+        self._group = group
 
     def gather(self, value: Any) -> list[Any]:
         """Every process's value, by rank.
@@ -120,21 +124,27 @@ class Processes:
             source: rank of the process that has the values.
         """
         if self.size > 1:
-            self._in_buckets(tensors, lambda flat, group: dist.broadcast(flat, source, group=group))
+            self._in_buckets(
+                tensors, lambda flat, group: dist.broadcast(flat, group=group, group_src=source)
+            )
 
     def _in_buckets(self, tensors: Sequence[Tensor], collective: Any) -> None:
         for bucket in _buckets(tensors):
             flat = torch.cat([t.reshape(-1) for t in bucket])
             # gloo serves the CPU where the default group is that of an accelerator.
-            collective(flat, group=self._control if flat.device.type == "cpu" else None)
+            collective(flat, group=self._control if flat.device.type == "cpu" else self._group)
             parts = flat.split([t.numel() for t in bucket])
             for tensor, part in zip(bucket, parts, strict=True):
                 tensor.copy_(part.view_as(tensor))
 
 
 @contextmanager
-def processes() -> Iterator[Processes]:
-    """The processes of this run, for the length of a block that all of them run.
+def processes(model: nn.Module) -> Iterator[Processes]:
+    """The processes that share the data of a pass, for the length of a block that all of them run.
+
+    Args:
+        model: under tensor parallelism, processes with parts of one replica read the same data, and
+            those with the same part of other replicas share the data with this one.
 
     Yields:
         One process where nothing was launched.
@@ -142,17 +152,33 @@ def processes() -> Iterator[Processes]:
     if not dist.is_available() or not _is_launched():
         yield Processes()
         return
-    control = _control_group()
+    control, group = _groups(replicas(model))
     try:
-        yield Processes(dist.get_rank(), dist.get_world_size(), control)
+        rank, size = dist.get_rank(control), dist.get_world_size(control)
+        yield Processes(rank, size, control, group)
     finally:
         with contextlib.suppress(RuntimeError, ValueError):  # the whole run may be gone
             dist.destroy_process_group(control)
 
 
-def _control_group() -> Any:
+def _groups(parts: list[list[int]] | None) -> tuple[Any, Any]:
+    """Make a group for words, and one for tensors on an accelerator.
+
+    Args:
+        parts: ranks of each group; `None` for one group of all.
+
+    Returns:
+        The groups that this process is in; `None` for the default one.
+
+    Raises:
+        CalibrationError: if the other processes do not come.
+    """
     try:
-        return dist.new_group(backend="gloo", timeout=TIMEOUT)
+        if parts is None:
+            return dist.new_group(backend="gloo", timeout=TIMEOUT), None
+        enumerated = dist.new_subgroups_by_enumeration
+        control, _ = enumerated(parts, backend="gloo", timeout=TIMEOUT)
+        return control, enumerated(parts)[0] if torch.accelerator.is_available() else None
     except RuntimeError as error:
         raise CalibrationError(
             f"process {dist.get_rank()} of {dist.get_world_size()} waited {TIMEOUT} for the others "

@@ -172,7 +172,7 @@ class GradInitModel(ReportsByAdapter, LoraModel):
             with adapter_alone(self.model, adapter_name):
                 return mean_loss(start.runner or self.model, replay, start.calibration)
 
-        return check_step(self._config(adapter_name).method, base_loss(replay), loss_at)
+        return check_step(self._config(adapter_name).method, base_loss(self.model, replay), loss_at)
 
     def _prepare_layers(self, targets: Mapping[str, Target], adapter_name: str) -> None:
         """Anchor the layers where the method does, and hold them until they have their start."""
