@@ -4,14 +4,16 @@ Knows nothing of LoRA: it is given modules and accumulators, and returns facts.
 """
 
 from .capture import capture
-from .fingerprint import model_fingerprint, stored_weight, with_stored_weight
+from .fingerprint import model_fingerprint, stored_weight, weight_hash, with_stored_weight
 from .gradients import measure_gradients
 from .guards import left_as_found
 from .inputs import measure_inputs
 from .losses import base_loss, mean_loss
+from .offloading import execution_device, has_offloaded, is_offloaded, onloaded
 from .result import CalibrationResult, PassFacts
 from .run import collect
 from .spec import DEFERRED, Calibration
+from .storage import is_hqq, is_packed
 
 __all__ = [
     "DEFERRED",
@@ -21,11 +23,18 @@ __all__ = [
     "base_loss",
     "capture",
     "collect",
+    "execution_device",
+    "has_offloaded",
+    "is_hqq",
+    "is_offloaded",
+    "is_packed",
     "left_as_found",
     "mean_loss",
     "measure_gradients",
     "measure_inputs",
     "model_fingerprint",
+    "onloaded",
     "stored_weight",
+    "weight_hash",
     "with_stored_weight",
 ]

@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 
 from ..errors import DataError
 from .budget import Budget, Step
+from .offloading import execution_device
 from .spec import Calibration
 from .tokens import IGNORE_INDEX, n_input_tokens, n_sequences, sequence_tokens
 
@@ -51,7 +52,7 @@ def budgeted(
     Yields:
         Sub-batches in order.
     """
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = execution_device(model)
     orientation = -(-FIRST_ORIENTATION // budget.n_readers)
     may_be_cut = calibration.loss_fn is None
     for batch in batches:

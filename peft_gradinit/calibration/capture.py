@@ -35,7 +35,8 @@ class Tap(torch.autograd.Function):
         """Hand over `(x, dy)` and pass `dy` on."""
         (dy,) = grad_outputs
         with torch.autocast(dy.device.type, enabled=False):
-            ctx.sink(ctx.saved_tensors[0], dy)
+            # A layer of a dispatched model may be given its input on another device.
+            ctx.sink(ctx.saved_tensors[0].to(dy.device), dy)
         return dy, None, None, None
 
 

@@ -25,6 +25,7 @@ from .anchored import (
 from .combining import combined_config, highest_rank, plain_config
 from .config import GradInitConfig
 from .magnitude import renew_magnitude
+from .offloaded import OffloadedBase, check_modules_to_save
 from .pending import hold, is_pending, release
 from .report import InitReport, ReportsByAdapter, StepCheck
 from .rollback import all_or_nothing, remove_adapter
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 _PREFIX = "base_model.model."
 
 
-class GradInitModel(ReportsByAdapter, LoraModel):
+class GradInitModel(ReportsByAdapter, OffloadedBase, LoraModel):
     """`peft.LoraModel` whose adapters get their start from the config's method."""
 
     _just_started: tuple[str, Start] | None = None
@@ -78,6 +79,7 @@ class GradInitModel(ReportsByAdapter, LoraModel):
             super().inject_adapter(model, adapter_name, *options)
             return
         _check_memory(low_cpu_mem_usage)
+        check_modules_to_save(model, self.peft_config[adapter_name])
         with all_or_nothing(model, lambda: remove_adapter(self, adapter_name)):
             self._inject(model, adapter_name, options)
 

@@ -7,14 +7,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..calibration import stored_weight
+from ..calibration import weight_hash
 from ..errors import ConfigError, TargetError
-from ..statistics import Fingerprint, hash_weight
+from ..statistics import Fingerprint
+from .offloaded import OffloadedBase, check_modules_to_save
 from .report import ReportsByAdapter
 from .rollback import all_or_nothing, remove_adapter
 from .start import base_fingerprint
@@ -23,7 +24,7 @@ from .svfit_layer import SVFitLinear, checked_shape
 from .svfit_saving import compact_form, live_form, live_layers, lora_form
 
 
-class SVFitModel(ReportsByAdapter, BaseTuner):
+class SVFitModel(ReportsByAdapter, OffloadedBase):
     """Adapters that train the `r` numbers of `delta` in `y = W x + U (delta * (Vh x))`."""
 
     prefix: str = "svfit_"
@@ -55,6 +56,7 @@ class SVFitModel(ReportsByAdapter, BaseTuner):
         config = cast("SpectralConfig", copy.copy(self.peft_config[adapter_name]))
         self.peft_config[adapter_name] = config
         _check_not_merged(model)
+        check_modules_to_save(model, config)
         weights = base_fingerprint(model, config)
         super().inject_adapter(model, adapter_name, *options)
         layers = live_layers(model, adapter_name)
@@ -62,7 +64,7 @@ class SVFitModel(ReportsByAdapter, BaseTuner):
         for name, layer in layers.items():
             weight = _finite_matrix(name, layer)
             layer.fill(adapter_name, *config.basis(weight, layer.r[adapter_name], name))
-            layer.weight_hash[adapter_name] = hash_weight(stored_weight(layer.get_base_layer()))
+            layer.weight_hash[adapter_name] = weight_hash(layer.get_base_layer())
         bases = [layer.get_base_layer() for layer in layers.values()]
         config.fan_in_fan_out = any(isinstance(base, Conv1D) for base in bases)
         config.ranks = {name: layer.r[adapter_name] for name, layer in layers.items()}
@@ -88,11 +90,11 @@ class SVFitModel(ReportsByAdapter, BaseTuner):
     ) -> None:
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         shape = checked_shape(current_key, base)
-        layer = target if isinstance(target, SVFitLinear) else SVFitLinear(target)
         r = min(*shape, peft_config.requested_rank(current_key, shape))
+        layer = target if isinstance(target, SVFitLinear) else SVFitLinear(target)
         layer.add_adapter(adapter_name, r)
         if layer is not target:
-            self._replace_module(parent, target_name, layer, target)
+            setattr(parent, target_name, layer)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

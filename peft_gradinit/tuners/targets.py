@@ -16,7 +16,7 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from ..errors import TargetError
-from .weights import linear_shape, linear_weight
+from .weights import LINEAR_KINDS, linear_shape, linear_weight
 
 if TYPE_CHECKING:
     from .config import GradInitConfig
@@ -133,8 +133,8 @@ def _check_kinds(targets: Mapping[str, Target], config: "GradInitConfig") -> Non
     others = {n: type(t.module).__name__ for n, t in targets.items() if t.shape is None}
     if others and config.uncalibrated == "error":
         raise TargetError(
-            f"{config.method} starts linear layers, but target_modules also matches {others}; "
-            "exclude them, or set uncalibrated='lora' to give them a plain LoRA start."
+            f"{config.method} starts linear layers ({LINEAR_KINDS}), but target_modules also matches "
+            f"{others}; exclude them, or set uncalibrated='lora' to give them a plain LoRA start."
         )
 
 

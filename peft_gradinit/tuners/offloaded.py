@@ -1,0 +1,72 @@
+"""Adapters on bases that Accelerate offloads to the CPU or to disk.
+
+PEFT makes an adapter where it finds the base weight, which for an offloaded one is the meta device:
+the adapter would hold nothing, and train on whatever is in memory. Here each layer is loaded while
+its adapter is made, one at a time, and the adapter stays on the device on which the layer runs.
+"""
+
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from ..calibration import has_offloaded, is_offloaded, onloaded
+from ..errors import TargetError
+
+
+class OffloadedBase(BaseTuner):
+    """A tuner model whose base may be offloaded."""
+
+    def _create_and_replace(
+        self, peft_config: Any, adapter_name: str, target: nn.Module, *args: Any, **kwargs: Any
+    ) -> None:
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        with onloaded(base):
+            super()._create_and_replace(peft_config, adapter_name, target, *args, **kwargs)
+
+    def unload(self) -> nn.Module:
+        """Give the base model back without its adapters.
+
+        PEFT's own loads every offloaded layer for it and makes its hook another map.
+
+        Returns:
+            The base model.
+        """
+        if not has_offloaded(self.model):
+            return super().unload()
+        for name, module in list(self.model.named_modules()):
+            if isinstance(module, BaseTunerLayer):
+                _put_back(self.model, name, module.get_base_layer())
+            elif isinstance(module, AuxiliaryTrainingWrapper):
+                unloaded = module.unload_and_optionally_merge_module(
+                    merge=False, safe_merge=False, adapter_names=None
+                )
+                _put_back(self.model, name, unloaded)
+        if hasattr(self.model, "peft_config"):
+            del self.model.peft_config
+        return self.model
+
+
+def check_modules_to_save(model: nn.Module, config: Any) -> None:
+    """Refuse to train a copy of an offloaded module.
+
+    Args:
+        model: the base model.
+        config: says what is trained in full.
+
+    Raises:
+        TargetError: naming the first such module.
+    """
+    wanted = tuple(config.modules_to_save or ())
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] in wanted and any(map(is_offloaded, module.modules())):
+            raise TargetError(
+                f"modules_to_save has {name}, which is offloaded: its copy would be dropped after "
+                "each forward, and so never train; give it a place on the device in device_map."
+            )
+
+
+def _put_back(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
