@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .offloading import check_loaded
 from .storage import parameter_hash
 
 
@@ -19,6 +20,7 @@ def model_fingerprint(model: nn.Module, skip: tuple[str, ...]) -> dict[str, str]
     Returns:
         Hashes by parameter name.
     """
+    check_loaded(model)
     hashes = {}
     for name, module, parameter in _parameters(model):
         if not any(part in name for part in skip):
@@ -26,7 +28,7 @@ def model_fingerprint(model: nn.Module, skip: tuple[str, ...]) -> dict[str, str]
             own = name.rpartition(".")[2]
             stored = stored_weight(module) if own == "weight" else parameter
             plain = plain.replace("_orig_mod.", "")
-            hashes[plain] = parameter_hash(module, own, stored, name)
+            hashes[plain] = parameter_hash(module, own, stored)
     return hashes
 
 
@@ -41,7 +43,7 @@ def weight_hash(module: nn.Module) -> str:
     """
     name = "weight" if hasattr(module, "weight") else "W_q"  # HQQ's layers have no `weight`
     stored = stored_weight(module) if name == "weight" else getattr(module, name)
-    return parameter_hash(module, name, stored, f"{type(module).__name__}.{name}")
+    return parameter_hash(module, name, stored)
 
 
 def stored_weight(module: nn.Module) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..statistics import hash_weight
-from .offloading import check_not_meta, is_offloaded, offloaded_value
+from .offloading import is_offloaded, offloaded_value
 
 _TENSOR_SUBCLASSES = ("torchao.", "optimum.quanto.")
 
@@ -26,21 +26,19 @@ def is_hqq(module: nn.Module) -> bool:
     return hasattr(module, "W_q") and isinstance(getattr(module, "meta", None), dict)
 
 
-def parameter_hash(module: nn.Module, name: str, parameter: Tensor, path: str) -> str:
+def parameter_hash(module: nn.Module, name: str, parameter: Tensor) -> str:
     """Hash of a parameter as it is stored, the same wherever it waits.
 
     Args:
         module: the module that has the parameter.
         name: its name in the module.
         parameter: its stored value, if it is not offloaded.
-        path: its full name, for the error.
 
     Returns:
         16 hexadecimal digits; for quantised weights of codes and scales together.
     """
     if is_offloaded(module):
         parameter = offloaded_value(module, name)
-    check_not_meta(path, parameter)
     parts = _parts(parameter)
     if name == "W_q" and is_hqq(module):
         parts += _tensors_in(module.meta)

@@ -15,6 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
+from ..calibration import is_offloaded
 from ..errors import TargetError
 from .weights import LINEAR_KINDS, linear_shape, linear_weight
 
@@ -69,6 +70,7 @@ def resolve_targets(
     recorder = _TargetRecorder(model, copy.deepcopy(config), others or {})
     targets = {name: _target(name, module, config) for name, module in recorder.record().items()}
     _check_kinds(targets, config)
+    _check_loaded_for_dora(targets, config)
     return targets
 
 
@@ -135,6 +137,16 @@ def _check_kinds(targets: Mapping[str, Target], config: "GradInitConfig") -> Non
         raise TargetError(
             f"{config.method} starts linear layers ({LINEAR_KINDS}), but target_modules also matches "
             f"{others}; exclude them, or set uncalibrated='lora' to give them a plain LoRA start."
+        )
+
+
+def _check_loaded_for_dora(targets: Mapping[str, Target], config: "GradInitConfig") -> None:
+    offloaded = [name for name, target in targets.items() if is_offloaded(target.module)]
+    if config.use_dora and offloaded:
+        raise TargetError(
+            f"use_dora=True reads the base weight outside of its layer's forward, where that of "
+            f"{len(offloaded)} targets ({offloaded[0]}, …) is offloaded; set use_dora=False, or keep "
+            "them on the device in device_map."
         )
 
 
