@@ -92,6 +92,14 @@ def capture(modules: Mapping[str, nn.Module], sinks: Mapping[str, Sink]) -> Iter
             handle.remove()
 
 
+def _kind(module: nn.Module) -> str:
+    """The module's class, and its weight's where that is what makes the difference."""
+    kind, weight = type(module).__name__, getattr(module, "weight", None)
+    if weight is None or type(weight) in (Tensor, nn.Parameter):
+        return kind
+    return f"{kind} with an {type(weight).__name__}"
+
+
 def _forward_hook(name: str, sink: Sink, seen: Capture) -> Callable[..., Any]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
         x = next(iter((*args, *kwargs.values())))  # `input=` of Linear, `x=` of Conv1D
@@ -101,9 +109,9 @@ def _forward_hook(name: str, sink: Sink, seen: Capture) -> Callable[..., Any]:
         seen.tapped.add(name)
         if x.requires_grad and not out.requires_grad:
             raise CalibrationError(
-                f"{name} ({type(module).__name__}) gives no gradient to its input, so nothing "
-                "before it can be calibrated; use a kernel or quantisation with a backward, or "
-                "exclude the module."
+                f"{name} ({_kind(module)}) gives no gradient to its input, so nothing before it "
+                "can be calibrated, or trained; use a kernel or quantisation with a backward, such "
+                "as a weight-only one."
             )
         return Tap.apply(out, x, seen.anchor, sink)
 

@@ -32,6 +32,7 @@ from .rollback import all_or_nothing, remove_adapter
 from .start import Start, check_step, compute_start
 from .switching import adapter_alone, adapters_disabled
 from .targets import Target, resolve_targets, write_patterns
+from .weights import loses_merges
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -261,6 +262,15 @@ class GradInitModel(ReportsByAdapter, OffloadedBase, LoraModel):
         finally:
             self.peft_config.update(live)
             self._combining = None
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        for name, layer in self.model.named_modules():
+            if isinstance(layer, LoraLayer) and loses_merges(layer.get_base_layer()):
+                raise ConfigError(
+                    f"PEFT cannot merge into the optimum-quanto weight of {name}, which would drop "
+                    "the adapter; save the adapter and merge it into the unquantised model."
+                )
 
     # Saving and loading: PEFT's hooks, pure state-dict arithmetic ------------------------------
 

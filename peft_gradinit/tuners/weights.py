@@ -15,15 +15,26 @@ LINEAR_KINDS = (
 )
 """What `linear_shape` knows, for messages."""
 
+_BITSANDBYTES = ("Params4bit", "Int8Params")
+
 
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     """`(out, in)` of a linear layer's weight in the layout of `nn.Linear`; `None` for others."""
     if isinstance(module, Conv1D):
         in_features, out_features = module.weight.shape
         return out_features, in_features
-    if isinstance(module, nn.Linear) or is_hqq(module):
+    if is_hqq(module) or (isinstance(module, nn.Linear) and _is_readable(module)):
         return int(cast("Any", module).out_features), int(cast("Any", module).in_features)
     return None
+
+
+def _is_readable(module: nn.Module) -> bool:
+    """Whether the weight's values can be had; other backends' are codes without their scales."""
+    weight: Any = getattr(module, "weight", None)
+    if weight is None:
+        return False
+    plain = weight.is_floating_point() and weight.dtype.itemsize >= 2
+    return plain or is_packed(weight) or type(weight).__name__ in _BITSANDBYTES
 
 
 def is_quantized(module: nn.Module) -> bool:
@@ -34,6 +45,12 @@ def is_quantized(module: nn.Module) -> bool:
     if weight is None:
         return False
     return hasattr(weight, "quant_state") or is_packed(weight) or not weight.is_floating_point()
+
+
+def loses_merges(module: nn.Module) -> bool:
+    """Whether PEFT's merging has no effect: quanto's weights drop what is added to them."""
+    weight = getattr(module, "weight", None)
+    return is_packed(weight) and type(weight).__module__.startswith("optimum.quanto.")
 
 
 def linear_weight(module: nn.Module) -> Tensor:

@@ -252,6 +252,19 @@ def test_a_compact_svfit_adapter_comes_back_on_a_plain_base(tmp_path):
     assert relative_error(logits(again), logits(peft_model)) < FLOAT32
 
 
+@every_layout
+@every_method
+def test_merging_keeps_the_function_and_the_files(method, layout, tmp_path):
+    peft_model = started(method, offloaded(layout, tmp_path))
+    train_steps(peft_model)
+    before, files = logits(peft_model), files_in(tmp_path)
+    peft_model.merge_adapter()
+    assert relative_error(logits(peft_model), before) < FLOAT32
+    peft_model.unmerge_adapter()
+    assert relative_error(logits(peft_model), before) < FLOAT32
+    assert files_in(tmp_path) == files
+
+
 # Failures ----------------------------------------------------------------------------------------
 
 
