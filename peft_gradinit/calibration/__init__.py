@@ -9,7 +9,7 @@ from .gradients import measure_gradients
 from .guards import left_as_found
 from .inputs import measure_inputs
 from .losses import base_loss, mean_loss
-from .offloading import execution_device, has_offloaded, is_offloaded, onloaded
+from .offloading import execution_device, has_offloaded, is_offloaded, offloaded_value, onloaded
 from .result import CalibrationResult, PassFacts
 from .run import collect
 from .spec import DEFERRED, Calibration
@@ -33,6 +33,7 @@ __all__ = [
     "measure_gradients",
     "measure_inputs",
     "model_fingerprint",
+    "offloaded_value",
     "onloaded",
     "stored_weight",
     "weight_hash",

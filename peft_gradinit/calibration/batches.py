@@ -111,8 +111,13 @@ def _cut(batch: Any, room: int, budget: Budget) -> int | None:
 
 
 def is_sliceable(batch: Any) -> bool:
-    """Whether every value of a dict batch is a tensor with the same leading dimension."""
+    """Whether every value of a dict batch is a tensor with the same leading dimension.
+
+    Images beside tokens may be one's of two sequences, also where there are as many as sequences.
+    """
     if not isinstance(batch, Mapping):
+        return False
+    if "input_ids" in batch and any(key.startswith("pixel_values") for key in batch):
         return False
     if not all(isinstance(v, Tensor) and v.dim() > 0 for v in batch.values()):
         return False

@@ -9,9 +9,9 @@ from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import nn
+from torch import Tensor, nn
 
-from ..calibration import has_offloaded, is_offloaded, onloaded
+from ..calibration import has_offloaded, is_offloaded, offloaded_value, onloaded
 from ..errors import TargetError
 
 
@@ -24,6 +24,16 @@ class OffloadedBase(BaseTuner):
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         with onloaded(base):
             super()._create_and_replace(peft_config, adapter_name, target, *args, **kwargs)
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: Any, *args: Any, **kw: Any
+    ) -> dict[str, Tensor]:
+        # PEFT takes embeddings from it next, if they are targeted or were resized.
+        state_dict.update(_offloaded_embeddings(model, state_dict))
+        return super()._get_adapter_state_dict(
+            model, config, adapter_name, state_dict, *args, **kw
+        )
 
     def unload(self) -> nn.Module:
         """Give the base model back without its adapters.
@@ -65,6 +75,23 @@ def check_modules_to_save(model: nn.Module, config: Any) -> None:
                 f"modules_to_save has {name}, which is offloaded: its copy would be dropped after "
                 "each forward, and so never train; give it a place on the device in device_map."
             )
+
+
+def _offloaded_embeddings(model: Any, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Values of the embeddings whose entries of a state dict are on the meta device."""
+    layers = [getattr(model, f"get_{kind}_embeddings", lambda: None)() for kind in ("input", "output")]
+    bases = [layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer for layer in layers]
+    found = {}
+    for path, module in model.named_modules():
+        if any(module is base for base in bases) and is_offloaded(module):
+            names = [name for name, _ in module.named_parameters(recurse=False)]
+            entries = {f"{path}.{name}": name for name in names}
+            found |= {
+                key: offloaded_value(module, name)
+                for key, name in entries.items()
+                if key in state_dict and state_dict[key].is_meta
+            }
+    return found
 
 
 def _put_back(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -12,6 +12,7 @@ import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from accelerate.hooks import AlignDevicesHook
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from peft_gradinit import calibrate, initialize, load_for_training
@@ -263,6 +264,32 @@ def test_merging_keeps_the_function_and_the_files(method, layout, tmp_path):
     peft_model.unmerge_adapter()
     assert relative_error(logits(peft_model), before) < FLOAT32
     assert files_in(tmp_path) == files
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`")
+@pytest.mark.parametrize("tied", [True, False])
+@fully_offloaded
+@every_method
+def test_a_targeted_head_is_saved_with_its_weight(method, layout, tied, tmp_path):
+    """As PEFT does for embeddings; the entries are on the meta device."""
+
+    def make():
+        return pico_llama(tie_word_embeddings=tied)
+
+    targets = {"target_modules": ["q_proj", "lm_head"]}
+    peft_model = started(method, offloaded(layout, tmp_path / "base", make()), **targets)
+    train_steps(peft_model)
+    peft_model.save_pretrained(tmp_path / "saved")
+    plain = started(method, make(), **targets)
+    plain.save_pretrained(tmp_path / "plain")
+    got, want = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("saved", "plain"))
+    assert got.keys() == want.keys()
+    weight = "base_model.model.lm_head.base_layer.weight"
+    assert torch.equal(got[weight], want[weight])
+    for load in (PeftModel.from_pretrained, load_for_training):
+        again = load(make(), tmp_path / "saved")
+        assert relative_error(logits(again), logits(peft_model)) < FLOAT32
 
 
 # Failures ----------------------------------------------------------------------------------------
