@@ -38,7 +38,8 @@ def execution_device(model: nn.Module) -> torch.device:
     """
     for module in model.modules():
         if (hook := _offloading_hook(module)) is not None:
-            return torch.device(hook.execution_device)
+            device = hook.execution_device
+            return torch.device("cpu" if device is None else device)
         for parameter in module.parameters(recurse=False):
             return parameter.device
     return torch.device("cpu")

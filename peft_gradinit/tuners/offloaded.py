@@ -7,31 +7,41 @@ its adapter is made, one at a time, and the adapter stays on the device on which
 
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..calibration import has_offloaded, is_offloaded, offloaded_value, onloaded
 from ..errors import TargetError
 
 
-class OffloadedBase(BaseTuner):
-    """A tuner model whose base may be offloaded."""
+class OffloadedBase:
+    """What a tuner model does so that its base may be offloaded; to be inherited before PEFT's."""
+
+    model: nn.Module
 
     def _create_and_replace(
         self, peft_config: Any, adapter_name: str, target: nn.Module, *args: Any, **kwargs: Any
     ) -> None:
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         with onloaded(base):
-            super()._create_and_replace(peft_config, adapter_name, target, *args, **kwargs)
+            super()._create_and_replace(  # pyright: ignore[reportAttributeAccessIssue]
+                peft_config, adapter_name, target, *args, **kwargs
+            )
 
     @classmethod
     def _get_adapter_state_dict(
-        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: Any, *args: Any, **kw: Any
+        cls,
+        model: nn.Module,
+        config: Any,
+        adapter_name: str,
+        state_dict: Any,
+        *args: Any,
+        **kw: Any,
     ) -> dict[str, Tensor]:
         # PEFT takes embeddings from it next, if they are targeted or were resized.
         state_dict.update(_offloaded_embeddings(model, state_dict))
-        return super()._get_adapter_state_dict(
+        return super()._get_adapter_state_dict(  # pyright: ignore[reportAttributeAccessIssue]
             model, config, adapter_name, state_dict, *args, **kw
         )
 
@@ -44,8 +54,8 @@ class OffloadedBase(BaseTuner):
             The base model.
         """
         if not has_offloaded(self.model):
-            return super().unload()
-        for name, module in list(self.model.named_modules()):
+            return super().unload()  # pyright: ignore[reportAttributeAccessIssue]
+        for name, module in reversed(list(self.model.named_modules())):  # inner ones first
             if isinstance(module, BaseTunerLayer):
                 _put_back(self.model, name, module.get_base_layer())
             elif isinstance(module, AuxiliaryTrainingWrapper):
@@ -79,8 +89,12 @@ def check_modules_to_save(model: nn.Module, config: Any) -> None:
 
 def _offloaded_embeddings(model: Any, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """Values of the embeddings whose entries of a state dict are on the meta device."""
-    layers = [getattr(model, f"get_{kind}_embeddings", lambda: None)() for kind in ("input", "output")]
-    bases = [layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer for layer in layers]
+    layers = [
+        getattr(model, f"get_{kind}_embeddings", lambda: None)() for kind in ("input", "output")
+    ]
+    bases = [
+        layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer for layer in layers
+    ]
     found = {}
     for path, module in model.named_modules():
         if any(module is base for base in bases) and is_offloaded(module):

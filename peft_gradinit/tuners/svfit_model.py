@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -24,7 +24,7 @@ from .svfit_layer import SVFitLinear, checked_shape
 from .svfit_saving import compact_form, live_form, live_layers, lora_form
 
 
-class SVFitModel(ReportsByAdapter, OffloadedBase):
+class SVFitModel(ReportsByAdapter, OffloadedBase, BaseTuner):
     """Adapters that train the `r` numbers of `delta` in `y = W x + U (delta * (Vh x))`."""
 
     prefix: str = "svfit_"

@@ -38,9 +38,7 @@ class Layout:
 
 _OFFLOADED = "tests/layouts/test_offloaded.py::test_every_method_starts_as_on_the_plain_base"
 _BACKENDS = "tests/layouts/test_backends.py::test_the_start_is_that_of_the_dequantised_base"
-_BITSANDBYTES = (
-    "tests/methods/test_quantized.py::test_the_start_is_that_of_the_dequantised_base"
-)
+_BITSANDBYTES = "tests/methods/test_quantized.py::test_the_start_is_that_of_the_dequantised_base"
 _MODELS = "tests/layouts/test_models.py::test_captured_gradients_are_those_of_autograd"
 
 ROWS = (
@@ -49,7 +47,7 @@ ROWS = (
         "several processes, one model each",
         "`torchrun`, `accelerate launch`, calibrated before DDP wraps the model",
         "yes",
-        "tests/distributed/test_data_parallel.py::test_two_processes_measure_what_one_does",
+        "tests/distributed/test_data_parallel.py::test_every_kind_of_loader_gives_the_factors_of_one_process",
     ),
     Layout(
         "cpu",

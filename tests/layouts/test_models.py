@@ -78,9 +78,7 @@ def bart():
     parts = ("encoder", "decoder")
     sizes = {f"{p}_{k}": v for p in parts for k, v in {"layers": 2, "attention_heads": 4}.items()}
     sizes |= {f"{p}_ffn_dim": 64 for p in parts}
-    return BartForConditionalGeneration(
-        BartConfig(**SEQ2SEQ, **sizes, max_position_embeddings=64)
-    )
+    return BartForConditionalGeneration(BartConfig(**SEQ2SEQ, **sizes, max_position_embeddings=64))
 
 
 def vit():
@@ -220,7 +218,11 @@ def outputs(case, model):
     was_training = model.training
     with torch.no_grad():
         batch = case.data()[0]
-        out = model.eval()(**batch) if case.loss_fn is None else model.eval()(**batch, return_loss=True)
+        out = (
+            model.eval()(**batch)
+            if case.loss_fn is None
+            else model.eval()(**batch, return_loss=True)
+        )
     model.train(was_training)
     return out.logits if hasattr(out, "logits") else out.logits_per_image
 

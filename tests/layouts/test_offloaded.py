@@ -19,6 +19,7 @@ from peft_gradinit import calibrate, initialize, load_for_training
 from peft_gradinit.calibration import execution_device, has_offloaded, model_fingerprint
 from peft_gradinit.errors import CalibrationError, DataError, TargetError
 from peft_gradinit.tuners.weights import linear_weight
+from tests.calibration.passes import FLOAT32, gradients, linears, worst_error
 from tests.helpers import (
     autograd_gradients,
     logits,
@@ -29,7 +30,6 @@ from tests.helpers import (
     token_batches,
     train_steps,
 )
-from tests.calibration.passes import FLOAT32, gradients, linears, worst_error
 from tests.methods.test_contract import config_of, every_method, started, with_data
 
 CPU = torch.device("cpu")
@@ -96,7 +96,9 @@ def waiting(model):
         if isinstance(hook, AlignDevicesHook) and hook.offload:
             plain = path.replace("base_model.model.", "").replace(".base_layer", "")
             for name in module._parameters:
-                value = hook.weights_map[name].clone() if module._parameters[name] is not None else 0
+                value = (
+                    hook.weights_map[name].clone() if module._parameters[name] is not None else 0
+                )
                 held[f"{plain}.{name}"] = (id(hook.weights_map), value)
     return held
 
@@ -208,7 +210,9 @@ def test_with_another_name_rslora_and_bfloat16(method, tmp_path):
 def test_dora_is_refused_where_its_weights_are_offloaded(method, tmp_path):
     # With "cpu" as the device, what MAP leaves there is not offloaded.
     model = dispatch_model(pico_llama(), MAP, "cpu", offload_dir=tmp_path)
-    with pytest.raises(TargetError, match=r"use_dora=True reads the base weight.*targets \(model\.layers\.0"):
+    with pytest.raises(
+        TargetError, match=r"use_dora=True reads the base weight.*targets \(model\.layers\.0"
+    ):
         started(method, model, use_dora=True, target_modules=r".*layers\.0.*_proj")
     assert not any("lora" in n for n, _ in model.named_modules())
     on_the_device = r".*layers\.1\.self_attn.*_proj"
