@@ -5,6 +5,7 @@ the adapter would hold nothing, and train on whatever is in memory. Here each la
 its adapter is made, one at a time, and the adapter stays on the device on which the layer runs.
 """
 
+from contextlib import suppress
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -87,24 +88,27 @@ def check_modules_to_save(model: nn.Module, config: Any) -> None:
             )
 
 
-def _offloaded_embeddings(model: Any, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+def _offloaded_embeddings(model: nn.Module, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """Values of the embeddings whose entries of a state dict are on the meta device."""
-    layers = [
-        getattr(model, f"get_{kind}_embeddings", lambda: None)() for kind in ("input", "output")
-    ]
-    bases = [
-        layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer for layer in layers
-    ]
-    found = {}
-    for path, module in model.named_modules():
-        if any(module is base for base in bases) and is_offloaded(module):
-            names = [name for name, _ in module.named_parameters(recurse=False)]
-            entries = {f"{path}.{name}": name for name in names}
-            found |= {
-                key: offloaded_value(module, name)
-                for key, name in entries.items()
-                if key in state_dict and state_dict[key].is_meta
-            }
+    if not has_offloaded(model):
+        return {}
+    embeddings = _embeddings(model)
+    return {
+        key: offloaded_value(module, name)
+        for path, module in model.named_modules()
+        if any(module is one for one in embeddings) and is_offloaded(module)
+        for name, _ in module.named_parameters(recurse=False)
+        if (key := f"{path}.{name}") in state_dict and state_dict[key].is_meta
+    }
+
+
+def _embeddings(model: Any) -> list[nn.Module]:
+    """Input and output embeddings of a Transformers model, without adapters around them."""
+    found = []
+    for name in ("get_input_embeddings", "get_output_embeddings"):
+        with suppress(AttributeError, NotImplementedError):  # not all models have both
+            layer = getattr(model, name)()
+            found.append(layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer)
     return found
 
 
