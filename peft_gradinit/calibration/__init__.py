@@ -8,18 +8,24 @@ from .fingerprint import model_fingerprint, stored_weight, weight_hash, with_sto
 from .gradients import measure_gradients
 from .guards import left_as_found
 from .inputs import measure_inputs
+from .layouts import assign, is_sharded, plain_name, unwrapped, whole, whole_modules
 from .losses import base_loss, mean_loss
 from .offloading import execution_device, has_offloaded, is_offloaded, offloaded_value, onloaded
-from .result import CalibrationResult, PassFacts
+from .result import FILE_NAME, CalibrationResult, PassFacts
+from .resume import Checkpoint
 from .run import collect
+from .shards import unsharded
 from .spec import DEFERRED, Calibration
 from .storage import is_hqq, is_packed
 
 __all__ = [
     "DEFERRED",
+    "FILE_NAME",
     "Calibration",
     "CalibrationResult",
+    "Checkpoint",
     "PassFacts",
+    "assign",
     "base_loss",
     "capture",
     "collect",
@@ -28,6 +34,7 @@ __all__ = [
     "is_hqq",
     "is_offloaded",
     "is_packed",
+    "is_sharded",
     "left_as_found",
     "mean_loss",
     "measure_gradients",
@@ -35,7 +42,12 @@ __all__ = [
     "model_fingerprint",
     "offloaded_value",
     "onloaded",
+    "plain_name",
     "stored_weight",
+    "unsharded",
+    "unwrapped",
     "weight_hash",
+    "whole",
+    "whole_modules",
     "with_stored_weight",
 ]

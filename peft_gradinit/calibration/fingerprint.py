@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .layouts import plain_name
 from .offloading import check_loaded
 from .storage import parameter_hash
 
@@ -27,8 +28,7 @@ def model_fingerprint(model: nn.Module, skip: tuple[str, ...]) -> dict[str, str]
             plain = name.replace(".base_layer", "").replace(".original_module", "")
             own = name.rpartition(".")[2]
             stored = stored_weight(module) if own == "weight" else parameter
-            plain = plain.replace("_orig_mod.", "")
-            hashes[plain] = parameter_hash(module, own, stored)
+            hashes[plain_name(plain)] = parameter_hash(module, own, stored)
     return hashes
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..statistics import hash_weight
+from .layouts import whole
 from .offloading import is_offloaded, offloaded_value
 
 _TENSOR_SUBCLASSES = ("torchao.", "optimum.quanto.")
@@ -39,7 +40,7 @@ def parameter_hash(module: nn.Module, name: str, parameter: Tensor) -> str:
     """
     if is_offloaded(module):
         parameter = offloaded_value(module, name)
-    parts = _parts(parameter)
+    parts = _parts(whole(parameter))
     if name == "W_q" and is_hqq(module):
         parts += _tensors_in(module.meta)
     hashes = [hash_weight(part) for part in parts]

@@ -15,7 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
-from ..calibration import is_offloaded
+from ..calibration import is_offloaded, plain_name
 from ..errors import TargetError
 from .weights import LINEAR_KINDS, linear_shape, linear_weight
 
@@ -81,6 +81,7 @@ def live_targets(
     targets = {}
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer) and adapter_name in module.scaling:
+            name = plain_name(name)
             target = _target(name, cast("nn.Module", module), config)
             requested = config.requested_ranks.get(name, target.requested_r)
             targets[name] = dataclasses.replace(target, requested_r=requested)

@@ -7,7 +7,7 @@ from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..calibration import is_hqq, is_packed, onloaded, with_stored_weight
+from ..calibration import is_hqq, is_packed, onloaded, whole, with_stored_weight
 
 LINEAR_KINDS = (
     "nn.Linear and Conv1D, plain or offloaded, and linear layers quantised by bitsandbytes, torchao "
@@ -31,8 +31,8 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
 def _is_readable(module: nn.Module) -> bool:
     """Whether the weight's values can be had; other backends' are codes without their scales."""
     weight: Any = getattr(module, "weight", None)
-    if weight is None:
-        return False
+    if weight is None:  # as between the forwards of FSDP1
+        return type(module) is nn.Linear
     plain = weight.is_floating_point() and weight.dtype.itemsize >= 2
     return plain or is_packed(weight) or type(weight).__name__ in _BITSANDBYTES
 
@@ -75,4 +75,5 @@ def _dequantized(module: nn.Module) -> Tensor:
     if is_quantized(module):
         # Copied, since dequantising writes to 8-bit layers of bitsandbytes.
         module = copy.deepcopy(with_stored_weight(module))
-    return cast("Tensor", dequantize_module_weight(module))
+        return cast("Tensor", dequantize_module_weight(module))
+    return whole(weight)
