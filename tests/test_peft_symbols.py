@@ -22,7 +22,9 @@ SYMBOLS = [
     ("peft.tuners.lora", "LoraModel"),
     ("peft.tuners.tuners_utils", "BaseTunerLayer"),
     ("peft.utils", "AuxiliaryTrainingWrapper"),
+    ("peft.utils", "load_peft_weights"),
     ("peft.utils", "register_peft_method"),
+    ("peft.utils", "set_peft_model_state_dict"),
     ("peft.utils.integrations", "dequantize_module_weight"),
     ("peft.utils.other", "get_pattern_key"),
 ]
@@ -38,6 +40,7 @@ HOOKS = {
     "set_adapter": "self adapter_name inference_mode",
     "delete_adapter": "self adapter_name",
     "unload": "self",
+    "_check_merge_allowed": "self",
 }
 LAYER_ATTRIBUTES = [
     "_active_adapter",

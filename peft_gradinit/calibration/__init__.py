@@ -4,17 +4,19 @@ Knows nothing of LoRA: it is given modules and accumulators, and returns facts.
 """
 
 from .capture import capture
-from .fingerprint import model_fingerprint, stored_weight, with_stored_weight
+from .fingerprint import model_fingerprint, stored_weight, weight_hash, with_stored_weight
 from .gradients import measure_gradients
 from .guards import left_as_found
 from .inputs import measure_inputs
 from .layouts import assign, is_sharded, plain_name, unwrapped, whole, whole_modules
 from .losses import base_loss, mean_loss
+from .offloading import execution_device, has_offloaded, is_offloaded, offloaded_value, onloaded
 from .result import FILE_NAME, CalibrationResult, PassFacts
 from .resume import Checkpoint
 from .run import collect
 from .shards import unsharded
 from .spec import DEFERRED, Calibration
+from .storage import is_hqq, is_packed
 
 __all__ = [
     "DEFERRED",
@@ -27,16 +29,24 @@ __all__ = [
     "base_loss",
     "capture",
     "collect",
+    "execution_device",
+    "has_offloaded",
+    "is_hqq",
+    "is_offloaded",
+    "is_packed",
     "is_sharded",
     "left_as_found",
     "mean_loss",
     "measure_gradients",
     "measure_inputs",
     "model_fingerprint",
+    "offloaded_value",
+    "onloaded",
     "plain_name",
     "stored_weight",
     "unsharded",
     "unwrapped",
+    "weight_hash",
     "whole",
     "whole_modules",
     "with_stored_weight",

@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 
 from ..errors import DataError
 from .budget import Budget, Step
+from .offloading import execution_device
 from .spec import Calibration
 from .tokens import IGNORE_INDEX, n_input_tokens, n_sequences, sequence_tokens
 
@@ -51,7 +52,7 @@ def budgeted(
     Yields:
         Sub-batches in order.
     """
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = execution_device(model)
     orientation = budget.orientation or -(-FIRST_ORIENTATION // budget.n_readers)
     may_be_cut = calibration.loss_fn is None
     if budget.n_resumed and (budget.tokens_spent() or budget.batches_spent()):
@@ -114,8 +115,13 @@ def _cut(batch: Any, room: int, budget: Budget) -> int | None:
 
 
 def is_sliceable(batch: Any) -> bool:
-    """Whether every value of a dict batch is a tensor with the same leading dimension."""
+    """Whether every value of a dict batch is a tensor with the same leading dimension.
+
+    Images beside tokens may be one's of two sequences, also where there are as many as sequences.
+    """
     if not isinstance(batch, Mapping):
+        return False
+    if "input_ids" in batch and any(key.startswith("pixel_values") for key in batch):
         return False
     if not all(isinstance(v, Tensor) and v.dim() > 0 for v in batch.values()):
         return False

@@ -36,7 +36,8 @@ class Tap(torch.autograd.Function):
         """Hand over `(x, dy)` and pass `dy` on."""
         (dy,) = grad_outputs
         with torch.autocast(dy.device.type, enabled=False):
-            ctx.sink(ctx.saved_tensors[0], dy)
+            # A layer of a dispatched model may be given its input on another device.
+            ctx.sink(ctx.saved_tensors[0].to(dy.device), dy)
         return dy, None, None, None
 
 
@@ -96,6 +97,14 @@ def _of_whole_features(module: nn.Module, sink: Sink) -> Sink:
     return lambda x, dy: sink(*whole_features(module, x, dy))
 
 
+def _kind(module: nn.Module) -> str:
+    """The module's class, and its weight's where that is what makes the difference."""
+    kind, weight = type(module).__name__, getattr(module, "weight", None)
+    if weight is None or type(weight) in (Tensor, nn.Parameter):
+        return kind
+    return f"{kind} with an {type(weight).__name__}"
+
+
 def _forward_hook(name: str, sink: Sink, seen: Capture) -> Callable[..., Any]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
         x = next(iter((*args, *kwargs.values())))  # `input=` of Linear, `x=` of Conv1D
@@ -105,9 +114,9 @@ def _forward_hook(name: str, sink: Sink, seen: Capture) -> Callable[..., Any]:
         seen.tapped.add(name)
         if x.requires_grad and not out.requires_grad:
             raise CalibrationError(
-                f"{name} ({type(module).__name__}) gives no gradient to its input, so nothing "
-                "before it can be calibrated; use a kernel or quantisation with a backward, or "
-                "exclude the module."
+                f"{name} ({_kind(module)}) gives no gradient to its input, so nothing before it "
+                "can be calibrated, or trained; use a kernel or quantisation with a backward, such "
+                "as a weight-only one."
             )
         return Tap.apply(out, x, seen.anchor, sink)
 

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..errors import CalibrationError
-from ..statistics import hash_weight
-from .layouts import plain_name, whole
+from .layouts import plain_name
+from .offloading import check_loaded
+from .storage import parameter_hash
 
 
 def model_fingerprint(model: nn.Module, skip: tuple[str, ...]) -> dict[str, str]:
@@ -21,14 +21,29 @@ def model_fingerprint(model: nn.Module, skip: tuple[str, ...]) -> dict[str, str]
     Returns:
         Hashes by parameter name.
     """
+    check_loaded(model)
     hashes = {}
     for name, module, parameter in _parameters(model):
         if not any(part in name for part in skip):
-            check_not_meta(name, parameter)
             plain = name.replace(".base_layer", "").replace(".original_module", "")
-            stored = stored_weight(module) if name.endswith(".weight") else parameter
-            hashes[plain_name(plain)] = hash_weight(whole(stored))
+            own = name.rpartition(".")[2]
+            stored = stored_weight(module) if own == "weight" else parameter
+            hashes[plain_name(plain)] = parameter_hash(module, own, stored)
     return hashes
+
+
+def weight_hash(module: nn.Module) -> str:
+    """Hash of a linear layer's weight, in `model_fingerprint` the entry of that weight.
+
+    Args:
+        module: any linear layer.
+
+    Returns:
+        16 hexadecimal digits.
+    """
+    name = "weight" if hasattr(module, "weight") else "W_q"  # HQQ's layers have no `weight`
+    stored = stored_weight(module) if name == "weight" else getattr(module, name)
+    return parameter_hash(module, name, stored)
 
 
 def stored_weight(module: nn.Module) -> Any:
@@ -56,24 +71,10 @@ def with_stored_weight(module: nn.Module) -> nn.Module:
 
 
 def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor]]:
-    """Every parameter once, with its full name and its module."""
-    modules = dict(model.named_modules())
-    for name, parameter in model.named_parameters():
-        yield name, modules[name.rpartition(".")[0]], parameter
+    """Every parameter with its full name and its module; tied ones under each of their names.
 
-
-def check_not_meta(name: str, parameter: Tensor) -> None:
-    """Refuse a parameter that has no values.
-
-    Args:
-        name: full name of the parameter.
-        parameter: of the model.
-
-    Raises:
-        CalibrationError: if it is on the meta device.
+    Offloading unties weights, and the same weights are to have the same names.
     """
-    if parameter.device.type == "meta":
-        raise CalibrationError(
-            f"{name} is on the meta device, so the model cannot run and cannot be calibrated; load "
-            "the weights first."
-        )
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        yield name, modules[name.rpartition(".")[0]], parameter

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from ..errors import DataError
 from .batches import first_sequence
 from .budget import Budget, Step
-from .fingerprint import check_not_meta
 from .gauges import peak_bytes, progress
 from .guards import left_as_found
 from .layouts import must_run_equally
+from .offloading import check_loaded, execution_device
 from .processes import Processes
 from .reduction import keep_on_first, orient_inputs, sum_inputs
 from .result import PassFacts
@@ -76,7 +76,7 @@ class Forwards:
         self.weight = 0
         self.world = world
         self.runs_all = world.size > 1 and must_run_equally(model, calibration)
-        self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        self.device = execution_device(model)
         self._selection: TokenSelection | None = None
 
     def run(self, modules: Mapping[str, nn.Module]) -> PassFacts:
@@ -89,8 +89,7 @@ class Forwards:
             The facts of the pass.
         """
         with self.world.together():
-            for name, parameter in self.model.named_parameters():
-                check_not_meta(name, parameter)
+            check_loaded(self.model)
         started, peak = time.perf_counter(), peak_bytes()
         if saved := self._resume.load():
             self._continue(*saved)

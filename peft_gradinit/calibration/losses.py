@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..errors import CalibrationError, DataError
 from .guards import left_as_found
 from .layouts import must_run_equally
+from .offloading import execution_device
 from .processes import Processes, processes
 from .replay import Replay
 from .spec import Calibration
@@ -37,7 +38,7 @@ def mean_loss(model: nn.Module, replay: Replay, calibration: Calibration) -> flo
         The loss, weighted as in the pass.
     """
     loss_sum = 0.0
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = execution_device(model)
     with _processes_of(model, replay) as world:
         runs = len(replay.batches)
         if must_run_equally(model, calibration):

@@ -13,11 +13,11 @@ from ..statistics import GradientStatistic
 from .batches import first_sequence
 from .budget import Budget, Step
 from .capture import Capture, capture
-from .fingerprint import check_not_meta
 from .gauges import peak_bytes, progress
 from .guards import left_as_found
 from .layouts import must_run_equally
 from .losses import loss_and_weight
+from .offloading import check_loaded, execution_device
 from .processes import Processes
 from .reduction import orient_gradients, sum_gradients
 from .result import PassFacts
@@ -102,7 +102,7 @@ class _Pass:
         self.model = model
         self.world = world
         self.runs_all = world.size > 1 and must_run_equally(model, calibration)
-        self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        self.device = execution_device(model)
         self.statistics = statistics
         self.calibration = calibration
         self.budget = Budget(calibration)
@@ -219,8 +219,8 @@ def _entries(tensors: Mapping[str, Tensor], name: str, device: torch.device) -> 
 
 
 def _check_model(model: nn.Module) -> None:
+    check_loaded(model)
     for name, parameter in model.named_parameters():
-        check_not_meta(name, parameter)
         if parameter.is_inference():
             raise CalibrationError(
                 f"{name} was created under torch.inference_mode() and can take part in no backward; "
@@ -233,6 +233,6 @@ def _computes_in_float16(model: nn.Module, calibration: Calibration) -> bool:
         return True
     if getattr(calibration.accelerator, "mixed_precision", None) == "fp16":
         return True
-    device = next((p.device.type for p in model.parameters()), "cpu")
+    device = execution_device(model).type
     enabled = torch.is_autocast_enabled(device)
     return enabled and torch.get_autocast_dtype(device) == torch.float16

@@ -26,6 +26,7 @@ from .combining import combined_config, highest_rank, plain_config
 from .config import GradInitConfig
 from .copying import copy_adapter, source_of
 from .magnitude import renew_magnitude
+from .offloaded import OffloadedBase, check_modules_to_save
 from .pending import hold, is_pending, release
 from .publishing import attend, card_tags
 from .report import InitReport, ReportsByAdapter, StepCheck
@@ -33,6 +34,7 @@ from .rollback import all_or_nothing, remove_adapter
 from .start import Start, check_step, compute_start
 from .switching import adapter_alone, adapters_disabled
 from .targets import Target, resolve_targets, write_patterns
+from .weights import loses_merges
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -40,7 +42,7 @@ if TYPE_CHECKING:
 _PREFIX = "base_model.model."
 
 
-class GradInitModel(ReportsByAdapter, LoraModel):
+class GradInitModel(ReportsByAdapter, OffloadedBase, LoraModel):
     """`peft.LoraModel` whose adapters get their start from the config's method."""
 
     _just_started: tuple[str, Start] | None = None
@@ -85,6 +87,7 @@ class GradInitModel(ReportsByAdapter, LoraModel):
             super().inject_adapter(model, adapter_name, *options)
             return
         _check_memory(low_cpu_mem_usage)
+        check_modules_to_save(model, self.peft_config[adapter_name])
         with all_or_nothing(model, lambda: remove_adapter(self, adapter_name)):
             self._inject(model, adapter_name, options)
 
@@ -291,6 +294,15 @@ class GradInitModel(ReportsByAdapter, LoraModel):
         finally:
             self.peft_config.update(live)
             self._combining = None
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        for name, layer in self.model.named_modules():
+            if isinstance(layer, LoraLayer) and loses_merges(layer.get_base_layer()):
+                raise ConfigError(
+                    f"PEFT cannot merge into the optimum-quanto weight of {name}, which would drop "
+                    "the adapter; save the adapter and merge it into the unquantised model."
+                )
 
     # Saving and loading: PEFT's hooks, pure state-dict arithmetic ------------------------------
 

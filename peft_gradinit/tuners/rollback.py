@@ -18,15 +18,16 @@ def all_or_nothing(model: nn.Module, undo: Callable[[], object]) -> Iterator[Non
         model: the model, with or without other adapters.
         undo: removes what the block may have added.
     """
-    trainable = [(p, p.requires_grad) for p in model.parameters()]
+    # By name: offloading makes new parameters in every forward.
+    trainable = {name: p.requires_grad for name, p in model.named_parameters()}
     try:
         # Parameters made in a caller's inference mode could never be trained.
         with torch.inference_mode(False):
             yield
     except BaseException:
         undo()
-        for parameter, requires_grad in trainable:
-            parameter.requires_grad = requires_grad
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad = trainable.get(name, parameter.requires_grad)
         raise
 
 

@@ -8,8 +8,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..calibration import execution_device
 from ..errors import ConfigError, TargetError
-from .weights import is_quantized, linear_shape, linear_weight
+from .weights import LINEAR_KINDS, is_quantized, linear_shape, linear_weight
 
 
 class SVFitLinear(nn.Module, BaseTunerLayer):
@@ -20,7 +21,7 @@ class SVFitLinear(nn.Module, BaseTunerLayer):
     "Linear" in its name: that is how PEFT finds adapted layers for `"all-linear"`.)
 
     Args:
-        base_layer: `nn.Linear`, a bitsandbytes layer derived from it, or `Conv1D`.
+        base_layer: a linear layer of a kind that `weights.linear_shape` knows.
 
     Attributes:
         svfit_delta: `(r,)` by adapter name, float32, the only trainable numbers.
@@ -55,7 +56,7 @@ class SVFitLinear(nn.Module, BaseTunerLayer):
             adapter_name: name of the adapter.
             r: its rank, at most `min(out, in)`.
         """
-        device = self.weight.device
+        device = execution_device(self.get_base_layer())
         shapes = {"svfit_U": (self.out_features, r), "svfit_Vh": (r, self.in_features)}
         for name, shape in shapes.items():
             value = torch.zeros(shape, device=device)
@@ -151,13 +152,13 @@ class SVFitLinear(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def _shifted(self, adapter_name: str, sign: int) -> Tensor:
-        weight = self.weight.data
         if is_quantized(self.get_base_layer()):
             raise ConfigError(
                 f"a {type(self.get_base_layer()).__name__} cannot take in an adapter without being "
                 "quantised anew, which may round it away; merge it into the unquantised model: save "
                 "the adapter and load it there with PeftModel.from_pretrained."
             )
+        weight = self.weight.data
         return (weight + sign * self.get_delta_weight(adapter_name)).to(weight.dtype)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
@@ -168,7 +169,7 @@ class SVFitLinear(nn.Module, BaseTunerLayer):
         self, adapter_name: str, device: torch.device | None = None
     ) -> None:
         # Unlike PEFT's, this keeps the adapter in float32 on a half-precision base.
-        device = device or self.weight.device
+        device = device or execution_device(self.get_base_layer())
         for parameters in (self.svfit_delta, self.svfit_U, self.svfit_Vh):
             if adapter_name in parameters:
                 parameters[adapter_name].data = parameters[adapter_name].data.to(device)
@@ -193,7 +194,7 @@ def checked_shape(name: str, module: nn.Module) -> tuple[int, int]:
     shape = linear_shape(module)
     if shape is None:
         raise TargetError(
-            f"SVFit adapts nn.Linear, its bitsandbytes kinds and Conv1D, but target_modules matches "
-            f"{name}, a {type(module).__name__}; add it to exclude_modules."
+            f"SVFit adapts linear layers ({LINEAR_KINDS}), but target_modules matches {name}, a "
+            f"{type(module).__name__}; add it to exclude_modules."
         )
     return shape

@@ -12,10 +12,11 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..calibration import stored_weight, whole
+from ..calibration import weight_hash
 from ..errors import ConfigError, TargetError
-from ..statistics import Fingerprint, hash_weight
+from ..statistics import Fingerprint
 from .copying import copy_adapter, source_of
+from .offloaded import OffloadedBase, check_modules_to_save
 from .publishing import attend, card_tags
 from .report import ReportsByAdapter
 from .rollback import all_or_nothing, remove_adapter
@@ -25,7 +26,7 @@ from .svfit_layer import SVFitLinear, checked_shape
 from .svfit_saving import compact_form, live_form, live_layers, lora_form
 
 
-class SVFitModel(ReportsByAdapter, BaseTuner):
+class SVFitModel(ReportsByAdapter, OffloadedBase, BaseTuner):
     """Adapters that train the `r` numbers of `delta` in `y = W x + U (delta * (Vh x))`."""
 
     prefix: str = "svfit_"
@@ -63,6 +64,7 @@ class SVFitModel(ReportsByAdapter, BaseTuner):
         config = cast("SpectralConfig", copy.copy(self.peft_config[adapter_name]))
         self.peft_config[adapter_name] = config
         _check_not_merged(model)
+        check_modules_to_save(model, config)
         weights = base_fingerprint(model, config)
         super().inject_adapter(model, adapter_name, *options)
         layers = live_layers(model, adapter_name)
@@ -73,9 +75,7 @@ class SVFitModel(ReportsByAdapter, BaseTuner):
             if source is None:
                 weight = _finite_matrix(name, layer)
                 layer.fill(adapter_name, *config.basis(weight, layer.r[adapter_name], name))
-            layer.weight_hash[adapter_name] = hash_weight(
-                whole(stored_weight(layer.get_base_layer()))
-            )
+            layer.weight_hash[adapter_name] = weight_hash(layer.get_base_layer())
         bases = [layer.get_base_layer() for layer in layers.values()]
         config.fan_in_fan_out = any(isinstance(base, Conv1D) for base in bases)
         config.ranks = {name: layer.r[adapter_name] for name, layer in layers.items()}
@@ -101,11 +101,11 @@ class SVFitModel(ReportsByAdapter, BaseTuner):
     ) -> None:
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         shape = checked_shape(current_key, base)
-        layer = target if isinstance(target, SVFitLinear) else SVFitLinear(target)
         r = min(*shape, peft_config.requested_rank(current_key, shape))
+        layer = target if isinstance(target, SVFitLinear) else SVFitLinear(target)
         layer.add_adapter(adapter_name, r)
         if layer is not target:
-            self._replace_module(parent, target_name, layer, target)
+            setattr(parent, target_name, layer)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

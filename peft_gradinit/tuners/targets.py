@@ -15,9 +15,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
-from ..calibration import plain_name
+from ..calibration import is_offloaded, plain_name
 from ..errors import TargetError
-from .weights import linear_shape, linear_weight
+from .weights import LINEAR_KINDS, linear_shape, linear_weight
 
 if TYPE_CHECKING:
     from .config import GradInitConfig
@@ -70,6 +70,7 @@ def resolve_targets(
     recorder = _TargetRecorder(model, copy.deepcopy(config), others or {})
     targets = {name: _target(name, module, config) for name, module in recorder.record().items()}
     _check_kinds(targets, config)
+    _check_loaded_for_dora(targets, config)
     return targets
 
 
@@ -135,8 +136,18 @@ def _check_kinds(targets: Mapping[str, Target], config: "GradInitConfig") -> Non
     others = {n: type(t.module).__name__ for n, t in targets.items() if t.shape is None}
     if others and config.uncalibrated == "error":
         raise TargetError(
-            f"{config.method} starts linear layers, but target_modules also matches {others}; "
-            "exclude them, or set uncalibrated='lora' to give them a plain LoRA start."
+            f"{config.method} starts linear layers ({LINEAR_KINDS}), but target_modules also matches "
+            f"{others}; exclude them, or set uncalibrated='lora' to give them a plain LoRA start."
+        )
+
+
+def _check_loaded_for_dora(targets: Mapping[str, Target], config: "GradInitConfig") -> None:
+    offloaded = [name for name, target in targets.items() if is_offloaded(target.module)]
+    if config.use_dora and offloaded:
+        raise TargetError(
+            f"use_dora=True reads the base weight outside of its layer's forward, where that of "
+            f"{len(offloaded)} targets ({offloaded[0]}, …) is offloaded; set use_dora=False, or keep "
+            "them on the device in device_map."
         )
 
 

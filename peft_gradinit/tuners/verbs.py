@@ -9,11 +9,16 @@ import peft
 from peft import PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from peft.utils import (
+    SAFETENSORS_WEIGHTS_NAME,
+    WEIGHTS_NAME,
+    load_peft_weights,
+    set_peft_model_state_dict,
+)
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from ..calibration import DEFERRED, Calibration, CalibrationResult, is_sharded
+from ..calibration import DEFERRED, Calibration, CalibrationResult, has_offloaded, is_sharded
 from ..errors import ConfigError, DataError, FingerprintError
 from ..statistics import Fingerprint
 from .config import GradInitConfig
@@ -116,7 +121,12 @@ def load_for_training(
         peft_model = get_peft_model(model, config, adapter_name)
     tuner = cast("BaseTuner", peft_model.base_model)
     with all_or_nothing(peft_model, lambda: remove_adapter(tuner, adapter_name)):
-        peft_model.load_adapter(str(directory), adapter_name, is_trainable=True)
+        if has_offloaded(peft_model):  # PEFT's `load_adapter` would dispatch the model anew
+            set_peft_model_state_dict(
+                peft_model, load_peft_weights(str(directory), "cpu"), adapter_name
+            )
+        else:
+            peft_model.load_adapter(str(directory), adapter_name, is_trainable=True)
     peft_model.set_adapter(adapter_name)
     live = cast("GradInitConfig | SpectralConfig", peft_model.peft_config[adapter_name])
     live.fingerprint, live.init_report = fingerprint, report

@@ -1,0 +1,173 @@
+"""The layouts that the README's support table lists; every row names the test that runs it.
+
+To add one: a row here with the id of its test, `<file>::<function>`, and the same row in the README
+(`tests/layouts/test_table.py` prints what it expects). Rows of `tests/layouts` are also keys of the
+`LAYOUTS` of that file, which its tests are parametrised with.
+"""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """A row.
+
+    Attributes:
+        key: short name, unique.
+        title: what it is called in the README.
+        made_by: how users get there.
+        support: `"yes"`, with a note if need be, or what the error says.
+        test: the test that runs it.
+    """
+
+    key: str
+    title: str
+    made_by: str
+    support: str
+    test: str
+
+    @property
+    def file(self) -> str:
+        """The test's file, from the project's root."""
+        return self.test.partition("::")[0]
+
+    def row(self) -> str:
+        """The row of the README."""
+        return f"| {self.title} | {self.made_by} | {self.support} | `{self.file}` |"
+
+
+_OFFLOADED = "tests/layouts/test_offloaded.py::test_every_method_starts_as_on_the_plain_base"
+_BACKENDS = "tests/layouts/test_backends.py::test_the_start_is_that_of_the_dequantised_base"
+_BITSANDBYTES = "tests/methods/test_quantized.py::test_the_start_is_that_of_the_dequantised_base"
+_MODELS = "tests/layouts/test_models.py::test_captured_gradients_are_those_of_autograd"
+
+ROWS = (
+    Layout(
+        "data_parallel",
+        "several processes, one model each",
+        "`torchrun`, `accelerate launch`, calibrated before DDP wraps the model",
+        "yes",
+        "tests/distributed/test_data_parallel.py::test_every_kind_of_loader_gives_the_factors_of_one_process",
+    ),
+    Layout(
+        "cpu",
+        "offloaded to the CPU",
+        '`cpu_offload`, `device_map` with `"cpu"`',
+        "yes",
+        _OFFLOADED,
+    ),
+    Layout(
+        "disk",
+        "offloaded to disk",
+        '`disk_offload`, `device_map` with `"disk"`',
+        "yes",
+        _OFFLOADED,
+    ),
+    Layout(
+        "mixed",
+        "partly offloaded",
+        "`dispatch_model`",
+        "yes",
+        _OFFLOADED,
+    ),
+    Layout(
+        "auto",
+        "partly offloaded, by `from_pretrained`",
+        '`device_map="auto"`, `max_memory`, `offload_folder`',
+        "yes",
+        _OFFLOADED,
+    ),
+    Layout(
+        "preloaded",
+        "offloaded in whole blocks",
+        "`preload_module_classes`",
+        "refused, by name",
+        "tests/layouts/test_offloaded.py::test_blocks_offloaded_as_one_piece_are_refused",
+    ),
+    Layout(
+        "bitsandbytes",
+        "bitsandbytes, 4 and 8 bits",
+        "`BitsAndBytesConfig`",
+        "yes",
+        _BITSANDBYTES,
+    ),
+    Layout(
+        "torchao_int8",
+        "torchao int8, weight-only",
+        "`TorchAoConfig(Int8WeightOnlyConfig())`",
+        "yes",
+        _BACKENDS,
+    ),
+    Layout(
+        "torchao_float8",
+        "torchao float8, weight-only",
+        "`TorchAoConfig(Float8WeightOnlyConfig())`",
+        "yes",
+        _BACKENDS,
+    ),
+    Layout(
+        "torchao_dynamic",
+        "torchao int8, dynamic activations",
+        "`TorchAoConfig(Int8DynamicActivationInt8WeightConfig())`",
+        "its layers pass no gradient on: LoRA-GA and LoRA-One refuse, by name",
+        "tests/layouts/test_backends.py::test_layers_that_pass_no_gradient_on_are_named",
+    ),
+    Layout("hqq", "HQQ, 4 bits", "`HQQLinear`", "yes, with targets by name", _BACKENDS),
+    Layout(
+        "quanto_int8",
+        "optimum-quanto, 8 bits",
+        '`QuantoConfig(weights="int8")`',
+        "yes",
+        _BACKENDS,
+    ),
+    Layout(
+        "quanto_int4",
+        "optimum-quanto, 4 bits",
+        '`QuantoConfig(weights="int4")`',
+        "yes",
+        _BACKENDS,
+    ),
+    Layout(
+        "other_backends",
+        "GPTQ, AWQ, EETQ, AQLM, FP8Linear, …",
+        "",
+        "refused, by class name",
+        "tests/layouts/test_backends.py::test_layers_of_other_backends_are_refused_by_class_name",
+    ),
+    Layout(
+        "shared",
+        "a layer used several times",
+        "ALBERT",
+        "yes: one adapter, the sum of its uses",
+        _MODELS,
+    ),
+    Layout(
+        "tied",
+        "tied head as a target",
+        "`tie_word_embeddings`",
+        "yes, the start of its own use; `ensure_weight_tying` is refused",
+        _MODELS,
+    ),
+    Layout("encoder_decoder", "encoder and decoder", "T5, BART", "yes", _MODELS),
+    Layout("vision", "images", "ViT", "yes", _MODELS),
+    Layout("two_towers", "two towers, own loss", "CLIP", "yes, with `loss_fn`", _MODELS),
+    Layout(
+        "vision_language",
+        "vision and language",
+        "Llava",
+        "yes; layers that the loss does not reach are named",
+        _MODELS,
+    ),
+)
+
+
+def keys_of(test_file: str) -> list[str]:
+    """Keys of the rows that a test file runs.
+
+    Args:
+        test_file: `__file__` of the test.
+
+    Returns:
+        The keys in the order of the table.
+    """
+    return [row.key for row in ROWS if test_file.replace("\\", "/").endswith(row.file)]
