@@ -36,6 +36,7 @@ class Layout:
         return f"| {self.title} | {self.made_by} | {self.support} | `{self.file}` |"
 
 
+_SHARDED = "tests/distributed/test_sharded.py::test_losses_are_those_of_the_whole_model"
 _OFFLOADED = "tests/layouts/test_offloaded.py::test_every_method_starts_as_on_the_plain_base"
 _BACKENDS = "tests/layouts/test_backends.py::test_the_start_is_that_of_the_dequantised_base"
 _BITSANDBYTES = "tests/methods/test_quantized.py::test_the_start_is_that_of_the_dequantised_base"
@@ -48,6 +49,48 @@ ROWS = (
         "`torchrun`, `accelerate launch`, calibrated before DDP wraps the model",
         "yes",
         "tests/distributed/test_data_parallel.py::test_every_kind_of_loader_gives_the_factors_of_one_process",
+    ),
+    Layout(
+        "trainer_ddp",
+        "DDP in `Trainer`, by the callback",
+        "`CalibrationCallback` under `torchrun`",
+        "yes",
+        "tests/distributed/test_data_parallel.py::test_the_callback_gives_the_start_and_the_losses_of_one_process",
+    ),
+    Layout(
+        "fsdp2",
+        "FSDP2",
+        "`fully_shard` before or after the adapter; deferred: `initialize(model, data)`",
+        "yes",
+        _SHARDED,
+    ),
+    Layout(
+        "fsdp1",
+        "FSDP1",
+        "`FullyShardedDataParallel` after the adapter, by PEFT's policy; deferred: `initialize(wrapped, data)`",
+        "yes, with `use_orig_params=True`",
+        _SHARDED,
+    ),
+    Layout(
+        "native",
+        "sharded by transformers",
+        "`from_pretrained(distributed_config=DistributedConfig(fsdp_size=…))`",
+        "yes",
+        _SHARDED,
+    ),
+    Layout(
+        "zero3",
+        "ZeRO-3",
+        "`zero.Init`, calibrated before `deepspeed.initialize`",
+        "yes; inside an engine it is refused",
+        _SHARDED,
+    ),
+    Layout(
+        "tensor_parallel",
+        "tensor parallel, with FSDP or alone",
+        "`DistributedConfig(tp_size=…)`",
+        "`calibrate`; PEFT 0.21's LoRA layers do not run there",
+        "tests/distributed/test_tensor_parallel.py::test_factors_are_those_of_the_whole_model",
     ),
     Layout(
         "cpu",
