@@ -4,6 +4,7 @@ Knows nothing of LoRA: it is given modules and accumulators, and returns facts.
 """
 
 from .capture import capture
+from .experts import ExpertWeight
 from .fingerprint import model_fingerprint, stored_weight, with_stored_weight
 from .gradients import measure_gradients
 from .guards import left_as_found
@@ -17,6 +18,7 @@ __all__ = [
     "DEFERRED",
     "Calibration",
     "CalibrationResult",
+    "ExpertWeight",
     "PassFacts",
     "base_loss",
     "capture",
