@@ -35,7 +35,6 @@ _UNUSABLE_OPTIONS = {
     "velora_config": "compressed inputs cannot hold the start",
     "megatron_config": "Megatron layers are not supported",
     "layer_replication": "replicated layers exist only after injection; replicate them before",
-    "target_parameters": "parameters without a module of their own are not supported",
     "ensure_weight_tying": "tied adapters cannot have starts of their own",
 }
 

@@ -1,9 +1,11 @@
 """Adapters whose start is yet to come: they evaluate as the base model and refuse to train."""
 
+from functools import partial
 from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 
 from ..errors import NotInitializedError
@@ -14,7 +16,12 @@ _HANDLE = "_gradinit_pending"
 def hold(layer: LoraLayer, adapter_name: str) -> None:
     """Let a training step through this adapter raise `NotInitializedError`."""
     for linear in _factors(layer, adapter_name):
-        setattr(linear, _HANDLE, linear.register_forward_hook(_refuse_to_train))
+        handle = (
+            layer.register_forward_hook(partial(_refuse_parameter, linear, adapter_name))
+            if isinstance(layer, ParamWrapper)  # which reads the factors' weights
+            else linear.register_forward_hook(_refuse_to_train)
+        )
+        setattr(linear, _HANDLE, handle)
 
 
 def release(layer: nn.Module | LoraLayer, adapter_name: str) -> None:
@@ -34,6 +41,14 @@ def _factors(layer: Any, adapter_name: str) -> list[nn.Module]:
     if not isinstance(layer, LoraLayer) or adapter_name not in layer.lora_A:
         return []
     return [layer.lora_A[adapter_name]]
+
+
+def _refuse_parameter(
+    linear: nn.Module, adapter_name: str, layer: Any, args: Any, output: torch.Tensor
+) -> None:
+    runs = adapter_name in layer.active_adapters and not layer.disable_adapters
+    if runs and not layer.merged:
+        _refuse_to_train(linear, args, output)
 
 
 def _refuse_to_train(module: nn.Module, args: Any, output: torch.Tensor) -> None:
