@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CalibrationError
-from .experts import ExpertWeight, Product, watched
+from .experts import ExpertWeight, Measurable, Product
+from .following import watched
 
 Sink = Callable[[Tensor, Tensor], None]
 
@@ -69,9 +70,7 @@ class Capture:
 
 
 @contextmanager
-def capture(
-    modules: Mapping[str, nn.Module | ExpertWeight], sinks: Mapping[str, Sink]
-) -> Iterator[Capture]:
+def capture(modules: Mapping[str, Measurable], sinks: Mapping[str, Sink]) -> Iterator[Capture]:
     """Show each module's inputs and output gradients to its sink while the block runs.
 
     Args:

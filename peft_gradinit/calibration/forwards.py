@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from ..errors import CalibrationError, DataError
 from .batches import first_sequence
 from .budget import Budget, Step
-from .experts import ExpertWeight, Product, Rows, watched
+from .experts import ExpertWeight, Measurable, Product
 from .fingerprint import check_not_meta
+from .following import Rows, watched
 from .gauges import peak_bytes, progress
 from .guards import left_as_found
 from .layouts import is_sharded
@@ -65,7 +66,7 @@ class Forwards:
         self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self._selection: TokenSelection | None = None
 
-    def run(self, modules: Mapping[str, nn.Module | ExpertWeight]) -> PassFacts:
+    def run(self, modules: Mapping[str, Measurable]) -> PassFacts:
         """Read the data, within the budget, and leave the model as it was found.
 
         Args:

@@ -10,7 +10,7 @@ from torch import nn
 from ..errors import CalibrationError
 from ..linalg import TruncatedSVD
 from ..statistics import Fingerprint, GradientStatistic, TestMatrixPool, gradient_statistic
-from .experts import ExpertWeight, why_unreached
+from .experts import Measurable, why_unreached
 from .processes import processes
 from .reduction import factored
 from .replay import Replay
@@ -23,7 +23,7 @@ STATISTIC = "gradient"
 
 def measure_gradients(
     model: nn.Module,
-    modules: Mapping[str, nn.Module | ExpertWeight],
+    modules: Mapping[str, Measurable],
     calibration: Calibration,
     fingerprint: Fingerprint,
     *,
@@ -92,7 +92,7 @@ def _empty(fingerprint: Fingerprint, calibration: Calibration) -> dict[str, Grad
 
 def _judge(
     statistics: Mapping[str, GradientStatistic],
-    modules: Mapping[str, nn.Module | ExpertWeight],
+    modules: Mapping[str, Measurable],
     n_batches: int,
 ) -> tuple[dict[str, float], dict[str, str]]:
     """Tell usable gradients from those that were never seen, are zero, or are not finite.

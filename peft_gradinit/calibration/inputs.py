@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..errors import CalibrationError
 from ..linalg import Components, TruncatedSVD, explained_share
 from ..statistics import Fingerprint, InputStatistic, TestMatrixPool, input_statistic
-from .experts import ExpertWeight, why_unreached
+from .experts import Measurable, why_unreached
 from .forwards import Forwards
 from .processes import processes
 from .reduction import factored
@@ -23,7 +23,7 @@ STATISTIC = "inputs"
 
 def measure_inputs(
     model: nn.Module,
-    modules: Mapping[str, nn.Module | ExpertWeight],
+    modules: Mapping[str, Measurable],
     calibration: Calibration,
     fingerprint: Fingerprint,
     *,
@@ -143,7 +143,7 @@ class _Cached:
 
 def _judge(
     statistics: Mapping[str, InputStatistic],
-    modules: Mapping[str, nn.Module | ExpertWeight],
+    modules: Mapping[str, Measurable],
     facts: PassFacts,
 ) -> tuple[dict[str, float], dict[str, str]]:
     """Tell usable inputs from those that were never seen, do not vary, or are not finite.

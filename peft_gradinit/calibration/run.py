@@ -13,7 +13,7 @@ from ..statistics import GradientStatistic
 from .batches import first_sequence
 from .budget import Budget, Step
 from .capture import Capture, capture
-from .experts import ExpertWeight
+from .experts import Measurable
 from .fingerprint import check_not_meta
 from .gauges import peak_bytes, progress
 from .guards import left_as_found
@@ -33,7 +33,7 @@ FLOAT16_LOSS_SCALE = 2.0**12
 
 def collect(
     model: nn.Module,
-    modules: Mapping[str, nn.Module | ExpertWeight],
+    modules: Mapping[str, Measurable],
     statistics: Mapping[str, GradientStatistic],
     calibration: Calibration,
     on_batch: Callable[[Any, float, float], None] | None = None,

@@ -11,7 +11,7 @@ import peft
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from ..calibration import DEFERRED, Calibration, CalibrationResult
+from ..calibration import DEFERRED, Calibration, CalibrationResult, Measurable
 from ..errors import ConfigError
 from ..linalg import TruncatedSVD
 from ..statistics import Fingerprint
@@ -179,7 +179,7 @@ class GradInitConfig(LoraConfig, abc.ABC):
     def measure(
         self,
         model: nn.Module,
-        modules: Mapping[str, nn.Module],
+        modules: Mapping[str, Measurable],
         calibration: Calibration,
         fingerprint: Fingerprint,
     ) -> CalibrationResult:

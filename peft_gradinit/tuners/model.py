@@ -25,7 +25,13 @@ from .anchored import (
 from .combining import combined_config, highest_rank, plain_config
 from .config import GradInitConfig
 from .magnitude import renew_magnitude
-from .parameters import find_layer, n_experts, stacked, with_converted_targets
+from .parameters import (
+    find_layer,
+    matched_patterns,
+    n_experts,
+    stacked,
+    with_converted_targets,
+)
 from .pending import hold, is_pending, release
 from .report import InitReport, ReportsByAdapter, StepCheck
 from .rollback import all_or_nothing, remove_adapter
@@ -95,7 +101,8 @@ class GradInitModel(ReportsByAdapter, LoraModel):
             targets = start.targets
         without_empty(config, targets)
         write_patterns(targets, config)
-        super().inject_adapter(model, adapter_name, *options)
+        with matched_patterns(config, {t.adapted for t in targets.values()}):
+            super().inject_adapter(model, adapter_name, *options)
         self._prepare_layers(targets, adapter_name)
         if start is not None:
             self.fill(adapter_name, start)
@@ -324,7 +331,9 @@ def _check_memory(low_cpu_mem_usage: bool) -> None:
 
 def _anchored(model: nn.Module, adapter_name: str, prefixed: bool) -> dict[str, tuple[int, int]]:
     """Rank and number of experts of each anchored layer, by its name in a file."""
-    layers: dict[str, Any] = {n: m for n, m in model.named_modules() if is_anchored(m, adapter_name)}
+    layers: dict[str, Any] = {
+        n: m for n, m in model.named_modules() if is_anchored(m, adapter_name)
+    }
     return {
         _as_in_file(name, prefixed): (layer.r[adapter_name], n_experts(layer))
         for name, layer in layers.items()

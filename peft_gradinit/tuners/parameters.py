@@ -7,13 +7,16 @@ its own, under a name such as `model.layers.0.mlp.experts.gate_up_proj[3]`.
 """
 
 import copy
-from collections.abc import Mapping
+import warnings
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftType
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
+from peft.utils.other import get_pattern_key
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import Tensor, nn
 
@@ -70,6 +73,22 @@ def check_parameter_options(config: "GradInitConfig", names: list[str]) -> None:
                 f"{option}={value!r} does not work on parameters, but {names[0]} is targeted; leave "
                 f"{option} out, or target layers only (target_modules=['q_proj', …])."
             )
+
+
+@contextmanager
+def matched_patterns(config: "GradInitConfig", names: Collection[str]) -> Iterator[None]:
+    """Keep PEFT from warning of patterns that match parameters; it looks for modules alone.
+
+    Args:
+        config: with the patterns.
+        names: of all adapted modules and parameters.
+    """
+    patterns = {**(config.rank_pattern or {}), **(config.alpha_pattern or {})}
+    all_match = all(any(get_pattern_key([p], name) == p for name in names) for p in patterns)
+    with warnings.catch_warnings():
+        if all_match:
+            warnings.filterwarnings("ignore", r"The following \w+_pattern keys did not match")
+        yield
 
 
 def expert_weights(name: str, module: nn.Module, parameter: str) -> dict[str, ExpertWeight]:
@@ -178,5 +197,3 @@ def stacked(factors: Mapping[int, Factors], plain: Factors, n: int) -> Factors:
 def mean_scores(scores: list[Tensor]) -> Tensor:
     """What each rank of a parameter brings, from what it brings to its experts: the mean."""
     return torch.stack([s.double().cpu() for s in scores]).mean(dim=0)
-
-

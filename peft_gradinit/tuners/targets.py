@@ -15,7 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
-from ..calibration import ExpertWeight
+from ..calibration import ExpertWeight, Measurable
 from ..errors import TargetError
 from .parameters import (
     adapted_parameter,
@@ -60,7 +60,7 @@ class Target:
         return linear_weight(self.module) if self.expert is None else expert_matrix(self.expert)
 
     @property
-    def measurable(self) -> nn.Module | ExpertWeight:
+    def measurable(self) -> Measurable:
         """What a calibration pass measures."""
         return self.module if self.expert is None else self.expert
 
@@ -104,7 +104,8 @@ def live_targets(
             layer = cast("nn.Module", module)
             name = adapted_parameter(path, layer)
             requested = config.requested_ranks.get(name)
-            for target in _targets(name, layer, getattr(layer, "parameter_name", None), config).values():
+            parameter = getattr(layer, "parameter_name", None)
+            for target in _targets(name, layer, parameter, config).values():
                 targets[target.name] = dataclasses.replace(
                     target, requested_r=requested or target.requested_r
                 )

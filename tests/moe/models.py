@@ -78,20 +78,17 @@ def _made(model_class, config_class, seed: int, values: dict):
     return model_class(config_class(**{**_SHARED, **values})).eval()
 
 
-def starve(model: nn.Module, expert: int, layer: int = 0) -> None:
-    """Keep the router of a layer from ever choosing an expert."""
+def starve(model: nn.Module, expert: int, layer: int = 0) -> str:
+    """Keep the router of a layer from choosing an expert; gives the name of its block."""
     router = model.model.layers[layer].mlp.gate
-    with torch.no_grad():
-        router.weight[expert] = 0  # logits of the others are spread around zero
-        router.weight[:] -= router.weight.mean(0, keepdim=True)
-    width = router.weight.shape[1]
 
-    def hook(module, args, output):
+    def avoid(module, args, output):
         logits, scores, chosen = output
-        assert not (chosen == expert).any()
-        return output
+        other = (expert + 1) % router.num_experts
+        return logits, scores, torch.where(chosen == expert, other, chosen)
 
-    del width, hook
+    router.register_forward_hook(avoid)
+    return f"model.layers.{layer}.mlp.experts"
 
 
 def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
