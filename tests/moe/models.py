@@ -29,10 +29,10 @@ _SHARED = {
 
 
 def qwen3_moe(seed: int = 0, **options) -> Qwen3MoeForCausalLM:
-    """6 experts, 2 of them for each token; `gate_up_proj (6, 40, 48)`, `down_proj (6, 48, 20)`."""
+    """6 experts, 2 of them for each token; `gate_up_proj (6, 32, 48)`, `down_proj (6, 48, 16)`."""
     values = {
         "intermediate_size": 64,
-        "moe_intermediate_size": 20,
+        "moe_intermediate_size": 16,
         "num_experts": 6,
         "num_experts_per_tok": 2,
         "initializer_range": 0.2,
@@ -41,15 +41,15 @@ def qwen3_moe(seed: int = 0, **options) -> Qwen3MoeForCausalLM:
 
 
 def mixtral(seed: int = 0, **options) -> MixtralForCausalLM:
-    """4 experts; `gate_up_proj (4, 56, 48)`, `down_proj (4, 48, 28)`, and a router of 4 rows."""
-    values = {"intermediate_size": 28, "num_local_experts": 4, "initializer_range": 0.2}
+    """4 experts; `gate_up_proj (4, 64, 48)`, `down_proj (4, 48, 32)`, and a router of 4 rows."""
+    values = {"intermediate_size": 32, "num_local_experts": 4, "initializer_range": 0.2}
     return _made(MixtralForCausalLM, MixtralConfig, seed, values | options)
 
 
 def gpt_oss(seed: int = 0, **options) -> GptOssForCausalLM:
-    """4 experts with biases, stored `(experts, in, out)`: `gate_up_proj (4, 48, 56)`."""
+    """4 experts with biases, stored `(experts, in, out)`: `gate_up_proj (4, 48, 64)`."""
     values = {
-        "intermediate_size": 28,
+        "intermediate_size": 32,
         "num_local_experts": 4,
         "num_experts_per_tok": 2,
         "initializer_range": 0.2,
@@ -61,8 +61,8 @@ def gpt_oss(seed: int = 0, **options) -> GptOssForCausalLM:
 def llama4(seed: int = 0, **options) -> Llama4ForCausalLM:
     """3 experts, run on all tokens, most of them zeros, in one batched product."""
     values = {
-        "intermediate_size": 28,
-        "intermediate_size_mlp": 28,
+        "intermediate_size": 32,
+        "intermediate_size_mlp": 32,
         "num_local_experts": 3,
         "num_experts_per_tok": 1,
         "initializer_range": 0.2,
