@@ -44,11 +44,13 @@ def _factors(layer: Any, adapter_name: str) -> list[nn.Module]:
 
 
 def _refuse_parameter(
-    linear: nn.Module, adapter_name: str, layer: Any, args: Any, output: torch.Tensor
+    linear: nn.Module, adapter_name: str, layer: Any, args: Any, output: Any
 ) -> None:
-    runs = adapter_name in layer.active_adapters and not layer.disable_adapters
-    if runs and not layer.merged:
-        _refuse_to_train(linear, args, output)
+    if adapter_name not in layer.active_adapters or layer.disable_adapters or layer.merged:
+        return
+    for result in output if isinstance(output, tuple) else (output,):  # routers return several
+        if isinstance(result, torch.Tensor) and result.requires_grad:
+            _refuse_to_train(linear, args, result)
 
 
 def _refuse_to_train(module: nn.Module, args: Any, output: torch.Tensor) -> None:

@@ -14,7 +14,6 @@ from tests.moe.models import (
     IMPLEMENTATIONS,
     as_out_in,
     dense_gradients,
-    expert_parameters,
     expert_weights,
     gpt_oss,
     llama4,
@@ -245,4 +244,3 @@ def test_experts_under_no_grad_are_named():
     experts.forward = lambda *args, **kwargs: torch.no_grad()(forward)(*args, **kwargs)
     with pytest.raises(CalibrationError, match=r"layers\.0\.mlp\.experts\.down_proj, model\.lay"):
         measured(model, token_batches())
-

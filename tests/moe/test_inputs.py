@@ -125,6 +125,9 @@ def test_batch_size_does_not_matter():
 
 def test_lora_a_at_the_outputs_is_refused():
     targets = [f"feed_forward.{name}" for name in BOTH]
-    with pytest.raises(CalibrationError, match=r"gate_up_proj cannot be the start of its lora_A: .*"
-                       r"Llama4TextExperts stores it as \(experts, in, out\)"):
+    with pytest.raises(
+        CalibrationError,
+        match=r"gate_up_proj cannot be the start of its lora_A: .*"
+        r"Llama4TextExperts stores it as \(experts, in, out\)",
+    ):
         calibrate(llama4(), eva(target_parameters=targets), quiet(token_batches()))
