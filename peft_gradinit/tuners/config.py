@@ -53,7 +53,8 @@ class GradInitConfig(LoraConfig, abc.ABC):
             default: an adapter without it would be plain LoRA.
         uncalibrated: what happens to targets that the method cannot serve (embeddings,
             convolutions) or that the data do not reach: `"error"` (default), or `"lora"` for a
-            plain LoRA start with a warning that names them.
+            plain LoRA start with a warning that names them. Single experts of `target_parameters`
+            that no token is routed to get that in any case.
         rank_allocation: how the layers share the sum of their ranks. `"uniform"` (default): as
             configured. `"explained_variance"`: a rank goes where it explains the largest share of
             the layer's own statistic. `"gradient_energy"`: where it captures most of the gradient

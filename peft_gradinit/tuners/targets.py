@@ -42,7 +42,6 @@ class Target:
         r: rank of its adapter.
         requested_r: rank that the config asked for.
         alpha: its `lora_alpha`, adjusted so that a lowered rank leaves the scaling as it was.
-        adapted: full name of what the adapter is on: `name`, or the parameter of all experts.
         expert: which matrix of the parameter; `None` for layers.
     """
 
@@ -52,12 +51,17 @@ class Target:
     r: int
     requested_r: int
     alpha: float
-    adapted: str
     expert: ExpertWeight | None = None
 
     def weight(self) -> Tensor:
         """The weight in the layout of `nn.Linear`, dequantised if need be, float32."""
         return linear_weight(self.module) if self.expert is None else expert_matrix(self.expert)
+
+    @property
+    def adapted(self) -> str:
+        """Full name of what the adapter is on: the module, or the parameter of all experts."""
+        single = self.expert is None or self.expert.index is None
+        return self.name if single else self.name.rpartition("[")[0]
 
     @property
     def measurable(self) -> Measurable:
@@ -166,7 +170,7 @@ def _target(
         )
     if r != requested:
         alpha *= math.sqrt(r / requested) if config.use_rslora else r / requested
-    return Target(name, base, shape, r, requested, alpha, adapted=name)
+    return Target(name, base, shape, r, requested, alpha)
 
 
 def _check_kinds(targets: Mapping[str, Target], config: "GradInitConfig") -> None:
