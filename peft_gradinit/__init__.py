@@ -6,21 +6,26 @@ LoraGAConfig(…, calibration=data))` works.
 
 from .calibration import Calibration, CalibrationResult
 from .errors import GradInitError
+from .export import ExportReport, export_adapter
 from .methods import EvaConfig, LoraGAConfig, LoraOneConfig, SVFitConfig
+from .trainer import CalibrationCallback
 from .tuners import InitReport, calibrate, initialize, load_for_training
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Calibration",
+    "CalibrationCallback",
     "CalibrationResult",
     "EvaConfig",
+    "ExportReport",
     "GradInitError",
     "InitReport",
     "LoraGAConfig",
     "LoraOneConfig",
     "SVFitConfig",
     "calibrate",
+    "export_adapter",
     "initialize",
     "load_for_training",
 ]

@@ -9,6 +9,7 @@ import peft_gradinit
 from peft_gradinit import GradInitError, InitReport, LoraGAConfig
 from peft_gradinit.methods import METHODS
 from tests.helpers import pico_llama, token_batches
+from tests.trainer.trl_runs import texts, tokenizer
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -30,6 +31,20 @@ def test_readme_first_example_runs_as_printed(tmp_path, monkeypatch, capsys):
     exec(code, names)
     assert "LoRA-GA" in capsys.readouterr().out
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.filterwarnings("ignore:LoRA-GA needs 32 singular directions")  # a pico model
+def test_readme_example_for_trl_runs_on_a_cpu(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    section = README[README.index("## Trainer and TRL") :]
+    code = re.search(r"```python\n(.*?)```", section, flags=re.DOTALL).group(1)
+    code = code.replace('SFTConfig("out")', 'SFTConfig("out", use_cpu=True)')
+    pico_llama().save_pretrained("base")
+    tokenizer().save_pretrained("base")
+    names = {"model": "base", "train_dataset": texts()}
+    exec(code, names)
+    assert names["trainer"].state.global_step > 0
+    assert names["trainer"].model.base_model.init_report["default"].facts.n_tokens > 100
 
 
 def test_readme_options_are_those_of_the_config():

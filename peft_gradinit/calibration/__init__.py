@@ -9,26 +9,38 @@ from .fingerprint import model_fingerprint, stored_weight, with_stored_weight
 from .gradients import measure_gradients
 from .guards import left_as_found
 from .inputs import measure_inputs
+from .layouts import assign, is_sharded, plain_name, unwrapped, whole, whole_modules
 from .losses import base_loss, mean_loss
-from .result import CalibrationResult, PassFacts
+from .result import FILE_NAME, CalibrationResult, PassFacts
+from .resume import Checkpoint
 from .run import collect
+from .shards import unsharded
 from .spec import DEFERRED, Calibration
 
 __all__ = [
     "DEFERRED",
+    "FILE_NAME",
     "Calibration",
     "CalibrationResult",
+    "Checkpoint",
     "ExpertWeight",
     "Measurable",
     "PassFacts",
+    "assign",
     "base_loss",
     "capture",
     "collect",
+    "is_sharded",
     "left_as_found",
     "mean_loss",
     "measure_gradients",
     "measure_inputs",
     "model_fingerprint",
+    "plain_name",
     "stored_weight",
+    "unsharded",
+    "unwrapped",
+    "whole",
+    "whole_modules",
     "with_stored_weight",
 ]

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..errors import CalibrationError
 from ..statistics import hash_weight
+from .layouts import plain_name, whole
 
 
 def model_fingerprint(model: nn.Module, skip: tuple[str, ...]) -> dict[str, str]:
@@ -26,7 +27,7 @@ def model_fingerprint(model: nn.Module, skip: tuple[str, ...]) -> dict[str, str]
             check_not_meta(name, parameter)
             plain = name.replace(".base_layer", "").replace(".original_module", "")
             stored = stored_weight(module) if name.endswith(".weight") else parameter
-            hashes[plain.replace("_orig_mod.", "")] = hash_weight(stored)
+            hashes[plain_name(plain)] = hash_weight(whole(stored))
     return hashes
 
 

@@ -4,7 +4,7 @@ import inspect
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,15 +17,26 @@ from .fingerprint import check_not_meta
 from .following import Rows, watched
 from .gauges import peak_bytes, progress
 from .guards import left_as_found
-from .layouts import is_sharded
+from .layouts import must_run_equally
 from .processes import Processes
 from .reduction import keep_on_first, orient_inputs, sum_inputs
 from .result import PassFacts
+from .resume import Resume
 from .selection import TokenSelection
 from .shards import steps
 from .sharing import SharedInputs
 from .spec import Calibration
 from .tokens import is_encoder_decoder
+
+
+class Settling(Protocol):
+    """What is asked after each orientation, and what it compares with."""
+
+    before: dict[str, Tensor]
+
+    def check(self, shared: SharedInputs) -> bool:
+        """Whether to stop."""
+        ...
 
 
 class Forwards:
@@ -37,6 +48,7 @@ class Forwards:
         calibration: data and budgets; its `loss_fn`, if any, is what runs the model.
         use_labels: take only tokens that carry loss.
         settled: asked after each orientation whether to stop.
+        resume: keeps the unfinished sums.
         world: the processes that share the data.
 
     Attributes:
@@ -50,7 +62,8 @@ class Forwards:
         calibration: Calibration,
         *,
         use_labels: bool,
-        settled: Callable[[SharedInputs], bool],
+        settled: Settling,
+        resume: Resume,
         world: Processes,
     ) -> None:
         self.model = model
@@ -58,11 +71,12 @@ class Forwards:
         self.calibration = calibration
         self.use_labels = use_labels
         self.settled = settled
+        self._resume = resume
         self.budget = Budget(calibration)
         self.probe: Any = None
         self.weight = 0
         self.world = world
-        self.runs_all = world.size > 1 and is_sharded(model)
+        self.runs_all = world.size > 1 and must_run_equally(model, calibration)
         self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self._selection: TokenSelection | None = None
 
@@ -79,6 +93,8 @@ class Forwards:
             for name, parameter in self.model.named_parameters():
                 check_not_meta(name, parameter)
         started, peak = time.perf_counter(), peak_bytes()
+        if saved := self._resume.load():
+            self._continue(*saved)
         with (
             left_as_found(self.model, self.calibration.data, self.calibration.seed),
             torch.no_grad(),
@@ -95,6 +111,8 @@ class Forwards:
                 with self.world.together():
                     self._add(step)
                 bar.update(self.budget.n_tokens - bar.n)
+                if step.ends_batch and not settled:
+                    self._resume.after_batch(self._state)
                 if settled:
                     self.budget.stopped_by = "settled"
                     break
@@ -110,9 +128,24 @@ class Forwards:
 
     def _orient(self) -> bool:
         orient_inputs(self.shared, self.device, self.world)
-        settled = self.world.gather(self.settled(self.shared))[0]
+        settled = self.world.gather(self.settled.check(self.shared))[0]
         keep_on_first(self.shared, self.world)
         return settled
+
+    def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and numbers to continue from, at the end of a batch."""
+        tensors, numbers = self.shared.state()
+        tensors |= {f"settling.{name}": t for name, t in self.settled.before.items()}
+        return tensors, {"budget": self.budget.state(), "weight": self.weight, "shared": numbers}
+
+    def _continue(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+        """Continue from `_state()` of an earlier process."""
+        tensors = {key: tensor.to(self.device) for key, tensor in tensors.items()}
+        of_settling = {k: t for k, t in tensors.items() if k.startswith("settling.")}
+        self.settled.before = {k.removeprefix("settling."): t for k, t in of_settling.items()}
+        self.shared.resume(tensors, numbers["shared"])
+        self.budget.resume(numbers["budget"])
+        self.weight = numbers["weight"]
 
     def _add(self, step: Step) -> None:
         selection = TokenSelection(self.model, step.batch, use_labels=self.use_labels)
@@ -120,7 +153,9 @@ class Forwards:
         if not counts and not self.runs_all:
             return
         if self.probe is None:
-            self.probe = first_sequence(step.batch)
+            # A loss of the user's may be of several sequences together.
+            cut = self.calibration.loss_fn is None
+            self.probe = first_sequence(step.batch) if cut else step.batch
         self._selection = selection if counts else None
         try:
             self._forward(step.batch)

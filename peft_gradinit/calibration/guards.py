@@ -6,11 +6,12 @@ changes for the pass, it puts back in reverse order:
 - every module in eval mode (no dropout, so the gradient is a property of the data alone), except
   modules that checkpoint, which do so in train mode only: their own flag is on, whatever it was
   (`from_pretrained` returns models in eval mode), and their own dropout rates are zero;
-- 4-bit layers of bitsandbytes in train mode and unpacked: evaluated on a CPU they pack their weight
-  for good, and a packed weight passes no gradient on;
+- 4-bit layers of bitsandbytes unpacked: evaluated on some CPUs they pack their weight for good, and a
+  packed weight passes no gradient on;
 - reentrant checkpointing replaced by the non-reentrant kind, under which taps work;
 - `use_cache` off; compiled code run eagerly, since compiled graphs ignore hooks added later;
 - the random state of torch, numpy and Python, and of the generators of the user's data loader;
+- models that ZeRO-3 has partitioned run without an engine;
 - inference mode off and gradients on, whatever the caller's mode.
 """
 
@@ -24,6 +25,12 @@ import numpy as np
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+from .layouts import resharded
+from .zero3 import runnable
+
+_HOLDERS = ("loader", "sampler", "batch_sampler", "dataset", "collate_fn", "data_collator")
+"""Attributes of loaders, and of what wraps them, under which generators are found."""
 
 
 @contextmanager
@@ -39,7 +46,14 @@ def left_as_found(model: nn.Module, data: Any, seed: int) -> Iterator[None]:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.compiler.set_stance("force_eager"))
-        contexts = (_randomness(data, seed), _modes(model), _unpacked(model), _attributes(model))
+        contexts = (
+            _randomness(data, seed),
+            _modes(model),
+            _unpacked(model),
+            _attributes(model),
+            runnable(model),
+            resharded(model),
+        )
         for context in contexts:
             stack.enter_context(context)
         yield
@@ -75,18 +89,18 @@ def generators(loader: Any) -> list[torch.Generator]:
         visited.add(id(holder))
         if isinstance(generator := getattr(holder, "generator", None), torch.Generator):
             found[id(generator)] = generator
-        holders += [getattr(holder, name, None) for name in ("sampler", "batch_sampler", "dataset")]
+        holders += [getattr(holder, name, None) for name in _HOLDERS]
     return list(found.values())
 
 
 @contextmanager
 def _modes(model: nn.Module) -> Iterator[None]:
-    """Eval mode, but modules that checkpoint and 4-bit layers in train mode."""
+    """Eval mode, but modules that checkpoint in train mode."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
         for module, _ in modes:
-            if getattr(module, "gradient_checkpointing", False) or _state_of_4bit(module):
+            if getattr(module, "gradient_checkpointing", False):
                 module.training = True
         yield
     finally:
@@ -114,7 +128,8 @@ def _unpacked(model: nn.Module) -> Iterator[None]:
 
 def _state_of_4bit(module: nn.Module) -> Any:
     """The scales of a 4-bit layer of bitsandbytes; `None` for other modules."""
-    return getattr(getattr(module, "weight", None), "quant_state", None)
+    # Not `module.weight`, which other modules may have to compute.
+    return getattr(module._parameters.get("weight"), "quant_state", None)
 
 
 @contextmanager
@@ -137,6 +152,9 @@ def _temporary_values(model: nn.Module) -> list[tuple[Any, str, Any]]:
         (c, "use_cache", False) for c in configs.values() if getattr(c, "use_cache", False) is True
     ]
     for module in model.modules():
+        # With this flag bitsandbytes packs 4-bit weights when they are evaluated.
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            values.append((module, "support_avx512bf16_for_cpu", False))
         if not getattr(module, "gradient_checkpointing", False):
             continue
         if hasattr(module, "_gradient_checkpointing_func"):

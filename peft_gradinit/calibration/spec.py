@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 
 from ..errors import ConfigError
 from .result import CalibrationResult
+from .resume import Checkpoint
 
 DEFAULT_MAX_TOKENS = 65_536
 """Budget if none is given: 128 sequences of 512 tokens, the most that the LoRA-GA authors use."""
@@ -42,6 +43,8 @@ class Calibration:
         loss_fn: `loss_fn(model, batch)` returns a scalar loss, or `(loss, weight)` with the number
             of tokens (or pairs, …) that it is the mean of. Default: `model(**batch).loss`, weighted
             by the labels that are not -100.
+        loss_is_collective: whether `loss_fn` communicates with the other processes, which must all call
+            it equally often then: a loss over the batches of all devices, for instance. Default: no.
         collate_fn: makes a batch from samples when `data` are samples: a dataset, or any iterable
             of samples. Default, for datasets: pads `input_ids`, `attention_mask` and `labels`, and
             drops columns that the model's `forward` lacks.
@@ -52,6 +55,9 @@ class Calibration:
         accelerator: the user's `accelerate.Accelerator`, if its autocast is to be used. None is
             ever created here.
         progress: show a progress bar of the tokens read. On by default: a pass may take minutes.
+        checkpoint: where to keep the unfinished sums, so that a killed pass continues to the same
+            result; for one process. The data must give the same batches in the same order again.
+            Default: nowhere, since most passes take no longer than loading the model.
 
     Raises:
         ConfigError: if an option has a value that cannot work.
@@ -64,11 +70,13 @@ class Calibration:
     estimator: Literal["sketch", "dense"] = "sketch"
     sketch_size: int | None = None
     loss_fn: Callable[[Any, Any], Any] | None = None
+    loss_is_collective: bool = False
     collate_fn: Callable[[list[Any]], Any] | None = None
     batch_size: int = 8
     seed: int = 0
     accelerator: Any = None
     progress: bool = True
+    checkpoint: Checkpoint | None = None
 
     def __post_init__(self) -> None:
         if self.data is None:

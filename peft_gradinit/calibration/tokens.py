@@ -38,6 +38,11 @@ def sequence_tokens(batch: Any) -> Tensor:
         for key in ("attention_mask", "decoder_attention_mask"):
             if isinstance(mask := batch.get(key), Tensor) and mask.dim() == 2:
                 return (mask != 0).sum(1)
+        # Batches of TRL's online trainers hold prompts and completions side by side.
+        sides = [batch.get(key) for key in ("prompt_mask", "completion_mask")]
+        masks = [mask for mask in sides if isinstance(mask, Tensor) and mask.dim() == 2]
+        if len(masks) == len(sides):
+            return sum(((mask != 0).sum(1) for mask in masks), start=torch.tensor(0))
         for key in ("input_ids", "inputs_embeds"):
             if isinstance(tokens := batch.get(key), Tensor) and tokens.dim() >= 2:
                 return torch.full(tokens.shape[:1], tokens.shape[1])

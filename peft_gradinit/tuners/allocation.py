@@ -47,8 +47,9 @@ def check_allocation(config: "GradInitConfig") -> None:
     if config.allocates_ranks and config.is_deferred and not config.restored:
         raise ConfigError(
             f"{name}: rank_allocation={allocation!r} decides shapes from data, which a deferred "
-            "adapter does not have yet; calibrate first and pass the result, or set "
-            "rho=1."
+            "adapter does not have yet, and an optimiser (of Trainer, of TRL) is built on shapes; "
+            "calibrate first, calibrate(model, config, data).save(path) with this config and "
+            "calibration=path or data, or keep the ranks with rank_allocation='uniform' or rho=1."
         )
 
 

@@ -15,6 +15,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ..calibration import assign
 from ..errors import ShapeError
 from .parameters import n_experts
 
@@ -72,14 +73,14 @@ def fill_anchored(layer: LoraLayer, adapter_name: str, A0: Tensor, B0: Tensor) -
         _sides(layer, adapter_name), (A0, B0), (A0, -B0), strict=True
     ):
         original = linear.parametrizations.weight.original
-        original.data.copy_(start)
-        anchor_of(linear).anchor.copy_(anchor)
+        assign(original, start)
+        assign(anchor_of(linear).anchor, anchor)
 
 
 def fill_plain(layer: LoraLayer, adapter_name: str, A0: Tensor, B0: Tensor) -> None:
     """Set the factors of a layer without an anchor; arguments as for `fill_anchored`."""
     for (linear, _), start in zip(_sides(layer, adapter_name), (A0, B0), strict=True):
-        linear.weight.data.copy_(start)
+        assign(linear.weight, start)
 
 
 def plain_factors(layer: LoraLayer, adapter_name: str) -> tuple[Tensor, Tensor]:

@@ -49,8 +49,8 @@ class GradInitConfig(LoraConfig, abc.ABC):
 
     Args:
         calibration: the data, a `Calibration(data, …)`, a `CalibrationResult` or the path of a
-            saved one, or `"deferred"` to call `initialize(peft_model, data)` later. There is no
-            default: an adapter without it would be plain LoRA.
+            saved one, or `"deferred"` to call `initialize(peft_model, data)` later, or to train with a
+            `CalibrationCallback`. There is no default: an adapter without it would be plain LoRA.
         uncalibrated: what happens to targets that the method cannot serve (embeddings,
             convolutions) or that the data do not reach: `"error"` (default), or `"lora"` for a
             plain LoRA start with a warning that names them. Single experts of `target_parameters`
@@ -92,6 +92,7 @@ class GradInitConfig(LoraConfig, abc.ABC):
         # An `InitVar` that stays, which pyright does not know.
         self.calibration = self._calibration(calibration)  # pyright: ignore[reportAttributeAccessIssue]
         self.restored = False
+        self.copy_of: str | None = None
         self.requested_ranks: dict[str, int] = {}
         self.init_report: InitReport | None = None
         self.fingerprint: Fingerprint | None = None

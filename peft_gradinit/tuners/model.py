@@ -10,7 +10,7 @@ import torch
 from peft.tuners.lora import LoraLayer, LoraModel
 from torch import Tensor, nn
 
-from ..calibration import base_loss, left_as_found, mean_loss
+from ..calibration import base_loss, left_as_found, mean_loss, whole_modules
 from ..errors import ConfigError, NotInitializedError
 from .allocation import without_empty
 from .anchored import (
@@ -24,6 +24,7 @@ from .anchored import (
 )
 from .combining import combined_config, highest_rank, plain_config
 from .config import GradInitConfig
+from .copying import copy_adapter, source_of
 from .magnitude import renew_magnitude
 from .parameters import (
     find_layer,
@@ -33,6 +34,7 @@ from .parameters import (
     with_converted_targets,
 )
 from .pending import hold, is_pending, release
+from .publishing import attend, card_tags
 from .report import InitReport, ReportsByAdapter, StepCheck
 from .rollback import all_or_nothing, remove_adapter
 from .start import Start, check_step, compute_start
@@ -50,6 +52,11 @@ class GradInitModel(ReportsByAdapter, LoraModel):
 
     _just_started: tuple[str, Start] | None = None
     _combining: tuple[list[str], str] | None = None
+
+    @property
+    def model_tags(self) -> list[str]:
+        """Tags that `Trainer` and TRL put on the cards that they write."""
+        return card_tags(self)
 
     def inject_adapter(
         self,
@@ -89,13 +96,15 @@ class GradInitModel(ReportsByAdapter, LoraModel):
             self._inject(model, adapter_name, options)
 
     def _inject(self, model: nn.Module, adapter_name: str, options: tuple[Any, ...]) -> None:
+        source = source_of(self.peft_config, adapter_name)
         # A copy, since targets are converted and ranks may be lowered in it.
         config = with_converted_targets(self._config(adapter_name), model)
+        config.copy_of = source
         others = {n: other for n, other in self.peft_config.items() if n != adapter_name}
         self.peft_config[adapter_name] = config
         targets = resolve_targets(model, config, others)
         start = None
-        if not config.is_deferred:
+        if source is None and not config.is_deferred:
             data = config.calibration  # pyright: ignore[reportAttributeAccessIssue]
             start = compute_start(model, targets, config, data)
             targets = start.targets
@@ -107,6 +116,19 @@ class GradInitModel(ReportsByAdapter, LoraModel):
         if start is not None:
             self.fill(adapter_name, start)
             self._just_started = (adapter_name, start)
+        elif source is not None:
+            self._copy(source, adapter_name)
+
+    def _copy(self, source: str, adapter_name: str) -> None:
+        """Copy an adapter into another, unless it has no start yet: then `fill` does so later."""
+        modules = list(self.model.modules())
+        if any(is_pending(module, source) for module in modules):
+            return
+        copy_adapter(self.model, source, adapter_name)
+        for module in modules:
+            release(module, adapter_name)
+        config, original = self._config(adapter_name), self._config(source)
+        config.fingerprint, config.init_report = original.fingerprint, original.init_report
 
     def fill(self, adapter_name: str, start: Start) -> InitReport:
         """Write a start into an injected adapter and report on it.
@@ -130,7 +152,15 @@ class GradInitModel(ReportsByAdapter, LoraModel):
             raise
         config.fingerprint = start.result.fingerprint
         config.init_report = start.report(config.method, drift, step)
+        self._copy_to_waiting(adapter_name)
         return config.init_report
+
+    def _copy_to_waiting(self, source: str) -> None:
+        """Give its start to the adapters that were added as copies before it had one."""
+        for name, config in self.peft_config.items():
+            waiting = any(is_pending(module, name) for module in self.model.modules())
+            if getattr(config, "copy_of", None) == source and waiting:
+                self._copy(source, name)
 
     def _checked_step(self, adapter_name: str, start: Start) -> StepCheck | None:
         """Measure the loss after the start, and halve a start that raises it."""
@@ -149,7 +179,7 @@ class GradInitModel(ReportsByAdapter, LoraModel):
             # Both factors share the scale of their product.
             self._write(adapter_name, start, shrink=math.sqrt(scale))
             with adapter_alone(self.model, adapter_name):
-                return mean_loss(self.model, replay, start.calibration)
+                return mean_loss(start.runner or self.model, replay, start.calibration)
 
         return check_step(self._config(adapter_name).method, base_loss(replay), loss_at)
 
@@ -169,15 +199,14 @@ class GradInitModel(ReportsByAdapter, LoraModel):
     def _write(self, adapter_name: str, start: Start, shrink: float = 1.0) -> None:
         """Write the factors, both `shrink` times as long, and let the adapter train."""
         fill = fill_anchored if self._config(adapter_name).anchored else fill_plain
-        for name, of_experts in start.factors_by_layer().items():
-            layer = self._layer(name)
-            scaled = {index: (shrink * A0, shrink * B0) for index, (A0, B0) in of_experts.items()}
-            fill(
-                layer,
-                adapter_name,
-                *stacked(scaled, plain_factors(layer, adapter_name), n_experts(layer)),
-            )
-            renew_magnitude(layer, adapter_name)
+        with whole_modules(start.runner or self.model, write=True):
+            for name, of_experts in start.factors_by_layer().items():
+                layer = self._layer(name)
+                pairs = {i: (shrink * A0, shrink * B0) for i, (A0, B0) in of_experts.items()}
+                n = n_experts(layer)
+                plain = plain_factors(layer, adapter_name)
+                fill(layer, adapter_name, *(pairs[0] if n == 1 else stacked(pairs, plain, n)))
+                renew_magnitude(layer, adapter_name)
         for layer in self.model.modules():
             release(layer, adapter_name)
 
@@ -206,14 +235,15 @@ class GradInitModel(ReportsByAdapter, LoraModel):
     def _drift(self, adapter_name: str, start: Start) -> float | None:
         """Relative change of the output on the first sequence of the data."""
         probe, calibration = start.result.probe, start.calibration
+        runner = start.runner or self.model
         if probe is None:
             return None
-        with left_as_found(self.model, None, calibration.seed), torch.no_grad():
+        with left_as_found(runner, None, calibration.seed), torch.no_grad():
             try:
                 with adapters_disabled(self.model):
-                    base = _output(self.model, probe, calibration.loss_fn)
+                    base = _output(runner, probe, calibration.loss_fn)
                 with adapter_alone(self.model, adapter_name):
-                    started = _output(self.model, probe, calibration.loss_fn)
+                    started = _output(runner, probe, calibration.loss_fn)
             except Exception:  # noqa: BLE001 whatever the user's code may raise on one sequence
                 return None  # the drift is a figure in the report, no reason to fail
         return ((started - base).norm() / base.norm().clamp_min(1e-30)).item()
@@ -287,8 +317,11 @@ class GradInitModel(ReportsByAdapter, LoraModel):
         if pending:
             raise NotInitializedError(
                 f"adapter {adapter_name!r} is deferred and {len(pending)} layers ({pending[0]}, …) "
-                "have no start yet, so there is nothing to save; call initialize(model, data)."
+                "have no start yet, so there is nothing to save; call initialize(model, data), or "
+                "train with a CalibrationCallback."
             )
+        _check_ranks(model, adapter_name)
+        attend(model)
         entries = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
@@ -318,6 +351,28 @@ class GradInitModel(ReportsByAdapter, LoraModel):
             if is_pending(layer, adapter_name) and any(k.startswith(f"{name}.") for k in loaded):
                 release(layer, adapter_name)
         return loaded
+
+
+def _check_ranks(model: nn.Module, adapter_name: str) -> None:
+    """Refuse factors that were replaced by wider ones, as preparing for compiled hot-swapping does.
+
+    Raises:
+        ConfigError: naming the first layer; what would be saved could not be loaded.
+    """
+    modules: dict[str, Any] = dict(model.named_modules())
+    for name, layer in modules.items():
+        if not isinstance(layer, LoraLayer) or adapter_name not in layer.lora_A:
+            continue
+        linear: Any = layer.lora_A[adapter_name]
+        anchored = is_anchored(modules[name], adapter_name)
+        weight = linear.parametrizations.weight.original if anchored else linear.weight
+        r = layer.r[adapter_name]
+        if isinstance(linear, nn.Linear) and weight.dim() == 2 and weight.shape[0] != r:
+            raise ConfigError(
+                f"{name} has factors of rank {weight.shape[0]}, but the adapter {adapter_name!r} has "
+                f"r={r} there: the model was changed, as prepare_model_for_compiled_hotswap does. "
+                "Save before that, and prepare the adapter that PeftModel.from_pretrained loads."
+            )
 
 
 def _check_memory(low_cpu_mem_usage: bool) -> None:

@@ -20,7 +20,7 @@ from peft.utils.other import get_pattern_key
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import Tensor, nn
 
-from ..calibration import ExpertWeight
+from ..calibration import ExpertWeight, unwrapped, whole
 from ..errors import ConfigError, TargetError
 
 if TYPE_CHECKING:
@@ -106,30 +106,28 @@ def expert_weights(name: str, module: nn.Module, parameter: str) -> dict[str, Ex
         TargetError: if the parameter is no stack of matrices of floating numbers.
     """
     tensor = getattr(module, parameter)
-    if tensor.dim() not in (2, 3) or not tensor.is_floating_point():
+    shape = _full_shape(tensor)
+    if len(shape) not in (2, 3) or not tensor.is_floating_point():
         raise TargetError(
-            f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}; target_parameters takes "
+            f"{name} is {tensor.dtype} of shape {shape}; target_parameters takes "
             "floating parameters (out, in) and (experts, out, in). Leave it out."
         )
-    if tensor.dim() == 2:
+    if len(shape) == 2:
         return {name: ExpertWeight(module, parameter, None, transposed=False)}
     transposed = bool(getattr(module, "is_transposed", False))
-    return {
-        f"{name}[{i}]": ExpertWeight(module, parameter, i, transposed)
-        for i in range(tensor.shape[0])
-    }
+    return {f"{name}[{i}]": ExpertWeight(module, parameter, i, transposed) for i in range(shape[0])}
 
 
 def expert_matrix(weight: ExpertWeight) -> Tensor:
     """The matrix as PEFT adapts it, `(out, in)`, float32."""
-    tensor = getattr(weight.module, weight.parameter).detach()
+    tensor = whole(getattr(weight.module, weight.parameter)).detach()
     matrix = tensor if weight.index is None else tensor[weight.index]
     return (matrix.T if weight.transposed else matrix).float()
 
 
 def expert_shape(weight: ExpertWeight) -> tuple[int, int]:
     """`(out, in)` of the matrix as PEFT adapts it."""
-    first, second = getattr(weight.module, weight.parameter).shape[-2:]
+    first, second = _full_shape(getattr(weight.module, weight.parameter))[-2:]
     return (second, first) if weight.transposed else (first, second)
 
 
@@ -159,12 +157,12 @@ def find_layer(model: nn.Module, name: str) -> LoraLayer:
         TypeError: if there is none.
     """
     path, _, parameter = name.rpartition(".")
-    wrapper = model.get_submodule(path)
+    wrapper = unwrapped(model.get_submodule(path))
     while isinstance(wrapper, ParamWrapper):
         if wrapper.parameter_name == parameter:
             return wrapper
         wrapper = wrapper.base_layer
-    layer = model.get_submodule(name)
+    layer = unwrapped(model.get_submodule(name))
     if not isinstance(layer, LoraLayer):
         raise TypeError(f"{name} is a {type(layer).__name__}, expected a LoRA layer")
     return layer
@@ -187,8 +185,8 @@ def stacked(factors: Mapping[int, Factors], plain: Factors, n: int) -> Factors:
     Returns:
         `A0 (n * r, in)` and `B0 (out, r * n)`.
     """
-    A = plain[0].detach().float().unflatten(0, (n, -1)).clone()
-    B = torch.zeros_like(plain[1], dtype=torch.float32).unflatten(1, (-1, n))
+    A = whole(plain[0]).detach().float().unflatten(0, (n, -1)).clone()
+    B = torch.zeros_like(whole(plain[1]), dtype=torch.float32).unflatten(1, (-1, n))
     for expert, (A0, B0) in factors.items():
         A[expert], B[:, :, expert] = A0, B0
     return A.flatten(0, 1), B.flatten(1, 2)
@@ -197,3 +195,8 @@ def stacked(factors: Mapping[int, Factors], plain: Factors, n: int) -> Factors:
 def mean_scores(scores: list[Tensor]) -> Tensor:
     """What each rank of a parameter brings, from what it brings to its experts: the mean."""
     return torch.stack([s.double().cpu() for s in scores]).mean(dim=0)
+
+
+def _full_shape(parameter: Any) -> tuple[int, ...]:
+    """The shape of a parameter, also of one that ZeRO-3 has spread."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))

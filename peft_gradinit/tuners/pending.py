@@ -8,6 +8,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 
+from ..calibration import unwrapped
 from ..errors import NotInitializedError
 
 _HANDLE = "_gradinit_pending"
@@ -37,10 +38,17 @@ def is_pending(layer: nn.Module, adapter_name: str) -> bool:
     return any(_HANDLE in linear.__dict__ for linear in _factors(layer, adapter_name))
 
 
+def waiting_adapters(model: nn.Module) -> list[str]:
+    """Names of the adapters of a model that still wait for their start."""
+    layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
+    names = dict.fromkeys(name for layer in layers for name in layer.lora_A)
+    return [name for name in names if any(is_pending(layer, name) for layer in layers)]
+
+
 def _factors(layer: Any, adapter_name: str) -> list[nn.Module]:
     if not isinstance(layer, LoraLayer) or adapter_name not in layer.lora_A:
         return []
-    return [layer.lora_A[adapter_name]]
+    return [unwrapped(layer.lora_A[adapter_name])]
 
 
 def _refuse_parameter(
@@ -64,6 +72,7 @@ def _refuse_to_train(module: nn.Module, args: Any, output: torch.Tensor) -> None
 
 def _raise_pending(*_: Any) -> None:
     raise NotInitializedError(
-        "this adapter was made with calibration='deferred' and has no start yet; call "
-        "peft_gradinit.initialize(model, data), or load a checkpoint, before training."
+        "this adapter was made with calibration='deferred' and has no start yet; before training, call "
+        "peft_gradinit.initialize(model, data), or load a checkpoint; with transformers.Trainer or TRL, "
+        "trainer.add_callback(peft_gradinit.CalibrationCallback(trainer))."
     )

@@ -4,10 +4,12 @@ import dataclasses
 import importlib.metadata
 import json
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError
+from .publishing import hub_id, saved
 
 if TYPE_CHECKING:
     from .config import GradInitConfig
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
 
 FILE_NAME = "gradinit.json"
 FORMAT = "peft_gradinit.adapter/1"
+EXPORT_FORMAT = "peft_gradinit.export/1"
 _PACKAGES = ("peft_gradinit", "peft", "transformers", "accelerate", "torch")
 
 
@@ -27,20 +30,44 @@ def write_provenance(
         directory: an existing folder.
         config: the live config; its report and fingerprint are included if there are any.
     """
-    report, fingerprint = config.init_report, config.fingerprint
-    content = {
-        "format": FORMAT,
-        "method": config.method,
+    write_content(directory, {"format": FORMAT, **facts_of(config)})
+    saved(Path(directory))
+
+
+def facts_of(config: Any) -> dict[str, Any]:
+    """What is worth knowing of an adapter, for JSON; no path of the machine is in it.
+
+    Args:
+        config: the live config, or one of PEFT.
+
+    Returns:
+        Method, config, report, fingerprint, the data's name on the Hub, and versions.
+    """
+    report, fingerprint = (getattr(config, name, None) for name in ("init_report", "fingerprint"))
+    values = _plain(config.to_dict())
+    values["base_model_name_or_path"] = hub_id(values.get("base_model_name_or_path"))
+    return {
+        "method": getattr(config, "method", "LoRA"),
         "config_class": type(config).__name__,
-        "config": _plain(config.to_dict()),
+        "config": values,
         "report": report.to_dict() if report else None,
         "fingerprint": dataclasses.asdict(fingerprint) if fingerprint else None,
+        "dataset": _dataset_id(config),
         "versions": {name: _version(name) for name in _PACKAGES},
     }
+
+
+def write_content(directory: str | os.PathLike[str], content: dict[str, Any]) -> None:
+    """Write `gradinit.json`, whole or not at all.
+
+    Args:
+        directory: an existing folder.
+        content: for JSON.
+    """
     path = Path(directory) / FILE_NAME
     beside = path.with_name(f".{FILE_NAME}.{os.getpid()}.part")
     try:
-        beside.write_text(json.dumps(content, indent=2, sort_keys=True))
+        beside.write_text(json.dumps(content, indent=2, sort_keys=True), encoding="utf-8")
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
@@ -72,10 +99,26 @@ def read_provenance(directory: str | os.PathLike[str]) -> dict[str, Any]:
         ) from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         got = content.get("format") if isinstance(content, dict) else type(content).__name__
+        if got == EXPORT_FORMAT:
+            raise DataError(
+                f"{str(directory)!r} was written by export_adapter and holds no state to train on; "
+                "pass what save_pretrained wrote, or load it with PeftModel.from_pretrained(…, "
+                "is_trainable=True) as plain LoRA."
+            )
         raise DataError(
             f"{str(path)!r} has format {got!r}, expected {FORMAT!r}; update the package."
         )
     return content
+
+
+def _dataset_id(config: Any) -> str | None:
+    """The Hub name of the calibration data, where `datasets` has recorded what it downloaded."""
+    data = getattr(getattr(config, "calibration", None), "data", None)
+    info = getattr(getattr(data, "dataset", data), "info", None)
+    for url in getattr(info, "download_checksums", None) or {}:
+        if found := re.match(r"hf://datasets/([^@]+)@", url):
+            return found[1]
+    return None
 
 
 def _plain(value: Any) -> Any:

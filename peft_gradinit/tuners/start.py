@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..calibration import Calibration, CalibrationResult, model_fingerprint
+from ..calibration import Calibration, CalibrationResult, model_fingerprint, whole_modules
 from ..errors import CalibrationError, ConfigError, FingerprintError
 from ..statistics import Fingerprint
 from .allocation import allocated, offered_rank
@@ -42,6 +42,7 @@ class Start:
         result: what the factors were computed from.
         modules: lines of the report.
         calibration: the loss that the pass was made with, to measure the start with.
+        runner: what is called to run the model, if not the model itself.
     """
 
     targets: Mapping[str, Target]
@@ -49,6 +50,7 @@ class Start:
     result: CalibrationResult
     modules: tuple[ModuleReport, ...]
     calibration: Calibration
+    runner: nn.Module | None = None
 
     def factors_by_layer(self) -> dict[str, dict[int, tuple[Tensor, Tensor]]]:
         """The factors of each layer or parameter: by expert; of those without experts, by 0."""
@@ -69,7 +71,11 @@ class Start:
 
 
 def compute_start(
-    model: nn.Module, targets: Mapping[str, Target], config: GradInitConfig, calibration: Any
+    model: nn.Module,
+    targets: Mapping[str, Target],
+    config: GradInitConfig,
+    calibration: Any,
+    runner: nn.Module | None = None,
 ) -> Start:
     """Measure, or take what was measured before, and compute every target's factors.
 
@@ -80,6 +86,7 @@ def compute_start(
         targets: what to compute starts for.
         config: the method and its options.
         calibration: what `calibration=` may be, except `"deferred"`.
+        runner: what to call to run the model: the wrapper of a sharded one. Default: the model.
 
     Returns:
         The start.
@@ -93,20 +100,22 @@ def compute_start(
         raise ConfigError(
             f"{type(config).__name__} has no calibration, and without one the adapter would be "
             "plain LoRA; pass calibration=<DataLoader, dataset, or path of a saved "
-            "CalibrationResult>, or calibration='deferred' and call initialize(peft_model, data)."
+            "CalibrationResult>, or calibration='deferred' and call initialize(peft_model, data), or "
+            "train with a CalibrationCallback."
         )
     calibration = Calibration.of(calibration)
-    result = measured(model, targets, config, calibration)
+    result = measured(model, targets, config, calibration, runner)
     _check_complete(result)
     _check_failures(result.failures, targets, config)
     seed = result.fingerprint.options.get("seed", 0)
     factors, lines = {}, []
     targets = allocated(targets, result, config)
-    for name, target in targets.items():
-        if name in result.triplets and target.r:
-            factors[name] = _factors(result, target, config, seed)
-        lines.append(_line(result, target, config, factors.get(name)))
-    return Start(targets, factors, result, tuple(lines), result.options or calibration)
+    with whole_modules(runner or model):
+        for name, target in targets.items():
+            if name in result.triplets and target.r:
+                factors[name] = _factors(result, target, config, seed)
+            lines.append(_line(result, target, config, factors.get(name)))
+    return Start(targets, factors, result, tuple(lines), result.options or calibration, runner)
 
 
 def measured(
@@ -114,6 +123,7 @@ def measured(
     targets: Mapping[str, Target],
     config: GradInitConfig,
     calibration: Calibration,
+    runner: nn.Module | None = None,
 ) -> CalibrationResult:
     """Run the calibration pass, or check and return the saved result that the data are.
 
@@ -122,20 +132,23 @@ def measured(
         targets: the modules to measure.
         config: the method.
         calibration: data, or a saved result.
+        runner: what to call to run the model. Default: the model.
 
     Returns:
         The result.
     """
     saved = calibration.saved_result()
     if saved is not None:
-        saved.fingerprint.check(
-            _fingerprint(model, targets, config, calibration.demanded_options())
-        )
+        options = calibration.demanded_options()
+        with whole_modules(runner or model):
+            saved.fingerprint.check(_fingerprint(model, targets, config, options))
         return saved
-    fingerprint = _fingerprint(model, targets, config, calibration.measurement_options())
+    with whole_modules(runner or model):
+        options = calibration.measurement_options()
+        fingerprint = _fingerprint(model, targets, config, options)
     modules = {name: t.measurable for name, t in targets.items() if t.shape is not None}
     with adapters_disabled(model):
-        return config.measure(model, modules, calibration, fingerprint)
+        return config.measure(runner or model, modules, calibration, fingerprint)
 
 
 def base_fingerprint(model: nn.Module, config: GradInitConfig | SpectralConfig) -> dict[str, str]:

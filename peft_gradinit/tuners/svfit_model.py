@@ -12,9 +12,11 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..calibration import stored_weight
+from ..calibration import stored_weight, whole
 from ..errors import ConfigError, TargetError
 from ..statistics import Fingerprint, hash_weight
+from .copying import copy_adapter, source_of
+from .publishing import attend, card_tags
 from .report import ReportsByAdapter
 from .rollback import all_or_nothing, remove_adapter
 from .start import base_fingerprint
@@ -29,6 +31,11 @@ class SVFitModel(ReportsByAdapter, BaseTuner):
     prefix: str = "svfit_"
     tuner_layer_cls = SVFitLinear
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    @property
+    def model_tags(self) -> list[str]:
+        """Tags that `Trainer` and TRL put on the cards that they write."""
+        return card_tags(self)
 
     def inject_adapter(
         self,
@@ -51,6 +58,7 @@ class SVFitModel(ReportsByAdapter, BaseTuner):
             self._inject(model, adapter_name, (autocast_adapter_dtype, False, state_dict))
 
     def _inject(self, model: nn.Module, adapter_name: str, options: tuple[Any, ...]) -> None:
+        source = source_of(self.peft_config, adapter_name)
         # Ranks are written into it.
         config = cast("SpectralConfig", copy.copy(self.peft_config[adapter_name]))
         self.peft_config[adapter_name] = config
@@ -59,10 +67,15 @@ class SVFitModel(ReportsByAdapter, BaseTuner):
         super().inject_adapter(model, adapter_name, *options)
         layers = live_layers(model, adapter_name)
         _warn_of_lowered_ranks(config, layers, adapter_name)
+        if source is not None:
+            copy_adapter(model, source, adapter_name)
         for name, layer in layers.items():
-            weight = _finite_matrix(name, layer)
-            layer.fill(adapter_name, *config.basis(weight, layer.r[adapter_name], name))
-            layer.weight_hash[adapter_name] = hash_weight(stored_weight(layer.get_base_layer()))
+            if source is None:
+                weight = _finite_matrix(name, layer)
+                layer.fill(adapter_name, *config.basis(weight, layer.r[adapter_name], name))
+            layer.weight_hash[adapter_name] = hash_weight(
+                whole(stored_weight(layer.get_base_layer()))
+            )
         bases = [layer.get_base_layer() for layer in layers.values()]
         config.fan_in_fan_out = any(isinstance(base, Conv1D) for base in bases)
         config.ranks = {name: layer.r[adapter_name] for name, layer in layers.items()}
@@ -105,6 +118,22 @@ class SVFitModel(ReportsByAdapter, BaseTuner):
             )
         yield
 
+    def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
+        """Refuse: a sum of spectral adapters is a LoRA of another basis.
+
+        Args:
+            adapters: names of adapters.
+            args: unused.
+            kwargs: unused.
+
+        Raises:
+            ConfigError: always, with the way that works.
+        """
+        raise ConfigError(
+            f"add_weighted_adapter cannot combine the live SVFit adapters {adapters}; save them and "
+            "combine them as plain LoRA, loaded with PeftModel.from_pretrained."
+        )
+
     # Saving and loading: PEFT's hooks ---------------------------------------------------------
 
     @classmethod
@@ -116,6 +145,7 @@ class SVFitModel(ReportsByAdapter, BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
+        attend(model)
         entries = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )

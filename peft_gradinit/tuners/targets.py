@@ -15,7 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
-from ..calibration import ExpertWeight, Measurable
+from ..calibration import ExpertWeight, Measurable, plain_name
 from ..errors import TargetError
 from .parameters import (
     adapted_parameter,
@@ -106,7 +106,7 @@ def live_targets(
     for path, module in model.named_modules():
         if isinstance(module, LoraLayer) and adapter_name in module.scaling:
             layer = cast("nn.Module", module)
-            name = adapted_parameter(path, layer)
+            name = adapted_parameter(plain_name(path), layer)
             requested = config.requested_ranks.get(name)
             parameter = getattr(layer, "parameter_name", None)
             for target in _targets(name, layer, parameter, config).values():

@@ -1,5 +1,6 @@
 """What users call besides `get_peft_model`: `calibrate`, `initialize`, `load_for_training`."""
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any, cast
@@ -9,9 +10,10 @@ from peft import PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from ..calibration import DEFERRED, Calibration, CalibrationResult
+from ..calibration import DEFERRED, Calibration, CalibrationResult, is_sharded
 from ..errors import ConfigError, DataError, FingerprintError
 from ..statistics import Fingerprint
 from .config import GradInitConfig
@@ -51,11 +53,12 @@ def calibrate(model: nn.Module, config: GradInitConfig, data: Any) -> Calibratio
     return measured(model, targets, config, Calibration.of(data))
 
 
-def initialize(peft_model: PeftModel, data: Any, adapter_name: str = "default") -> InitReport:
+def initialize(peft_model: nn.Module, data: Any, adapter_name: str = "default") -> InitReport:
     """Give a deferred adapter its start, in place: parameters stay the objects that they are.
 
     Args:
-        peft_model: a model whose adapter was made with `calibration="deferred"`.
+        peft_model: a model whose adapter was made with `calibration="deferred"`; if FSDP shards it,
+            the outermost module, which the training loop calls.
         data: whatever `calibration=` takes.
         adapter_name: which adapter.
 
@@ -65,7 +68,8 @@ def initialize(peft_model: PeftModel, data: Any, adapter_name: str = "default") 
     Raises:
         ConfigError: if there is no such adapter, it is of another kind, or it has its start.
     """
-    tuner, config = _deferred(peft_model, adapter_name)
+    runner = peft_model if is_sharded(peft_model) else None
+    tuner, config = _deferred(_peft_model_in(peft_model), adapter_name)
     model = tuner.model
     targets = live_targets(model, config, adapter_name)
     if not any(is_pending(module, adapter_name) for module in model.modules()):
@@ -73,7 +77,7 @@ def initialize(peft_model: PeftModel, data: Any, adapter_name: str = "default") 
             f"adapter {adapter_name!r} has its start already, and initialising it again would undo "
             "its training; add a new adapter instead."
         )
-    return tuner.fill(adapter_name, compute_start(model, targets, config, data))
+    return tuner.fill(adapter_name, compute_start(model, targets, config, data, runner))
 
 
 def load_for_training(
@@ -98,7 +102,7 @@ def load_for_training(
         The `PeftModel`, its adapter active and trainable.
 
     Raises:
-        DataError: if the directory holds no readable `gradinit.json`.
+        DataError: if the directory holds no readable `gradinit.json`, or no readable weights.
         FingerprintError: if the base model has other weights.
     """
     content = read_provenance(directory)
@@ -144,6 +148,43 @@ def _check_weights(directory: str | os.PathLike[str]) -> None:
             f"{str(directory)!r} holds none of {names}, so there is no adapter to load; restore the "
             "saved adapter."
         )
+    file = Path(directory) / SAFETENSORS_WEIGHTS_NAME
+    try:
+        if file.exists():
+            with safe_open(file, "pt"):
+                pass
+    except (SafetensorError, OSError) as error:
+        raise DataError(
+            f"{str(file)!r} cannot be read ({error}); a run that was killed while it saved leaves such a "
+            "file: load the checkpoint before it, or restore the saved adapter."
+        ) from error
+
+
+def _check_options(
+    config_cls: type,
+    values: dict[str, Any],
+    content: dict[str, Any],
+    directory: str | os.PathLike[str],
+) -> None:
+    """Refuse options that a later version has written: without them it would be another adapter.
+
+    Args:
+        config_cls: the class that they are for.
+        values: options by name.
+        content: of `gradinit.json`, which names the versions that wrote it.
+        directory: where it is, for the message.
+
+    Raises:
+        DataError: naming the options.
+    """
+    known = {field.name for field in dataclasses.fields(config_cls)}
+    if unknown := sorted(values.keys() - known):
+        versions = content.get("versions") or {}
+        wrote = ", ".join(f"{n} {versions.get(n, '?')}" for n in ("peft_gradinit", "peft"))
+        raise DataError(
+            f"the gradinit.json of {str(directory)!r} has options that {config_cls.__name__} does not know "
+            f"here: {unknown}; they were written by {wrote}: update these packages."
+        )
 
 
 def _restored_config(
@@ -152,6 +193,7 @@ def _restored_config(
     try:
         values = dict(content["config"])
         config_cls = PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(values.pop("peft_type"))]
+        _check_options(config_cls, values, content, directory)
         config = cast("GradInitConfig | SpectralConfig", config_cls(**values))
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(
@@ -179,6 +221,11 @@ def _check_base(
                 f"the adapter in {str(directory)!r} was made on another base model: {name} has hash "
                 f"{want} there and {got} here; load that base, or pass allow_mismatch=True."
             )
+
+
+def _peft_model_in(model: nn.Module) -> nn.Module:
+    """The `PeftModel` inside of wrappers such as FSDP1 and DDP; the model if there is none."""
+    return next((m for m in model.modules() if isinstance(m, PeftModel)), model)
 
 
 def _deferred(peft_model: Any, adapter_name: str) -> tuple[GradInitModel, GradInitConfig]:

@@ -7,7 +7,7 @@ from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..calibration import with_stored_weight
+from ..calibration import whole, with_stored_weight
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:
@@ -40,5 +40,8 @@ def linear_weight(module: nn.Module) -> Tensor:
     if is_quantized(module):
         # Copied, since dequantising writes to 8-bit layers.
         module = copy.deepcopy(with_stored_weight(module))
-    weight = cast("Tensor", dequantize_module_weight(module)).detach().float()
+        weight = cast("Tensor", dequantize_module_weight(module))
+    else:
+        weight = whole(module.weight)
+    weight = weight.detach().float()
     return weight.T if isinstance(module, Conv1D) else weight

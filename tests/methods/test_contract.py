@@ -193,7 +193,7 @@ def test_the_saved_file_is_a_float32_lora_in_the_layout_of_linear(method, make, 
     plain = LoraConfig.from_pretrained(tmp_path)
 
     assert content["peft_type"] == "LORA"
-    assert content.keys() == LoraConfig().to_dict().keys()
+    assert content.keys() <= LoraConfig().to_dict().keys()
     total = 0
     for layer, (A, B) in factors.items():
         name = layer.removeprefix("base_model.model.")

@@ -104,7 +104,7 @@ def test_adapter_made_in_float32_is_accepted_on_the_bfloat16_copy_of_its_base(tm
         ('{"format": "peft_gradinit.adapter/1"}', r"cannot be restored: KeyError\('config'\)"),
         (
             '{"format": "peft_gradinit.adapter/1", "config": {"peft_type": "LORA_GA", "new": 1}}',
-            "cannot be restored: TypeError.*'new'",
+            r"does not know here: \['new'\]; they were written by peft_gradinit \?, peft \?",
         ),
         (
             '{"format": "peft_gradinit.adapter/1", "config": {"peft_type": "NEW"}}',

@@ -1,0 +1,85 @@
+"""Models that DeepSpeed's ZeRO-3 has partitioned (`zero.Init`), before there is an engine to run them."""
+
+import contextlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import CalibrationError
+
+_OF_ENGINES = "ds_inflight_param_registry"
+"""Attribute of the outermost module while DeepSpeed runs it."""
+
+
+def is_partitioned(parameter: Any) -> bool:
+    """Whether ZeRO-3 holds a part of the parameter on each process."""
+    return hasattr(parameter, "ds_id")
+
+
+def gathered(parameter: Any) -> Tensor:
+    """A copy of a partitioned parameter's whole values; a collective."""
+    from deepspeed import zero  # an optional dependency, known to be there
+
+    with zero.GatheredParameters([parameter]):
+        return parameter.data.clone()
+
+
+@contextmanager
+def runnable(model: nn.Module) -> Iterator[None]:
+    """Let a partitioned model run, gathering each layer when its turn comes.
+
+    DeepSpeed's own hooks do it for the length of the block. They partition every parameter that
+    they find: those that were whole, such as an adapter's, are whole again afterwards.
+
+    Args:
+        model: any model; nothing happens if it is not partitioned.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        CalibrationError: if DeepSpeed runs the model already.
+    """
+    if not any(is_partitioned(p) for p in model.parameters()):
+        yield
+        return
+    if hasattr(model, _OF_ENGINES):
+        raise CalibrationError(
+            f"the {type(model).__name__} is inside a DeepSpeed engine, which runs it for its own training "
+            "only; calibrate before deepspeed.initialize (with Trainer: before trainer.train(), by "
+            "calibration=data or a saved calibration), not at the beginning of training."
+        )
+    from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+    from deepspeed.utils.timer import NoopTimer
+
+    whole = [(p, set(vars(p))) for p in model.parameters() if not is_partitioned(p)]
+    offload = DeepSpeedZeRoOffload(
+        model, NoopTimer(), None, overlap_comm=False, param_persistence_threshold=0
+    )
+    try:
+        yield
+    finally:
+        # Layers whose inputs need no gradient are not released by the backward.
+        offload.param_coordinator.release_and_reset_all(model)
+        offload.destroy()
+        delattr(model, _OF_ENGINES)
+        for parameter, attributes in whole:
+            _make_whole(parameter, attributes)
+        for module in model.modules():
+            _restore_parameters(module)
+
+
+def _make_whole(parameter: Any, attributes: set[str]) -> None:
+    values = gathered(parameter)
+    for name in vars(parameter).keys() - attributes:
+        delattr(parameter, name)
+    parameter.data = values
+
+
+def _restore_parameters(module: Any) -> None:
+    """Put back the dict that DeepSpeed has replaced by one of its own."""
+    with contextlib.suppress(AttributeError):
+        module._parameters = module._original_parameters
+        del module._original_parameters

@@ -1,0 +1,239 @@
+"""The card: what it says, what it keeps, what it never says; and the picture in it."""
+
+import builtins
+import json
+
+import pytest
+import torch
+import yaml
+from datasets import Dataset, DatasetInfo
+from huggingface_hub import ModelCard, ModelCardData
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from peft_gradinit import SVFitConfig, load_for_training
+from peft_gradinit.model_card import complete_card
+from peft_gradinit.picture import draw_layers
+from peft_gradinit.tuners.publishing import hub_id, published
+from tests.exports import config, trained
+from tests.helpers import logits, pico_llama, quiet, token_batches, train_steps
+
+
+def saved(directory, method="lora_ga", name="default", model=None, **options):
+    peft_model = trained(method, model, name, **options)
+    peft_model.save_pretrained(directory)
+    return peft_model
+
+
+def card(directory):
+    return ModelCard.load(directory / "README.md")
+
+
+def test_saving_writes_the_whole_card(tmp_path):
+    saved(tmp_path, "lora_one")
+    text = card(tmp_path).text
+    assert text.startswith("\n# LoRA-One adapter\n")
+    assert "| built-in step | loss 4.57" in text
+    assert "| captured energy by layer | median " in text
+    assert "More Information Needed" not in text
+    assert (tmp_path / "gradinit.png").exists()
+
+
+def test_rank_of_lora_ga_is_explained(tmp_path):
+    saved(tmp_path)
+    assert "| rank | 8: the 4 that were trained, and as many that take" in card(tmp_path).text
+
+
+def test_saving_again_changes_nothing(tmp_path):
+    peft_model = saved(tmp_path)
+    before = (tmp_path / "README.md").read_text()
+    peft_model.save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == before
+
+
+def test_a_card_that_somebody_filled_in_is_kept(tmp_path):
+    template = ModelCard.from_template(ModelCardData(license="mit"), model_summary="Writes odes.")
+    template.save(tmp_path / "README.md")
+    saved(tmp_path)
+    done = card(tmp_path)
+    assert "Writes odes." in done.text
+    assert done.data.license == "mit"
+    assert "**LoRA-GA** ([arXiv:2407.05000]" in done.text
+    assert done.text.index("## LoRA-GA") < done.text.index("### Framework versions")
+
+
+def test_local_base_is_not_named_but_stays_loadable(tmp_path):
+    pico_llama().save_pretrained(tmp_path / "secret-base")
+    base = type(pico_llama()).from_pretrained(tmp_path / "secret-base")
+    peft_model = saved(tmp_path / "out", model=base.eval())
+    for name in ("README.md", "gradinit.json"):
+        assert "secret-base" not in (tmp_path / "out" / name).read_text()
+    # As with PEFT: AutoPeftModel finds the local base. It goes when the directory is published.
+    config_of = LoraConfig.from_pretrained
+    assert config_of(tmp_path / "out").base_model_name_or_path == str(tmp_path / "secret-base")
+    published(tmp_path / "out", "me/adapter")
+    assert config_of(tmp_path / "out").base_model_name_or_path is None
+    assert 'from_pretrained(model, "me/adapter")' in card(tmp_path / "out").text
+    plain = PeftModel.from_pretrained(pico_llama(), tmp_path / "out")
+    assert torch.allclose(logits(plain), logits(peft_model), atol=1e-6)
+
+
+def test_checkpoints_in_a_published_directory_stay_as_they_are(tmp_path):
+    pico_llama().save_pretrained(tmp_path / "base")
+    base = type(pico_llama()).from_pretrained(tmp_path / "base").eval()
+    peft_model = trained("lora_ga", base)
+    peft_model.save_pretrained(tmp_path / "out")
+    peft_model.save_pretrained(tmp_path / "out" / "checkpoint-1")
+    checkpoint = tmp_path / "out" / "checkpoint-1"
+    before = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
+    published(tmp_path / "out", "me/adapter")
+    assert {path.name: path.read_bytes() for path in checkpoint.iterdir()} == before
+    assert "me/adapter" in card(tmp_path / "out").text
+
+
+def test_cards_of_two_adapters_have_a_section_each(tmp_path):
+    peft_model = trained("lora_ga")
+    peft_model.add_adapter("german", config("lora_ga", r=2))
+    peft_model.save_pretrained(tmp_path)
+    text = card(tmp_path).text
+    assert text.count("## LoRA-GA") == 2
+    assert 'subfolder="german"' in text
+    assert "](german/gradinit.png)" in text
+
+
+def test_compact_form_says_what_it_needs(tmp_path):
+    options = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    get_peft_model(pico_llama(), SVFitConfig(**options, save_format="compact")).save_pretrained(
+        tmp_path
+    )
+    text = card(tmp_path).text
+    assert "compact form that needs `peft_gradinit`" in text
+    assert "import peft_gradinit" in text
+
+
+def test_plain_peft_adapters_get_no_section(tmp_path):
+    trained("lora").save_pretrained(tmp_path)
+    assert "peft_gradinit" not in card(tmp_path).text
+    complete_card(tmp_path)
+    assert "peft_gradinit" not in card(tmp_path).text
+
+
+def test_dataset_is_named_where_it_is_known(tmp_path):
+    rows = [
+        {"input_ids": row.tolist(), "labels": row.tolist()}
+        for row in token_batches(8, 8, 12)[0]["input_ids"]
+    ]
+    url = "hf://datasets/someone/odes@0123abc/data/train-00000.parquet"
+    info = DatasetInfo(download_checksums={url: {"num_bytes": 1, "checksum": None}})
+    data = Dataset.from_list(rows, info=info)
+    peft_model = get_peft_model(pico_llama(), config("lora_ga", calibration=quiet(data)))
+    peft_model.save_pretrained(tmp_path)
+    assert card(tmp_path).data.datasets == ["someone/odes"]
+
+
+def test_resumed_adapter_keeps_its_facts(tmp_path):
+    saved(tmp_path / "first", "eva")
+    live = load_for_training(pico_llama(), tmp_path / "first")
+    train_steps(live, 1)
+    live.save_pretrained(tmp_path / "second")
+    first, second = card(tmp_path / "first").text, card(tmp_path / "second").text
+    assert second == first
+
+
+def test_metadata_is_valid_and_has_each_tag_once(tmp_path):
+    base = pico_llama()
+    base.add_model_tags(["poetry"])
+    saved(tmp_path, model=base)
+    front = (tmp_path / "README.md").read_text().split("---")[1]
+    data = yaml.safe_load(front)
+    assert data["library_name"] == "peft"
+    assert data["tags"] == sorted(set(data["tags"]))
+    assert {"lora", "lora-ga", "peft_gradinit", "poetry", "transformers"} <= set(data["tags"])
+    assert "base_model" not in data
+
+
+@pytest.mark.parametrize("method", ["lora_ga", "svfit"])
+def test_tags_reach_cards_that_others_write(method):
+    base = pico_llama()
+    base.add_model_tags(["poetry"])
+    peft_model = trained(method, base)
+    title = {"lora_ga": "lora-ga", "svfit": "svfit"}[method]
+    assert peft_model.model_tags == ["poetry", "lora", title, "peft_gradinit"]
+    assert base.model_tags == ["poetry"]
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("gpt2", "gpt2"),
+        ("me/model", "me/model"),
+        ("/home/me/model", None),
+        ("./model", None),
+        ("a/b/c", None),
+        ("", None),
+        (None, None),
+    ],
+)
+def test_names_on_the_hub_are_told_from_paths(name, known, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert hub_id(name) == known
+    if known:
+        (tmp_path / name).mkdir(parents=True)
+        assert hub_id(name) is None  # transformers would load the directory
+
+
+RANKS = {
+    f"model.layers.{i}.self_attn.{n}_proj": r for i in range(3) for n, r in (("q", 4), ("k", i))
+}
+
+
+def test_picture_is_drawn_where_layers_differ(tmp_path):
+    energy = dict.fromkeys(RANKS, 0.5)
+    assert draw_layers(tmp_path / "both.png", RANKS, energy, "title")
+    assert draw_layers(tmp_path / "ranks.png", RANKS, dict.fromkeys(RANKS), "title")
+    assert (tmp_path / "both.png").stat().st_size < 60_000
+    assert not draw_layers(tmp_path / "none.png", dict.fromkeys(RANKS, 4), {}, "title")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["both.png", "ranks.png"]
+
+
+def lines_drawn(ranks, monkeypatch):
+    drawn = {}
+    from matplotlib.figure import Figure
+
+    def keep(self, path, **options):
+        axes = self.axes
+        drawn.update({line.get_label(): list(line.get_ydata()) for line in axes[0].lines})
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    assert draw_layers("x.png", ranks, {}, "title")
+    return drawn
+
+
+def test_picture_shows_every_layer(monkeypatch):
+    drawn = lines_drawn(RANKS, monkeypatch)
+    assert drawn == {"self_attn.q_proj": [4, 4, 4], "self_attn.k_proj": [0, 1, 2]}
+
+
+def test_kinds_that_end_alike_have_lines_of_their_own_and_experts_are_averaged(monkeypatch):
+    ranks = {f"bert.layer.{i}.attention.output.dense": 1 + i for i in range(2)}
+    ranks |= {f"bert.layer.{i}.output.dense": 5 + i for i in range(2)}
+    ranks |= {f"bert.layer.{i}.experts.{j}.up": 2 * i + j for i in range(2) for j in (0, 2)}
+    assert lines_drawn(ranks, monkeypatch) == {
+        "attention.output.dense": [1, 2],
+        "layer.output.dense": [5, 6],
+        "experts.up": [1, 3],
+    }
+
+
+def test_saving_works_without_matplotlib(tmp_path, monkeypatch):
+    real = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name.startswith("matplotlib"):
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    saved(tmp_path)
+    assert not (tmp_path / "gradinit.png").exists()
+    assert "gradinit.png" not in card(tmp_path).text
+    assert json.loads((tmp_path / "gradinit.json").read_text())["method"] == "LoRA-GA"

@@ -1,0 +1,317 @@
+"""What the callback starts, from which data and loss, and what it says when there is nothing to do."""
+
+import dataclasses
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import Trainer, TrainerCallback
+
+from peft_gradinit import (
+    CalibrationCallback,
+    EvaConfig,
+    LoraGAConfig,
+    SVFitConfig,
+    calibrate,
+    initialize,
+)
+from peft_gradinit.errors import ConfigError, NotInitializedError
+from peft_gradinit.tuners import waiting_adapters
+from tests.helpers import (
+    adapted,
+    anchors,
+    logits,
+    lora_ga,
+    pad,
+    pico_gpt2,
+    pico_llama,
+    quiet,
+    relative_error,
+    same_factors,
+    token_batches,
+)
+from tests.trainer.runs import ROWS, arguments, trainer_of
+
+BATCHES = [pad(ROWS[i : i + 4]) for i in range(0, len(ROWS), 4)]
+IN_ORDER = {"train_sampling_strategy": "sequential", "cls": Trainer}
+
+
+def deferred(model=None, **options):
+    return adapted(model or pico_llama(), lora_ga(calibration="deferred", **options))
+
+
+def started(trainer, **options):
+    """The trainer's model after the beginning of training."""
+    trainer.add_callback(CalibrationCallback(trainer, **options))
+    trainer.add_callback(_Stop())
+    trainer.train()
+    return trainer.model
+
+
+class _Stop(TrainerCallback):
+    def on_train_begin(self, args, state, control, **kwargs):
+        raise StopIteration
+
+
+def begin(trainer, **options):
+    with pytest.raises(StopIteration):
+        started(trainer, **options)
+    return trainer.model
+
+
+MODELS = {
+    "llama": lambda: deferred(),
+    "rslora": lambda: deferred(use_rslora=True),
+    "gpt2": lambda: deferred(pico_gpt2(), target_modules=["c_attn", "c_proj", "c_fc"]),
+    "bf16": lambda: deferred(pico_llama().to(torch.bfloat16)),
+    "fp16": lambda: deferred(pico_llama().to(torch.float16)),
+    "half-tokens": lambda: deferred(),
+}
+
+
+def half_loss(outputs, labels, num_items_in_batch=None):
+    """A loss of the user's own: the first half of every sequence does not count."""
+    labels = labels.clone()
+    labels[:, : labels.shape[1] // 2] = -100
+    return nn.functional.cross_entropy(
+        outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    )
+
+
+class HalfLoss(Trainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs.pop("labels")
+        return half_loss(model(**inputs), labels)
+
+
+@pytest.mark.parametrize("estimator", ["sketch", "dense"])
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.filterwarnings("ignore:LoRA-GA needs")
+def test_start_is_that_of_initialize_on_the_same_batches_and_loss(kind, estimator, tmp_path):
+    def loss_fn(model, batch):
+        if kind == "half-tokens":
+            return half_loss(model(batch["input_ids"], batch["attention_mask"]), batch["labels"])
+        return model(**batch).loss
+
+    options = {**IN_ORDER, "cls": HalfLoss} if kind == "half-tokens" else IN_ORDER
+    got = begin(trainer_of(tmp_path, model=MODELS[kind](), **options), estimator=estimator)
+    want = MODELS[kind]()
+    initialize(want, quiet(BATCHES, loss_fn=loss_fn, estimator=estimator))
+    assert same_factors(anchors(got), anchors(want))
+
+
+def test_losses_given_as_a_function_and_label_smoothing_are_used(tmp_path):
+    plain = begin(trainer_of(tmp_path, **IN_ORDER))
+    trainer = trainer_of(tmp_path, **IN_ORDER)
+    trainer.compute_loss_func = half_loss
+    by_function = begin(trainer)
+    by_override = begin(trainer_of(tmp_path, **{**IN_ORDER, "cls": HalfLoss}))
+    assert same_factors(anchors(by_function), anchors(by_override))
+    assert not same_factors(anchors(by_function), anchors(plain))
+    smoothed = begin(trainer_of(tmp_path, label_smoothing_factor=0.3, **IN_ORDER))
+    assert not same_factors(anchors(smoothed), anchors(plain))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_checkpointing_accumulation_and_dropout_do_not_change_the_start(reentrant, tmp_path):
+    want = begin(trainer_of(tmp_path, **IN_ORDER))
+    got = begin(
+        trainer_of(
+            tmp_path,
+            model=deferred(lora_dropout=0.4),
+            gradient_accumulation_steps=2,
+            gradient_checkpointing=True,
+            gradient_checkpointing_kwargs={"use_reentrant": reentrant},
+            **IN_ORDER,
+        )
+    )
+    assert same_factors(anchors(got), anchors(want))
+
+
+def test_autocast_of_the_trainer_is_that_of_the_pass(tmp_path):
+    def loss_fn(model, batch):
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(**batch).loss
+
+    got = begin(trainer_of(tmp_path, bf16=True, **IN_ORDER))
+    want, plain = deferred(), begin(trainer_of(tmp_path, **IN_ORDER))
+    initialize(want, quiet(BATCHES, loss_fn=loss_fn))
+    assert same_factors(anchors(got), anchors(want))
+    assert not same_factors(anchors(got), anchors(plain))
+
+
+def test_budget_and_seed_are_those_of_the_callback(tmp_path):
+    model = begin(trainer_of(tmp_path), max_batches=2)
+    report = model.base_model.init_report["default"]
+    assert (report.facts.n_batches, report.facts.stopped_by) == (2, "max_batches")
+    again = begin(trainer_of(tmp_path), max_batches=2)
+    other = begin(trainer_of(tmp_path), max_batches=2, seed=1)
+    assert same_factors(anchors(model), anchors(again))
+    assert not same_factors(anchors(model), anchors(other))  # it shuffles by the seed
+    model = begin(trainer_of(tmp_path), max_tokens=30)
+    assert model.base_model.init_report["default"].facts.stopped_by == "max_tokens"
+
+
+def test_only_deferred_adapters_start(tmp_path):
+    model = adapted(pico_llama(), lora_ga())
+    model.add_adapter("second", lora_ga(calibration="deferred"))
+    model.add_adapter("third", lora_ga(calibration="deferred"))
+    first = anchors(model)
+    trainer = trainer_of(tmp_path, model=model, cls=Trainer)
+    begin(trainer, adapter_name="second")
+    assert waiting_adapters(model) == ["third"]
+    assert same_factors(anchors(model), first)
+    begin(trainer_of(tmp_path, model=model, cls=Trainer))
+    assert waiting_adapters(model) == []
+    assert not same_factors(anchors(model, "second"), first)
+    assert same_factors(anchors(model, "second"), anchors(model, "third"))
+
+
+def test_second_training_and_new_models_of_a_search(tmp_path):
+    trainer = trainer_of(tmp_path, cls=Trainer)
+    trainer.add_callback(CalibrationCallback(trainer))
+    trainer.train()
+    after = logits(trainer.model)
+    trainer.train()  # goes on from the trained adapter, without a warning
+    assert relative_error(logits(trainer.model), after) > 1e-4
+    searching = Trainer(
+        args=arguments(tmp_path),
+        train_dataset=ROWS,
+        data_collator=pad,
+        model_init=lambda: deferred(),
+    )
+    searching.add_callback(CalibrationCallback(searching))
+    searching.train()
+    first = searching.model
+    searching.train()
+    assert searching.model is not first
+    assert waiting_adapters(searching.model) == []
+
+
+class Wrapper(nn.Module):
+    """A model that has the adapters inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = deferred()
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, **inputs):
+        outputs = self.inner(**inputs)
+        return {"loss": outputs.loss, "seen": self.dropout(outputs.logits)}
+
+
+def test_adapters_inside_of_another_model_are_found(tmp_path):
+    want = begin(trainer_of(tmp_path, **IN_ORDER))
+    got = begin(trainer_of(tmp_path, model=Wrapper(), **IN_ORDER))
+    assert same_factors(anchors(got.inner), anchors(want))
+    assert got.dropout.training
+
+
+def test_nothing_to_start_is_said_once(tmp_path):
+    for model in (adapted(pico_llama()), svfit()):
+        trainer = trainer_of(tmp_path, model=model, cls=Trainer)
+        trainer.add_callback(CalibrationCallback(trainer))
+        with pytest.warns(UserWarning, match="every adapter has its start already"):
+            trainer.train()
+        trainer.train()  # warnings are errors here
+
+
+def svfit():
+    return get_peft_model(pico_llama(), SVFitConfig(r=4, target_modules="all-linear"))
+
+
+@pytest.mark.parametrize("kind", ["lora", "none"])
+def test_models_without_an_adapter_of_this_package_are_refused(kind, tmp_path):
+    model = pico_llama()
+    if kind == "lora":
+        model = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+    trainer = trainer_of(tmp_path, model=model, cls=Trainer)
+    trainer.add_callback(CalibrationCallback(trainer))
+    found = "LORA" if kind == "lora" else "None"
+    with pytest.raises(ConfigError, match=rf"found no adapter of this package in .*{found}"):
+        trainer.train()
+
+
+def test_wrong_arguments_are_refused_at_once(tmp_path):
+    with pytest.raises(ConfigError, match=r"needs the trainer, got PeftModel.*add_callback"):
+        CalibrationCallback(deferred())
+    trainer = trainer_of(tmp_path, cls=Trainer)
+    with pytest.raises(ConfigError, match="estimator must be 'sketch' or 'dense', got 'exact'"):
+        CalibrationCallback(trainer, estimator="exact")
+    with pytest.raises(ConfigError, match="max_tokens must be a positive integer, got 0"):
+        CalibrationCallback(trainer, max_tokens=0)
+    trainer.add_callback(CalibrationCallback(trainer, adapter_name="other"))
+    with pytest.raises(ConfigError, match=r"adapter_name='other'; the model has \['default'\]"):
+        trainer.train()
+
+
+def test_resumed_run_is_not_calibrated(tmp_path, monkeypatch):
+    options = {"cls": Trainer, "save_strategy": "steps", "save_steps": 2}
+    trainer = trainer_of(tmp_path, **options)
+    trainer.add_callback(CalibrationCallback(trainer))
+    trainer.train()
+    resumed = trainer_of(tmp_path / "resumed", **options)
+    resumed.add_callback(CalibrationCallback(resumed))
+    monkeypatch.setattr("peft_gradinit.trainer.initialize", lambda *_: pytest.fail("calibrated"))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert torch.equal(logits(resumed.model), logits(trainer.model))
+
+
+def test_checkpoint_without_the_adapter_is_refused(tmp_path):
+    options = {"cls": Trainer, "save_strategy": "steps", "save_steps": 2}
+    trainer = trainer_of(tmp_path, **options)
+    trainer.add_callback(CalibrationCallback(trainer))
+    trainer.train()
+    model = deferred()
+    model.add_adapter("other", lora_ga(calibration="deferred"))
+    resumed = trainer_of(tmp_path / "resumed", model=model, **options)
+    resumed.add_callback(CalibrationCallback(resumed))
+    with pytest.raises(NotInitializedError, match=r"resumes at step 2.*\['other'\] no start"):
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def test_progress_follows_the_trainer(tmp_path, capsys):
+    begin(trainer_of(tmp_path, disable_tqdm=True))
+    assert "calibration" not in capsys.readouterr().err
+    begin(trainer_of(tmp_path, disable_tqdm=False))
+    assert "calibration: 100%" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rank_allocation": "gradient_energy"},
+        {"rank_allocation": "explained_variance", "rho": 1.5},
+    ],
+)
+def test_shapes_that_depend_on_data_are_refused_before_there_is_an_optimiser(options):
+    with pytest.raises(
+        ConfigError, match=r"optimiser .of Trainer, of TRL. is built on shapes; calibrate first"
+    ):
+        LoraGAConfig(calibration="deferred", target_modules="all-linear", **options)
+
+
+def test_eva_by_default_says_what_to_do_for_a_trainer(tmp_path):
+    values = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    with pytest.raises(ConfigError, match=r"save\(path\).*calibration=path.*rho=1"):
+        EvaConfig(calibration="deferred", **values)
+    # What the message says works.
+    path = calibrate(pico_llama(), EvaConfig(**values), quiet(token_batches())).save(tmp_path / "c")
+    by_path = get_peft_model(pico_llama(), EvaConfig(calibration=path, **values))
+    trainer_of(tmp_path, model=by_path, cls=Trainer).train()
+    for keep in ({"rank_allocation": "uniform"}, {"rho": 1.0}):
+        model = get_peft_model(pico_llama(), EvaConfig(calibration="deferred", **values, **keep))
+        started_model = begin(trainer_of(tmp_path, model=model, cls=Trainer))
+        ranks = started_model.base_model.init_report["default"].modules
+        assert {m.r for m in ranks} == {4}
+
+
+def test_a_report_tells_what_was_read(tmp_path):
+    report = begin(trainer_of(tmp_path, **IN_ORDER)).base_model.init_report["default"]
+    n_tokens = sum(len(row) for row in ROWS)
+    facts = dataclasses.asdict(report.facts)
+    assert (facts["n_sequences"], facts["n_tokens"]) == (len(ROWS), n_tokens)
+    assert facts["loss_weight"] == n_tokens - len(ROWS)  # the first label has no prediction
