@@ -367,9 +367,10 @@ def _check_ranks(model: nn.Module, adapter_name: str) -> None:
         anchored = is_anchored(modules[name], adapter_name)
         weight = linear.parametrizations.weight.original if anchored else linear.weight
         r = layer.r[adapter_name]
-        if isinstance(linear, nn.Linear) and weight.dim() == 2 and weight.shape[0] != r:
+        rank = weight.shape[0] / n_experts(layer)
+        if isinstance(linear, nn.Linear) and weight.dim() == 2 and rank != r:
             raise ConfigError(
-                f"{name} has factors of rank {weight.shape[0]}, but the adapter {adapter_name!r} has "
+                f"{name} has factors of rank {rank:g}, but the adapter {adapter_name!r} has "
                 f"r={r} there: the model was changed, as prepare_model_for_compiled_hotswap does. "
                 "Save before that, and prepare the adapter that PeftModel.from_pretrained loads."
             )

@@ -135,7 +135,7 @@ class InitReport:
         for column in ("r", "energy", "|sB0A0|/|W|"):
             table.add_column(column, justify="right")
         table.add_column("note", overflow="fold")
-        for line in _merged(self.modules):
+        for line in by_parameter(self.modules):
             energy = "" if line.captured_energy is None else f"{line.captured_energy:.1%}"
             table.add_row(
                 line.name, line.method, str(line.r), energy, f"{line.start_norm:.3f}", line.fallback
@@ -150,8 +150,15 @@ class InitReport:
         return self.summary() + "\n\n" + "\n".join(lines)
 
 
-def _merged(lines: Iterable[ModuleReport]) -> list[ModuleReport]:
-    """The lines, those of the experts of one parameter as one."""
+def by_parameter(lines: Iterable[ModuleReport]) -> list[ModuleReport]:
+    """The lines, those of the experts of one parameter as one, with medians.
+
+    Args:
+        lines: one for each layer and expert.
+
+    Returns:
+        One for each layer and parameter, whose name ends with the range of its experts.
+    """
     groups: dict[str, list[ModuleReport]] = {}
     for line in lines:
         is_expert = line.name.endswith("]")

@@ -23,6 +23,7 @@ from peft_gradinit.errors import CalibrationError, ConfigError, NotInitializedEr
 from peft_gradinit.linalg import truncated_svd
 from peft_gradinit.methods.lora_ga import lora_ga_factors
 from peft_gradinit.methods.lora_one import lora_one_factors
+from peft_gradinit.tuners import by_parameter
 from tests.helpers import (
     base_weights,
     logits,
@@ -468,3 +469,20 @@ def test_report_gives_the_experts_of_a_parameter_one_line():
     assert table.count("model.layers.0.mlp.experts.down_proj[0-5]") == 1
     assert len(report.modules) == 2 + 2 * 2 * 6
     assert report.ranks()["model.layers.0.mlp.experts.down_proj[3]"] == R
+
+
+def test_saved_adapter_has_a_card_with_a_line_for_each_parameter(tmp_path):
+    started().save_pretrained(tmp_path)
+    card = (tmp_path / "gold" / "README.md").read_text()
+    assert "captured energy by layer" in card
+    lines = by_parameter(started().base_model.init_report["gold"].modules)
+    assert len(lines) == 2 + 2 * 2
+
+
+def test_a_copy_such_as_trls_reference_has_the_same_experts():
+    peft_model = started(name="default")
+    train_steps(peft_model, 2)
+    trained = logits(peft_model)
+    peft_model.add_adapter("ref", peft_model.peft_config["default"])
+    peft_model.set_adapter("ref")
+    assert torch.equal(logits(peft_model), trained)
