@@ -204,8 +204,8 @@ class GradInitModel(ReportsByAdapter, LoraModel):
                 layer = self._layer(name)
                 pairs = {i: (shrink * A0, shrink * B0) for i, (A0, B0) in of_experts.items()}
                 n = n_experts(layer)
-                plain = plain_factors(layer, adapter_name)
-                fill(layer, adapter_name, *(pairs[0] if n == 1 else stacked(pairs, plain, n)))
+                pair = pairs[0] if n == 1 else stacked(pairs, plain_factors(layer, adapter_name), n)
+                fill(layer, adapter_name, *pair)
                 renew_magnitude(layer, adapter_name)
         for layer in self.model.modules():
             release(layer, adapter_name)

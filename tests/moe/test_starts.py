@@ -473,7 +473,7 @@ def test_report_gives_the_experts_of_a_parameter_one_line():
 
 def test_saved_adapter_has_a_card_with_a_line_for_each_parameter(tmp_path):
     started().save_pretrained(tmp_path)
-    card = (tmp_path / "gold" / "README.md").read_text()
+    card = (tmp_path / "README.md").read_text()
     assert "captured energy by layer" in card
     lines = by_parameter(started().base_model.init_report["gold"].modules)
     assert len(lines) == 2 + 2 * 2
