@@ -16,6 +16,7 @@ from safetensors import safe_open
 
 from .methods import METHODS, LoraGAConfig, MethodInfo
 from .picture import draw_layers
+from .tuners import ModuleReport, by_parameter
 from .tuners.provenance import FILE_NAME
 from .tuners.publishing import hub_id, listeners
 
@@ -89,11 +90,12 @@ def _n_labels(directory: Path) -> int | None:
 
 
 def _picture(directory: Path, facts: dict[str, Any]) -> bool:
-    lines = (facts["report"] or {}).get("modules", ())
-    ranks = {line["name"]: line["r"] for line in lines}
+    reported = (facts["report"] or {}).get("modules", ())
+    lines = by_parameter(ModuleReport(**line) for line in reported)
+    ranks = {line.name: line.r for line in lines}
     if not lines and facts["fingerprint"]:
         ranks = {name: r for name, (_, _, r) in facts["fingerprint"]["targets"].items()}
-    energy = {line["name"]: line["captured_energy"] for line in lines}
+    energy = {line.name: line.captured_energy for line in lines}
     return draw_layers(directory / PICTURE, ranks, energy, f"{facts['method']}: start by layer")
 
 

@@ -8,7 +8,7 @@ from .pending import waiting_adapters
 from .planning import planned_targets
 from .provenance import read_provenance
 from .registration import register
-from .report import InitReport, ModuleReport
+from .report import InitReport, ModuleReport, by_parameter
 from .svfit_config import SpectralConfig
 from .svfit_model import SVFitModel
 from .targets import Target
@@ -24,6 +24,7 @@ __all__ = [
     "SVFitModel",
     "SpectralConfig",
     "Target",
+    "by_parameter",
     "calibrate",
     "initialize",
     "is_finite_number",

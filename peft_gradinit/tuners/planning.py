@@ -4,19 +4,21 @@ from torch import nn
 
 from .allocation import offered_rank
 from .config import GradInitConfig
+from .parameters import with_converted_targets
 from .targets import resolve_targets
 
 
 def planned_targets(model: nn.Module, config: GradInitConfig) -> dict[str, list[int]]:
-    """The linear layers that a calibration would measure.
+    """The linear layers and experts that a calibration would measure.
 
     Args:
         model: the base model, also on the meta device.
         config: method, targets and ranks.
 
     Returns:
-        `[out, in, triplets]` by module name, as in a fingerprint.
+        `[out, in, triplets]` by target name, as in a fingerprint.
     """
+    config = with_converted_targets(config, model)
     return {
         name: [*target.shape, config.n_triplets(offered_rank(target, config))]
         for name, target in resolve_targets(model, config).items()
