@@ -38,5 +38,13 @@ class NotInitializedError(GradInitError, RuntimeError):
     """A deferred adapter was trained or saved before it was initialised."""
 
 
+class AdapterError(GradInitError, ValueError):
+    """A saved adapter is missing, damaged, or of a kind that cannot be read here."""
+
+
+class OutputError(GradInitError, OSError):
+    """A result cannot be written where it should go."""
+
+
 class ExportError(GradInitError, ValueError):
     """An adapter cannot be written in the form or to the place that was asked for."""

@@ -10,14 +10,17 @@ from .guards import left_as_found
 from .inputs import measure_inputs
 from .layouts import assign, is_sharded, plain_name, unwrapped, whole, whole_modules
 from .losses import base_loss, mean_loss
-from .result import CalibrationResult, PassFacts
+from .result import FILE_NAME, CalibrationResult, PassFacts
+from .resume import Checkpoint
 from .run import collect
 from .spec import DEFERRED, Calibration
 
 __all__ = [
     "DEFERRED",
+    "FILE_NAME",
     "Calibration",
     "CalibrationResult",
+    "Checkpoint",
     "PassFacts",
     "assign",
     "base_loss",

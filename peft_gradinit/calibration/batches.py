@@ -52,21 +52,25 @@ def budgeted(
         Sub-batches in order.
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    orientation = -(-FIRST_ORIENTATION // budget.n_readers)
+    orientation = budget.orientation or -(-FIRST_ORIENTATION // budget.n_readers)
     may_be_cut = calibration.loss_fn is None
-    for batch in batches:
+    if budget.n_resumed and (budget.tokens_spent() or budget.batches_spent()):
+        return
+    for batch in islice(batches, budget.n_resumed, None):
         budget.n_batches += 1
         rest = _placed(batch, device)
         while rest is not None and not budget.tokens_spent():
             orient = budget.n_sequences >= orientation
             while budget.n_sequences >= orientation:
                 orientation *= 3
+            budget.orientation = orientation
             part, rest = rest, None
             room = orientation - budget.n_sequences
             if may_be_cut and (cut := _cut(part, room, budget)):
                 part, rest = sliced(part, 0, cut), sliced(part, cut, None)
             n, n_tokens = n_sequences(part), n_input_tokens(part)
-            yield budget.take(Step(part, n, n_tokens, orient, may_be_cut=may_be_cut))
+            step = Step(part, n, n_tokens, orient, may_be_cut=may_be_cut, ends_batch=rest is None)
+            yield budget.take(step)
         if budget.tokens_spent() or budget.batches_spent():
             return
 

@@ -1,6 +1,7 @@
 """How much of the data a pass reads."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from ..errors import DataError
@@ -19,6 +20,7 @@ class Step:
         orient: orient the sketches before adding this sub-batch.
         may_be_cut: whether parts of it give the same answer.
         counts: whether it adds anything; other processes may need it to be run all the same.
+        ends_batch: nothing of its batch is left.
     """
 
     batch: Any
@@ -27,6 +29,7 @@ class Step:
     orient: bool
     may_be_cut: bool = True
     counts: bool = True
+    ends_batch: bool = True
 
 
 class Budget:
@@ -34,6 +37,8 @@ class Budget:
 
     Attributes:
         n_readers: how many processes read data of their own within the budget.
+        orientation: sequences before the next orientation; `None` before the first batch.
+        n_resumed: batches that an earlier process has read already.
     """
 
     n_readers: int = 1
@@ -43,6 +48,19 @@ class Budget:
         self.max_batches = calibration.max_batches
         self.n_tokens = self.n_sequences = self.n_batches = 0
         self.stopped_by = "end of data"
+        self.orientation: int | None = None
+        self.n_resumed = 0
+
+    def state(self) -> dict[str, Any]:
+        """The position in the data, at the end of a batch."""
+        names = ("n_tokens", "n_sequences", "n_batches", "orientation")
+        return {name: getattr(self, name) for name in names}
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state()` of an earlier process."""
+        for name, value in state.items():
+            setattr(self, name, value)
+        self.n_resumed = self.n_batches
 
     def divide(self, n: int) -> None:
         """Leave an equal part of the budget to this process, one of `n` with data of their own."""

@@ -4,7 +4,7 @@ import inspect
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +19,22 @@ from .layouts import is_sharded
 from .processes import Processes
 from .reduction import keep_on_first, orient_inputs, sum_inputs
 from .result import PassFacts
+from .resume import Resume
 from .selection import TokenSelection
 from .shards import steps
 from .sharing import SharedInputs
 from .spec import Calibration
 from .tokens import is_encoder_decoder
+
+
+class Settling(Protocol):
+    """What is asked after each orientation, and what it compares with."""
+
+    before: dict[str, Tensor]
+
+    def check(self, shared: SharedInputs) -> bool:
+        """Whether to stop."""
+        ...
 
 
 class Forwards:
@@ -35,6 +46,7 @@ class Forwards:
         calibration: data and budgets; its `loss_fn`, if any, is what runs the model.
         use_labels: take only tokens that carry loss.
         settled: asked after each orientation whether to stop.
+        resume: keeps the unfinished sums.
         world: the processes that share the data.
 
     Attributes:
@@ -48,7 +60,8 @@ class Forwards:
         calibration: Calibration,
         *,
         use_labels: bool,
-        settled: Callable[[SharedInputs], bool],
+        settled: Settling,
+        resume: Resume,
         world: Processes,
     ) -> None:
         self.model = model
@@ -56,6 +69,7 @@ class Forwards:
         self.calibration = calibration
         self.use_labels = use_labels
         self.settled = settled
+        self._resume = resume
         self.budget = Budget(calibration)
         self.probe: Any = None
         self.weight = 0
@@ -77,6 +91,8 @@ class Forwards:
             for name, parameter in self.model.named_parameters():
                 check_not_meta(name, parameter)
         started, peak = time.perf_counter(), peak_bytes()
+        if saved := self._resume.load():
+            self._continue(*saved)
         with (
             left_as_found(self.model, self.calibration.data, self.calibration.seed),
             torch.no_grad(),
@@ -88,6 +104,8 @@ class Forwards:
                 with self.world.together():
                     self._add(step)
                 bar.update(self.budget.n_tokens - bar.n)
+                if step.ends_batch and not settled:
+                    self._resume.after_batch(self._state)
                 if settled:
                     self.budget.stopped_by = "settled"
                     break
@@ -103,9 +121,24 @@ class Forwards:
 
     def _orient(self) -> bool:
         orient_inputs(self.shared, self.device, self.world)
-        settled = self.world.gather(self.settled(self.shared))[0]
+        settled = self.world.gather(self.settled.check(self.shared))[0]
         keep_on_first(self.shared, self.world)
         return settled
+
+    def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and numbers to continue from, at the end of a batch."""
+        tensors, numbers = self.shared.state()
+        tensors |= {f"settling.{name}": t for name, t in self.settled.before.items()}
+        return tensors, {"budget": self.budget.state(), "weight": self.weight, "shared": numbers}
+
+    def _continue(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+        """Continue from `_state()` of an earlier process."""
+        tensors = {key: tensor.to(self.device) for key, tensor in tensors.items()}
+        of_settling = {k: t for k, t in tensors.items() if k.startswith("settling.")}
+        self.settled.before = {k.removeprefix("settling."): t for k, t in of_settling.items()}
+        self.shared.resume(tensors, numbers["shared"])
+        self.budget.resume(numbers["budget"])
+        self.weight = numbers["weight"]
 
     def _add(self, step: Step) -> None:
         selection = TokenSelection(self.model, step.batch, use_labels=self.use_labels)

@@ -14,6 +14,7 @@ from .processes import processes
 from .reduction import factored
 from .replay import Replay
 from .result import CalibrationResult
+from .resume import Resume
 from .run import collect
 from .spec import Calibration
 
@@ -46,7 +47,10 @@ def measure_gradients(
     replay = Replay(custom_loss=calibration.loss_fn is not None) if keep_batches else None
     on_batch = replay.keep if replay else None
     with processes() as world:
-        facts, probe = collect(model, modules, statistics, calibration, on_batch, world)
+        resume = Resume(calibration.checkpoint, fingerprint, world, replay)
+        facts, probe = collect(
+            model, modules, statistics, calibration, on_batch, world, resume=resume
+        )
         if replay is not None:
             replay.of_one_process = world.size > 1
         energy, failures = world.gather(_judge(statistics, facts.n_batches))[0]
@@ -61,6 +65,7 @@ def measure_gradients(
         triplets = factored(names, triplets_of, world)
         for rank, theirs in enumerate(world.gather(energy)):
             energy |= {name: theirs[name] for name in names[rank :: world.size]}
+        resume.done()
     return CalibrationResult(
         triplets=triplets,
         energy=energy,
@@ -68,7 +73,7 @@ def measure_gradients(
         fingerprint=fingerprint,
         facts=dataclasses.replace(facts, seconds=time.perf_counter() - started),
         probe=probe,
-        replay=replay,
+        replay=replay if replay and replay.batches else None,
         options=dataclasses.replace(calibration, data=()),
     )
 

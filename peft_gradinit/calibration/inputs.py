@@ -14,6 +14,7 @@ from .forwards import Forwards
 from .processes import processes
 from .reduction import factored
 from .result import CalibrationResult, PassFacts
+from .resume import Resume
 from .sharing import SharedInputs
 from .spec import Calibration
 
@@ -55,12 +56,14 @@ def measure_inputs(
     shared = _empty(fingerprint, calibration, centered)
     settling = _Settling(fingerprint, stop_when_settled)
     with processes() as world:
+        resume = Resume(calibration.checkpoint, fingerprint, world)
         forwards = Forwards(
             model,
             shared,
             calibration,
             use_labels=use_labels,
-            settled=settling.check,
+            settled=settling,
+            resume=resume,
             world=world,
         )
         facts = forwards.run(modules)
@@ -68,6 +71,7 @@ def measure_inputs(
         energy, failures = world.gather((energy, failures))[0]
         names = [name for name in fingerprint.targets if name not in failures]
         triplets = factored(names, _factoring(shared, fingerprint), world)
+        resume.done()
     return CalibrationResult(
         triplets=triplets,
         energy=energy,
@@ -110,7 +114,7 @@ class _Settling:
     def __init__(self, fingerprint: Fingerprint, share: float | None) -> None:
         self._ranks = {n: min(rank, dim) for n, (_, dim, rank) in fingerprint.targets.items()}
         self._share = share
-        self._before: dict[str, Tensor] = {}
+        self.before: dict[str, Tensor] = {}
 
     def check(self, shared: SharedInputs) -> bool:
         """Whether no layer's subspace moves any more; a layer without tokens may still get some."""
@@ -118,8 +122,8 @@ class _Settling:
             return False
         components = _Cached()
         now = {name: components(shared[name], shared[name].width) for name in self._ranks}
-        before = self._before
-        self._before = {name: now[name].Vh[:rank].clone() for name, rank in self._ranks.items()}
+        before = self.before
+        self.before = {name: now[name].Vh[:rank].clone() for name, rank in self._ranks.items()}
         return bool(before) and all(
             shared[name].n_tokens and explained_share(before[name], now[name]) >= self._share
             for name in now

@@ -48,6 +48,12 @@ class Replay:
             for batch in self.batches
         )
 
+    def restore(self, batches: list[Any], facts: Mapping[str, Any]) -> None:
+        """Continue with the batches of an earlier process, and its `facts()`."""
+        self.batches = batches
+        for name, value in facts.items():
+            setattr(self, name, value)
+
     def facts(self) -> dict[str, Any]:
         """The numbers, for JSON."""
         return {

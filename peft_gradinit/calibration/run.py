@@ -21,6 +21,7 @@ from .losses import loss_and_weight
 from .processes import Processes
 from .reduction import orient_gradients, sum_gradients
 from .result import PassFacts
+from .resume import Resume
 from .shards import steps
 from .spec import Calibration
 from .tokens import loss_weight
@@ -37,6 +38,8 @@ def collect(
     calibration: Calibration,
     on_batch: Callable[[Any, float, float], None] | None = None,
     world: Processes | None = None,
+    *,
+    resume: Resume | None = None,
 ) -> tuple[PassFacts, Any]:
     """Run the data through the model and fill the statistics, with those of all processes.
 
@@ -49,16 +52,19 @@ def collect(
         calibration: data, budgets, loss.
         on_batch: called with every sub-batch that counted on this process, its loss and weight.
         world: the processes that share the data. Default: this one alone.
+        resume: keeps the unfinished sums. Default: they are not kept.
 
     Returns:
         The facts of the pass, and the first sequence of the data as a batch.
 
     """
-    world = world or Processes()
+    world, resume = world or Processes(), resume or Resume()
     with world.together():
         _check_model(model)
     pass_ = _Pass(model, statistics, calibration, world)
     pass_.on_batch = on_batch
+    if saved := resume.load():
+        pass_.resume(*saved)
     started, peak = time.perf_counter(), peak_bytes()
     with (
         left_as_found(model, calibration.data, calibration.seed),
@@ -69,6 +75,8 @@ def collect(
             with world.together():
                 pass_.run(step, seen)
             bar.update(pass_.budget.n_tokens - bar.n)
+            if step.ends_batch:
+                resume.after_batch(pass_.state)
     pass_.finish()
     facts = PassFacts(
         **pass_.budget.totals(world),
@@ -148,6 +156,24 @@ class _Pass:
             return False
         return self.calibration.loss_fn is not None or loss_weight(self.model, step.batch) > 0
 
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and numbers to continue from, at the end of a batch."""
+        tensors = {
+            f"{n}.{k}": t for n, s in self.statistics.items() for k, t in s.tensors().items()
+        }
+        counts = {n: [s.weight, s.n_calls] for n, s in self.statistics.items()}
+        sums = {"weight": self.weight, "loss_sum": self.loss_sum}
+        return tensors, {"budget": self.budget.state(), "counts": counts, **sums}
+
+    def resume(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+        """Continue from `state()` of an earlier process."""
+        for name, statistic in self.statistics.items():
+            weight, n_calls = numbers["counts"][name]
+            own = _entries(tensors, name, self.device)
+            statistic.load_state_dict({**own, "weight": weight, "n_calls": n_calls})
+        self.budget.resume(numbers["budget"])
+        self.weight, self.loss_sum = numbers["weight"], numbers["loss_sum"]
+
     def finish(self) -> None:
         """Add up what all processes measured, and tell why it is nothing, if so.
 
@@ -184,6 +210,12 @@ class _Pass:
                 "computed under torch.no_grad(), or does not depend on any targeted module; return "
                 "the loss that training would differentiate."
             )
+
+
+def _entries(tensors: Mapping[str, Tensor], name: str, device: torch.device) -> dict[str, Tensor]:
+    """The tensors of one accumulator: their own names have no dot."""
+    parts = {key: key.rpartition(".") for key in tensors}
+    return {k: tensors[key].to(device) for key, (n, _, k) in parts.items() if n == name}
 
 
 def _check_model(model: nn.Module) -> None:

@@ -9,7 +9,7 @@ as all they were ever given was the same, whatever the routing, and part for goo
 
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -86,6 +86,30 @@ class SharedInputs:
                 own = shared.copy()
                 for name in group:
                     self._point(name, own)
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and numbers to continue from, and which layers share; between two forwards."""
+        distinct = self.distinct()
+        order = {id(s): i for i, s in enumerate(distinct)}
+        tensors = {
+            f"{i}.{name}": tensor
+            for i, statistic in enumerate(distinct)
+            for name, tensor in statistic.tensors().items()
+        }
+        counts = [[s.n_tokens, s.n_calls] for s in distinct]
+        return tensors, {"of": {n: order[id(s)] for n, s in self._of.items()}, "counts": counts}
+
+    def resume(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+        """Continue from `state()` of an earlier process."""
+        found: dict[int, InputStatistic] = {}
+        for name, i in numbers["of"].items():
+            if i not in found:
+                n_tokens, n_calls = numbers["counts"][i]
+                own = {k[len(f"{i}.") :]: t for k, t in tensors.items() if k.startswith(f"{i}.")}
+                found[i] = self._of[name].copy()
+                found[i].load_state_dict({**own, "n_tokens": n_tokens, "n_calls": n_calls})
+        self._of = {name: found[i] for name, i in numbers["of"].items()}
+        self._users = Counter(id(s) for s in self._of.values())
 
     def forget(self) -> None:
         """End a forward: release its tensors."""

@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 
 from ..errors import ConfigError
 from .result import CalibrationResult
+from .resume import Checkpoint
 
 DEFAULT_MAX_TOKENS = 65_536
 """Budget if none is given: 128 sequences of 512 tokens, the most that the LoRA-GA authors use."""
@@ -52,6 +53,9 @@ class Calibration:
         accelerator: the user's `accelerate.Accelerator`, if its autocast is to be used. None is
             ever created here.
         progress: show a progress bar of the tokens read. On by default: a pass may take minutes.
+        checkpoint: where to keep the unfinished sums, so that a killed pass continues to the same
+            result; for one process. The data must give the same batches in the same order again.
+            Default: nowhere, since most passes take no longer than loading the model.
 
     Raises:
         ConfigError: if an option has a value that cannot work.
@@ -69,6 +73,7 @@ class Calibration:
     seed: int = 0
     accelerator: Any = None
     progress: bool = True
+    checkpoint: Checkpoint | None = None
 
     def __post_init__(self) -> None:
         if self.data is None:

@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import FingerprintError
+from ..files import whole_file
 from ..linalg import TruncatedSVD
 
 FORMAT = "peft_gradinit.calibration/1"
@@ -106,8 +106,6 @@ def save_triplets(
         facts: anything else to remember, as JSON.
         batches: batches of the data to keep as well.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {
         f"{name}.{part}": getattr(svd, part).detach().cpu().contiguous().clone()  # may be shared
         for name, svd in triplets.items()
@@ -121,12 +119,8 @@ def save_triplets(
         "fingerprint": json.dumps(dataclasses.asdict(fingerprint), sort_keys=True),
         "facts": json.dumps(facts, sort_keys=True),
     }
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with whole_file(path) as beside:
         save_file(tensors, beside, metadata=metadata)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def load_triplets(

@@ -5,13 +5,15 @@ from .config import GradInitConfig
 from .model import GradInitModel
 from .numbers import is_finite_number
 from .pending import waiting_adapters
+from .planning import planned_targets
+from .provenance import read_provenance
 from .registration import register
 from .report import InitReport, ModuleReport
 from .svfit_config import SpectralConfig
 from .svfit_model import SVFitModel
 from .targets import Target
 from .verbs import calibrate, initialize, load_for_training
-from .weights import is_quantized, linear_shape
+from .weights import is_quantized, linear_shape, linear_weight
 
 __all__ = [
     "GradInitConfig",
@@ -27,7 +29,10 @@ __all__ = [
     "is_finite_number",
     "is_quantized",
     "linear_shape",
+    "linear_weight",
     "load_for_training",
+    "planned_targets",
+    "read_provenance",
     "register",
     "waiting_adapters",
 ]

@@ -1,0 +1,172 @@
+"""What a calibration of the command line is made of: what is measured, and where the result goes."""
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+
+from .. import __version__
+from ..calibration import FILE_NAME, CalibrationResult, Checkpoint
+from ..errors import DataError, OutputError
+from ..files import check_writable, whole_file
+from ..recipes import (
+    CalibrationSection,
+    DataSection,
+    MethodSection,
+    ModelSection,
+    adapter_config,
+    calibration_of,
+    empty_model,
+    encode,
+    labels_of,
+    load_model,
+    load_processor,
+    load_rows,
+    task_of,
+)
+from ..recipes.estimate import Estimate, estimate
+from ..tuners import calibrate as run_calibration
+from ..tuners import planned_targets
+
+PARTIAL_NAME, RECORD_NAME = "partial.safetensors", "calibration.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where the result goes, and how.
+
+    Attributes:
+        folder: of the result.
+        overwrite: replace a result that is there.
+        resume: continue with the unfinished sums that are there.
+        save_every: seconds between two saves of them.
+
+    Raises:
+        OutputError: if there is a result already, or the folder cannot be written to.
+    """
+
+    folder: Path
+    overwrite: bool
+    resume: bool
+    save_every: float
+
+    def __post_init__(self) -> None:
+        if (self.folder / FILE_NAME).exists() and not self.overwrite:
+            raise OutputError(
+                f"{str(self.folder)!r} holds a calibration already; give another folder, or "
+                "--overwrite."
+            )
+        check_writable(self.folder)
+
+    @property
+    def partial(self) -> Path:
+        """Where the unfinished sums are kept."""
+        return self.folder / PARTIAL_NAME
+
+    def checkpoint(self, job: "Job") -> Checkpoint:
+        """Where and how often the pass of a job saves its sums."""
+        if not self.resume:
+            self.partial.unlink(missing_ok=True)
+        data = json.dumps([job.data.model_dump(), job.calibration.batch_size], sort_keys=True)
+        return Checkpoint(self.partial, data, self.save_every)
+
+    def write(self, result: CalibrationResult, job: "Job") -> None:
+        """Write the result, and what it was made from."""
+        result.save(self.folder)
+        record = {
+            "peft_gradinit": __version__,
+            "model": job.model.model_dump(),
+            "data": job.data.model_dump(),
+            "method": job.method.model_dump(),
+            "calibration": job.calibration.model_dump(),
+            "facts": dataclasses.asdict(result.facts),
+        }
+        with whole_file(self.folder / RECORD_NAME) as path:
+            path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What is measured on what.
+
+    Attributes:
+        model: which model, and how it is loaded.
+        data: which data, and how they are read.
+        method: tells the statistic, the targets and their ranks.
+        calibration: budgets and estimator.
+    """
+
+    model: ModelSection
+    data: DataSection
+    method: MethodSection
+    calibration: CalibrationSection
+
+    def run(self, device: torch.device, place: Place, *, progress: bool) -> CalibrationResult:
+        """Calibrate.
+
+        Args:
+            device: where the model runs.
+            place: where the unfinished sums go.
+            progress: show a progress bar.
+
+        Returns:
+            The result.
+        """
+        rows, processor, labels = self._data()
+        model = load_model(self.model, labels)
+        if self.model.quantization is None:
+            model.to(device)
+        data = calibration_of(
+            rows, self.calibration, processor, progress=progress, checkpoint=place.checkpoint(self)
+        )
+        return run_calibration(model, self.config(), data)
+
+    def estimate(self, device: torch.device) -> Estimate:
+        """What running it would cost; reads the data, but no weights."""
+        rows, processor, labels = self._data()
+        model, config = empty_model(self.model, labels), self.config()
+        calibration = calibration_of(rows, self.calibration, processor)
+        lengths = list(_lengths(rows, calibration))
+        return estimate(
+            model,
+            planned_targets(model, config),
+            config.statistic,
+            lengths,
+            self.calibration,
+            device=device,
+            quantization=self.model.quantization,
+        )
+
+    def _data(self) -> tuple[Any, Any, list[str] | None]:
+        rows = load_rows(self.data)
+        labels, processor = labels_of(rows, self.data), load_processor(self.model)
+        if isinstance(rows, datasets.Dataset):
+            rows = rows.to_iterable_dataset()  # nothing is tokenised that is not read
+        encoded = encode(rows, self.data, task_of(self.model), processor)
+        if next(iter(encoded), None) is None:  # bad data are told before a model is loaded
+            raise DataError(
+                f"the data {self.data.path!r} have no usable row in the split {self.data.split!r}."
+            )
+        return encoded, processor, labels
+
+    def config(self) -> Any:
+        """The config of the method; what its calibration is, is not asked here."""
+        return adapter_config(self.method, task_of(self.model), calibration="unused")
+
+
+def _lengths(rows: Any, calibration: Any) -> Iterator[int]:
+    """Lengths of the sequences that fit into the budget."""
+    n_batches, budget = calibration.max_batches, calibration.token_budget
+    stop = None if n_batches is None else n_batches * calibration.batch_size
+    total = 0
+    for row in itertools.islice(rows, stop):
+        length = len(row["input_ids"]) if "input_ids" in row else 1
+        total += length
+        yield length
+        if budget is not None and total >= budget:
+            return

@@ -1,0 +1,60 @@
+"""Updates of a weight that are known as a product of two thin factors."""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from .product import truncate_product
+from .svd import TruncatedSVD, svd_of_product
+
+
+class Factors(NamedTuple):
+    """An update `B A` of an `(out, in)` weight, its scaling inside `B`.
+
+    Attributes:
+        A: `(r, in)`.
+        B: `(out, r)`.
+    """
+
+    A: Float[Tensor, "r in"]
+    B: Float[Tensor, "out r"]
+
+    @property
+    def r(self) -> int:
+        """Inner dimension."""
+        return self.A.shape[0]
+
+    def svd(self) -> TruncatedSVD:
+        """Triplets of the product, which is never formed; in float64, returned in float32."""
+        rank = min(self.r, self.A.shape[1], self.B.shape[0])
+        svd = svd_of_product(self.B.double(), self.A.double().T, rank)
+        return TruncatedSVD(*(part.float() for part in svd))
+
+    def truncated(self, rank: int) -> "tuple[Factors, float]":
+        """The best approximation of lower rank, and its error; see `truncate_product`."""
+        B, A, error = truncate_product(self.B, self.A, rank)
+        return Factors(A, B), error
+
+    def matrix(self) -> Float[Tensor, "out in"]:
+        """The update itself."""
+        return self.B @ self.A
+
+
+def joined(*updates: Factors) -> Factors:
+    """The sum of updates as one, of the sum of their ranks; exact."""
+    return Factors(
+        torch.cat([u.A for u in updates], dim=0), torch.cat([u.B for u in updates], dim=1)
+    )
+
+
+def negated(update: Factors) -> Factors:
+    """The update with the other sign."""
+    return Factors(update.A, -update.B)
+
+
+def inner_product(one: Factors, other: Factors) -> float:
+    """Frobenius inner product of two updates from small Gram matrices."""
+    gram = (one.B.double().T @ other.B.double()) * (one.A.double() @ other.A.double().T)
+    return gram.sum().item()

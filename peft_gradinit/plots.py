@@ -1,0 +1,283 @@
+"""Pictures of calibrations, adapters and runs; needs matplotlib, the extra `plots`.
+
+Every function draws one PNG and returns its path. Layers are placed by their depth, the first number
+in their name, and told apart by the rest of it.
+"""
+
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .calibration import CalibrationResult
+from .errors import ConfigError
+from .files import whole_file
+from .saved import LayerComparison
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_SMOOTHING = 10  # steps
+_LABELLED_CELLS = 400
+"""In maps of more cells the numbers would be too small to read."""
+_GREY = "0.5"
+
+
+def draw_spectra(result: CalibrationResult, path: str | os.PathLike[str]) -> Path:
+    """Draw the singular values of every layer, one panel for each kind of layer, coloured by depth.
+
+    Args:
+        result: gradients or inputs; values are relative to the norm of the whole.
+        path: the PNG.
+
+    Returns:
+        `path`.
+    """
+    kinds: dict[str, list[str]] = {}
+    for name in result.triplets:
+        kinds.setdefault(_place(name)[1], []).append(name)
+    figure, panels = _panels(len(kinds), size=(3.0, 2.3), share_y=True)
+    deepest = max((_place(name)[0] or 0 for name in result.triplets), default=0)
+    colours = _colours()
+    for panel, (kind, names) in zip(panels, kinds.items(), strict=False):
+        for name in names:
+            S = result.triplets[name].S.double()
+            share = (S / max(result.energy[name], 1e-300) ** 0.5).tolist()
+            depth = _place(name)[0]
+            colour = _GREY if depth is None else colours(depth / max(1, deepest))
+            panel.semilogy(range(1, len(share) + 1), share, color=colour, lw=1.2, alpha=0.85)
+        panel.set_title(kind, fontsize=8)
+        _whole_numbers(panel)
+        panel.grid(alpha=0.3, which="both", lw=0.4)
+    what = "gradient" if result.fingerprint.statistic == "gradient" else "inputs"
+    figure.supxlabel("singular value", fontsize=9)
+    figure.supylabel(f"share of the norm of the {what}", fontsize=9)
+    if deepest:
+        _colour_bar(figure, panels, 0, deepest, "depth")
+    return _saved(figure, path)
+
+
+def draw_rank_map(
+    ranks: Mapping[str, int], path: str | os.PathLike[str], *, title: str = "rank"
+) -> Path:
+    """Draw which layer has what rank: depth from left to right, a row for each kind of layer.
+
+    Args:
+        ranks: by layer; 0 for those without an adapter.
+        path: the PNG.
+        title: of the colour bar.
+
+    Returns:
+        `path`.
+    """
+    return _saved(_map({name: float(r) for name, r in ranks.items()}, title, "d"), path)
+
+
+def draw_drift(drifts: Mapping[str, Mapping[str, float]], path: str | os.PathLike[str]) -> Path:
+    """Draw how far adapters have moved every layer from the base, `|dW| / |W|`.
+
+    One adapter is drawn as a map; several (checkpoints of a run, or different runs) as one line
+    each over the depth, with the mean of the layers at that depth.
+
+    Args:
+        drifts: by adapter and layer.
+        path: the PNG.
+
+    Returns:
+        `path`.
+    """
+    if len(drifts) == 1:
+        return _saved(_map(next(iter(drifts.values())), "|dW| / |W|", ".2g"), path)
+    figure, (panel,) = _panels(1, size=(6.4, 3.6))
+    for label, layers in drifts.items():
+        at: dict[int, list[float]] = {}
+        for name, value in layers.items():
+            at.setdefault(_place(name)[0] or 0, []).append(value)
+        depths = sorted(at)
+        panel.plot(depths, [sum(at[d]) / len(at[d]) for d in depths], marker="o", ms=3, label=label)
+    panel.set(xlabel="depth", ylabel="|dW| / |W|, mean of the layers")
+    panel.set_ylim(bottom=0)
+    panel.grid(alpha=0.3)
+    panel.legend(frameon=False, fontsize=8)
+    return _saved(figure, path)
+
+
+def draw_angles(
+    lines: Sequence[LayerComparison],
+    path: str | os.PathLike[str],
+    *,
+    names: tuple[str, str] = ("first", "second"),
+) -> Path:
+    """Draw the principal angles between two adapters or calibrations, of inputs and of outputs.
+
+    Args:
+        lines: one a layer.
+        path: the PNG.
+        names: of the two, for the title.
+
+    Returns:
+        `path`.
+    """
+    sides = [s for s in ("input", "output") if any(getattr(x, f"{s}_angles") for x in lines)]
+    figure, panels = _panels(len(sides), size=(4.4, 3.4), columns=2)
+    deepest = max((_place(line.name)[0] or 0 for line in lines), default=0)
+    colours = _colours()
+    for panel, side in zip(panels, sides, strict=False):
+        for line in lines:
+            degrees = [math.degrees(a) for a in getattr(line, f"{side}_angles")]
+            depth = _place(line.name)[0]
+            colour = _GREY if depth is None else colours(depth / max(1, deepest))
+            panel.plot(range(1, len(degrees) + 1), degrees, color=colour, lw=1, alpha=0.8)
+        panel.set(title=f"{side} spaces", xlabel="principal angle, ascending", ylim=(-2, 92))
+        panel.set_yticks(range(0, 91, 15))
+        _whole_numbers(panel)
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("degrees")
+    figure.suptitle(f"{names[0]} and {names[1]}", fontsize=10)
+    if deepest:
+        _colour_bar(figure, panels, 0, deepest, "depth")
+    return _saved(figure, path)
+
+
+def draw_losses(
+    runs: Mapping[str, Sequence[tuple[float, float]]], path: str | os.PathLike[str]
+) -> Path:
+    """Draw the training losses of several runs, the first one strongest.
+
+    Args:
+        runs: `(step, loss)` by name, the run itself first and then its baselines.
+        path: the PNG.
+
+    Returns:
+        `path`.
+    """
+    figure, (panel,) = _panels(1, size=(6.4, 3.8))
+    for i, (name, points) in enumerate(runs.items()):
+        steps, losses = [p[0] for p in points], [p[1] for p in points]
+        smooth = _running_mean(losses, min(_SMOOTHING, max(1, len(losses) // 5)))
+        (line,) = panel.plot(steps, smooth, label=name, lw=2.2 if i == 0 else 1.4, zorder=9 - i)
+        panel.plot(steps, losses, color=line.get_color(), alpha=0.2, lw=0.7)
+    panel.set(xlabel="step", ylabel="training loss")
+    panel.grid(alpha=0.3)
+    panel.legend(frameon=False, fontsize=8)
+    return _saved(figure, path)
+
+
+def _map(values: Mapping[str, float], title: str, style: str) -> "Figure":
+    """A heat map over depth and kind of layer; layers without a depth are in the first column."""
+    places = {name: _place(name) for name in values}
+    columns = sorted({depth for depth, _ in places.values()}, key=lambda d: -1 if d is None else d)
+    kinds = list(dict.fromkeys(kind for _, kind in places.values()))
+    grid = [[math.nan] * len(columns) for _ in kinds]
+    for name, value in values.items():
+        depth, kind = places[name]
+        grid[kinds.index(kind)][columns.index(depth)] = value
+    size = (2.4 + 0.42 * len(columns), 1.1 + 0.3 * len(kinds))
+    figure, (panel,) = _panels(1, size=(min(size[0], 24), size[1]))
+    highest = max(values.values(), default=1) or 1
+    image = panel.imshow(grid, aspect="auto", cmap="viridis", vmin=0, vmax=highest)
+    panel.set_yticks(range(len(kinds)), kinds, fontsize=7)
+    panel.set_xticks(range(len(columns)), ["none" if c is None else str(c) for c in columns])
+    panel.tick_params(axis="x", labelsize=7)
+    panel.set_xlabel("depth", fontsize=8)
+    if len(values) <= _LABELLED_CELLS:
+        _label_cells(panel, grid, highest, style)
+    figure.colorbar(image, ax=panel, label=title)
+    return figure
+
+
+def _label_cells(panel: "Axes", grid: list[list[float]], highest: float, style: str) -> None:
+    for y, row in enumerate(grid):
+        for x, value in enumerate(row):
+            if not math.isnan(value):
+                colour = "black" if value > 0.6 * highest else "white"
+                text = format(int(value) if style == "d" else value, style)
+                panel.text(x, y, text, ha="center", va="center", fontsize=6, color=colour)
+
+
+def _place(name: str) -> tuple[int | None, str]:
+    """Depth of a layer, and what it is called without it."""
+    found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
+    if found is None:
+        return None, name
+    stack = name[: found.start()].split(".")
+    side = f"{stack[0]} " if stack[0] in ("encoder", "decoder") else ""  # both, in some models
+    return int(found.group(1)), side + (name[found.end() :] or ".".join(stack))
+
+
+def _panels(
+    n: int, *, size: tuple[float, float], columns: int = 4, share_y: bool = False
+) -> "tuple[Figure, list[Axes]]":
+    pyplot = _pyplot()
+    columns = min(n, columns)
+    rows = -(-n // columns)
+    figure, axes = pyplot.subplots(
+        rows,
+        columns,
+        figsize=(size[0] * columns, size[1] * rows),
+        squeeze=False,
+        sharey=share_y,
+        layout="constrained",
+    )
+    panels = list(axes.flat)
+    for panel in panels:
+        panel.tick_params(labelsize=8)
+    for unused in panels[n:]:
+        unused.axis("off")
+    return figure, panels[:n]
+
+
+def _pyplot() -> Any:
+    """Matplotlib without a display.
+
+    Returns:
+        `matplotlib.pyplot`.
+
+    Raises:
+        ConfigError: if it is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ConfigError(
+            "pictures need matplotlib; install the extra: pip install 'peft_gradinit[plots]'."
+        ) from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _colours() -> Any:
+    return _pyplot().get_cmap("viridis")
+
+
+def _colour_bar(
+    figure: "Figure", panels: "list[Axes]", low: float, high: float, label: str
+) -> None:
+    pyplot = _pyplot()
+    scale = pyplot.cm.ScalarMappable(pyplot.Normalize(low, high), _colours())
+    whole = pyplot.MaxNLocator(integer=True)
+    figure.colorbar(scale, ax=panels, label=label, fraction=0.03, ticks=whole)
+
+
+def _whole_numbers(panel: "Axes") -> None:
+    panel.xaxis.set_major_locator(_pyplot().MaxNLocator(integer=True))
+
+
+def _running_mean(values: list[float], window: int) -> list[float]:
+    means = []
+    for i in range(len(values)):
+        part = values[max(0, i - window + 1) : i + 1]
+        means.append(sum(part) / len(part))
+    return means
+
+
+def _saved(figure: "Figure", path: str | os.PathLike[str]) -> Path:
+    with whole_file(path) as beside:
+        figure.savefig(beside, dpi=150, format="png")
+    _pyplot().close(figure)
+    return Path(path)

@@ -1,0 +1,280 @@
+"""One row of a dataset as tokens and labels, or as an image and its class."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from string import Formatter
+from typing import Any
+
+from ..errors import ConfigError, DataError
+from .schema import DataSection, Task, nearest
+
+IGNORE_INDEX = -100
+_EMPTY: dict[str, list[int]] = {"input_ids": [], "attention_mask": [], "labels": []}
+"""What a dropped row becomes."""
+
+_CHATS = ("messages", "conversations", "conversation")
+_TEXTS = ("text", "sentence", "content")
+
+
+class Encoder:
+    """Encodes rows of one dataset for one model.
+
+    Args:
+        section: columns and templates.
+        task: what the model is for.
+        processor: its tokenizer or image processor.
+        columns: those of the dataset.
+
+    Raises:
+        DataError: if the columns do not tell what to read.
+    """
+
+    def __init__(
+        self, section: DataSection, task: Task, processor: Any, columns: list[str]
+    ) -> None:
+        self.section = section
+        self.task = task
+        self.processor = processor
+        self.columns = columns
+        self._encode = self._encoder()
+        self._template = _chat_template(section, processor)
+
+    def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """Encode a row; one that is to be dropped has no tokens."""
+        encoded = self._encode(self._with_words(row))
+        n_tokens = len(encoded.get("input_ids", ()))
+        if n_tokens <= self.section.max_length or self.section.packing:
+            return encoded
+        if self.section.drop_longer:
+            return dict(_EMPTY)
+        return {name: values[: self.section.max_length] for name, values in encoded.items()}
+
+    def prompt(self, row: Mapping[str, Any]) -> str:
+        """The prompt alone, to generate an answer to.
+
+        Args:
+            row: of the dataset.
+
+        Returns:
+            Text.
+        """
+        row = self._with_words(row)
+        prompt = self._value(row, self.section.prompt or "prompt")
+        if isinstance(prompt, list):
+            return self.processor.apply_chat_template(
+                prompt, tokenize=False, add_generation_prompt=True, chat_template=self._template
+            )
+        return prompt
+
+    def completion(self, row: Mapping[str, Any]) -> str | None:
+        """What the row gives as the answer; `None` if the row is to be dropped."""
+        text = self._value(self._with_words(row), self.section.completion or "completion")
+        if isinstance(text, list):
+            text = text[-1]["content"]
+        return self._kept(str(text))
+
+    def _encoder(self) -> Any:
+        """Choose how to read a row, from the section or else from the columns.
+
+        Returns:
+            A method.
+
+        Raises:
+            DataError: if neither tells.
+        """
+        section, columns = self.section, self.columns
+        if self.task == "IMAGE_CLS":
+            return self._image
+        if self.task == "SEQ_CLS":
+            return self._classified
+        if self.task == "SEQ_2_SEQ_LM":
+            return self._pair_of_texts
+        if section.prompt or section.completion or {"prompt", "completion"} <= set(columns):
+            return self._prompted
+        chat = section.messages or next((c for c in _CHATS if c in columns), None)
+        if chat is not None and section.text is None:
+            return lambda row: self._chat(self._value(row, chat))
+        text = section.text or next((c for c in _TEXTS if c in columns), None)
+        if text is not None:
+            return lambda row: self._text(self._value(row, text))
+        if "input_ids" in columns:
+            return self._tokens
+        raise DataError(
+            f"the columns {columns} do not tell what to read; name a column or give a template for "
+            "text, for prompt and completion, or for messages."
+        )
+
+    def _tokens(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        ids = list(row["input_ids"])
+        return _sequence(ids, list(row.get("labels", ids)))
+
+    def _text(self, text: Any) -> dict[str, Any]:
+        ids = self._ids(str(text)) + self._end()
+        return _sequence(ids, ids)
+
+    def _prompted(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        prompt = self._value(row, self.section.prompt or "prompt")
+        completion = self._value(row, self.section.completion or "completion")
+        if isinstance(prompt, list):
+            start = self._chat_ids(prompt, add_generation_prompt=True)
+            ids = self._chat_ids([*prompt, *completion])
+            n = _n_common(start, ids)  # the last token of the prompt may grow into the answer
+            start, rest = ids[:n], ids[n:]
+        else:
+            kept = self._kept(str(completion))
+            if kept is None:
+                return dict(_EMPTY)
+            start = self._ids(str(prompt))
+            rest = self.processor(kept, add_special_tokens=False)["input_ids"] + self._end()
+        masked = start if self.section.loss_on_prompt else [IGNORE_INDEX] * len(start)
+        return _sequence([*start, *rest], [*masked, *rest])
+
+    def _chat(self, messages: Any) -> dict[str, Any]:
+        if not self.section.assistant_only_loss:
+            ids = self._chat_ids(messages)
+            return _sequence(ids, ids)
+        if "{% generation" not in (self._template or self.processor.chat_template or ""):
+            raise DataError(
+                "assistant_only_loss needs a chat template that marks what the assistant says with "
+                "{% generation %}; give one as data.chat_template."
+            )
+        encoded = self._applied(messages, return_dict=True, return_assistant_tokens_mask=True)
+        ids, mask = encoded["input_ids"], encoded["assistant_masks"]
+        labels = [i if keep else IGNORE_INDEX for i, keep in zip(ids, mask, strict=True)]
+        return _sequence(ids, labels)
+
+    def _pair_of_texts(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """Source and target of an encoder-decoder."""
+        kept = self._kept(str(self._value(row, self.section.completion or "completion")))
+        if kept is None:
+            return dict(_EMPTY)
+        prompt = str(self._value(row, self.section.prompt or "prompt"))
+        length = self.section.max_length
+        encoded = self.processor(prompt, truncation=True, max_length=length)
+        target = self.processor(text_target=kept, truncation=True, max_length=length)
+        return {
+            "input_ids": encoded["input_ids"],
+            "attention_mask": encoded["attention_mask"],
+            "labels": target["input_ids"],
+        }
+
+    def _classified(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        name = self.section.text or next((c for c in _TEXTS if c in self.columns), "text")
+        texts = [str(self._value(row, name))]
+        if self.section.pair is not None:
+            texts.append(str(self._value(row, self.section.pair)))
+        encoded = self.processor(*texts, truncation=True, max_length=self.section.max_length)
+        return {**encoded, "labels": self._value(row, self.section.label or "label")}
+
+    def _image(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        image = self._value(row, self.section.image or "image").convert("RGB")
+        pixels = self.processor(image, return_tensors="np")["pixel_values"][0]
+        return {"pixel_values": pixels, "labels": self._value(row, self.section.label or "label")}
+
+    def _with_words(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
+        words, column = self.section.label_words, self.section.label or "label"
+        if not words or self.task in ("SEQ_CLS", "IMAGE_CLS"):
+            return row
+        if row.get(column) not in words:
+            raise DataError(
+                f"the class {row.get(column)!r} in column {column!r} has no word; label_words has "
+                f"{dict(words)}."
+            )
+        return {**row, column: words[row[column]]}
+
+    def _value(self, row: Mapping[str, Any], source: str) -> Any:
+        if source in row:
+            value = row[source]
+        elif fields := {field for _, field, _, _ in Formatter().parse(source) if field}:
+            missing = sorted(fields - row.keys())
+            if missing:
+                hint = nearest(missing[0], self.columns)
+                raise DataError(
+                    f"the template {source!r} asks for the column {missing[0]!r}{hint}; the columns "
+                    f"are {self.columns}."
+                )
+            return source.format_map(dict(row))
+        else:
+            raise DataError(
+                f"there is no column {source!r}{nearest(source, self.columns)}; the columns are "
+                f"{self.columns}."
+            )
+        if value is None:
+            raise DataError(f"the column {source!r} is empty in a row; filter such rows out first.")
+        return value
+
+    def _kept(self, completion: str) -> str | None:
+        if self.section.completion_keep is None:
+            return completion
+        found = re.search(self.section.completion_keep, completion)
+        return found.group(1) if found else None
+
+    def _ids(self, text: str) -> list[int]:
+        ids = list(self.processor(text)["input_ids"])
+        return ids[:-1] if ids and ids[-1] == self.processor.eos_token_id else ids
+
+    def _end(self) -> list[int]:
+        end = self.processor.eos_token_id
+        return [] if end is None else [end]
+
+    def _chat_ids(self, messages: Any, **options: Any) -> list[int]:
+        return list(self._applied(messages, return_dict=True, **options)["input_ids"])
+
+    def _applied(self, messages: Any, **options: Any) -> Any:
+        if self._template is None and not getattr(self.processor, "chat_template", None):
+            raise DataError(
+                "the data are chats, but the tokenizer has no chat template; give one as "
+                "data.chat_template."
+            )
+        return self.processor.apply_chat_template(
+            _as_messages(messages), tokenize=True, chat_template=self._template, **options
+        )
+
+
+def _n_common(first: list[int], second: list[int]) -> int:
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
+
+
+def _sequence(ids: list[int], labels: list[int]) -> dict[str, Any]:
+    return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": list(labels)}
+
+
+def _as_messages(messages: Any) -> list[dict[str, Any]]:
+    """Chats in the form of ShareGPT (`from`, `value`) are renamed.
+
+    Args:
+        messages: one chat.
+
+    Returns:
+        `role` and `content` of every turn.
+
+    Raises:
+        DataError: if it is of neither form.
+    """
+    roles = {"human": "user", "gpt": "assistant"}
+    if isinstance(messages, list) and all(isinstance(m, Mapping) for m in messages):
+        if all("role" in m and "content" in m for m in messages):
+            return [dict(m) for m in messages]
+        if all("from" in m and "value" in m for m in messages):
+            return [
+                {"role": roles.get(m["from"], m["from"]), "content": m["value"]} for m in messages
+            ]
+    raise DataError(
+        f"a chat is a list of {{'role': …, 'content': …}}, got {str(messages)[:80]!r}; name the "
+        "column of the chats."
+    )
+
+
+def _chat_template(section: DataSection, processor: Any) -> str | None:
+    if section.chat_template is None:
+        return None
+    if not hasattr(processor, "apply_chat_template"):
+        raise ConfigError("data.chat_template is for tokenizers, but the model has none.")
+    try:
+        return Path(section.chat_template).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"cannot read data.chat_template {section.chat_template!r}: {error}."
+        ) from error

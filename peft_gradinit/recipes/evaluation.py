@@ -1,0 +1,137 @@
+"""What a trained model is worth: its loss, its classes, or the answers that it generates."""
+
+import re
+from typing import Any, cast
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from torch import nn
+from transformers import EvalPrediction, Trainer
+
+from ..errors import ConfigError
+from .data import Rows, columns_of
+from .encoding import Encoder
+from .metrics import compute
+from .schema import Recipe, Task
+
+
+def evaluate_model(
+    trainer: Trainer, recipe: Recipe, task: Task, rows: Rows, processor: Any
+) -> dict[str, float]:
+    """Measure the trainer's model on its evaluation rows.
+
+    Args:
+        trainer: with its encoded evaluation data; its model is evaluated.
+        recipe: which metrics.
+        task: what the model is for.
+        rows: the evaluation rows as they are in the dataset.
+        processor: tokenizer or image processor.
+
+    Returns:
+        `loss` and the metrics.
+
+    Raises:
+        ConfigError: if metrics of a language model are asked for without generation.
+    """
+    scores = {k.removeprefix("eval_"): v for k, v in trainer.evaluate().items()}
+    kept = {"loss": float(scores["loss"])}
+    metrics = recipe.evaluation.metrics
+    if task in ("SEQ_CLS", "IMAGE_CLS"):
+        return kept | {k: float(v) for k, v in scores.items() if k.startswith("metric_")}
+    if metrics and recipe.evaluation.max_new_tokens is None:
+        raise ConfigError(
+            f"evaluation.metrics={metrics} of a language model compare generated answers; set "
+            "evaluation.max_new_tokens."
+        )
+    if metrics:
+        encoder = Encoder(recipe.data, task, processor, columns_of(rows))
+        model: Any = trainer.accelerator.unwrap_model(trainer.model)
+        answers = _answers(model, recipe, task, list(rows), encoder)
+        kept |= compute(metrics, *answers)
+    return kept
+
+
+def class_metrics(recipe: Recipe) -> Any:
+    """`compute_metrics` of a Trainer for classifiers; `None` if there is nothing to compute."""
+    names = recipe.evaluation.metrics
+    if not names:
+        return None
+
+    def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
+        logits = prediction.predictions
+        logits = logits[0] if isinstance(logits, tuple) else logits
+        found = compute(names, logits.argmax(-1), prediction.label_ids)
+        return {f"metric_{name}": value for name, value in found.items()}
+
+    return compute_metrics
+
+
+def answer_of(text: str, pattern: str | None) -> str:
+    """The last match of the pattern's first group, without thousands' commas; else the text.
+
+    Args:
+        text: generated, or the reference.
+        pattern: `None` takes the whole text.
+
+    Returns:
+        The answer; empty if the pattern matches nowhere.
+    """
+    if pattern is None:
+        return text.strip()
+    found = re.findall(pattern, text)
+    if not found:
+        return ""
+    last = found[-1] if isinstance(found[-1], str) else found[-1][0]
+    return last.replace(",", "").strip()
+
+
+def _answers(
+    model: nn.Module, recipe: Recipe, task: Task, rows: list[Any], encoder: Encoder
+) -> tuple[list[str], list[str]]:
+    """Generated and true answers, of all processes."""
+    pattern = recipe.evaluation.answer
+    pairs = [(encoder.prompt(row), encoder.completion(row)) for row in rows]
+    pairs = [(prompt, reference) for prompt, reference in pairs if reference is not None]
+    found: list[tuple[str, str]] = []
+    with PartialState().split_between_processes(pairs) as share:
+        mine = cast("list[tuple[str, str]]", share)
+        size = recipe.evaluation.batch_size
+        for i in range(0, len(mine), size):
+            part = mine[i : i + size]
+            texts = _generated(model, recipe, task, [p for p, _ in part], encoder.processor)
+            found += [(text, reference) for text, (_, reference) in zip(texts, part, strict=True)]
+    found = gather_object(found)
+    return (
+        [answer_of(text, pattern) for text, _ in found],
+        [answer_of(reference, pattern) for _, reference in found],
+    )
+
+
+def _generated(
+    model: Any, recipe: Recipe, task: Task, prompts: list[str], tokenizer: Any
+) -> list[str]:
+    """Continue prompts greedily; those of causal models are padded on the left."""
+    side, tokenizer.padding_side = tokenizer.padding_side, "left"
+    try:
+        encoded = tokenizer(
+            prompts,
+            return_tensors="pt",
+            padding=True,
+            truncation=True,
+            max_length=recipe.data.max_length,
+        )
+    finally:
+        tokenizer.padding_side = side
+    inputs = {k: encoded[k].to(model.device) for k in ("input_ids", "attention_mask")}
+    model.eval()
+    with torch.no_grad():
+        out = model.generate(
+            **inputs,
+            max_new_tokens=recipe.evaluation.max_new_tokens,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    if task == "CAUSAL_LM":
+        out = out[:, inputs["input_ids"].shape[1] :]
+    return tokenizer.batch_decode(out, skip_special_tokens=True)

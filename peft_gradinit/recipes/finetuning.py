@@ -1,0 +1,241 @@
+"""One run of a recipe: data, model, start, training, evaluation, export, push."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import PartialState
+from peft import PeftModel, get_peft_model
+from torch import nn
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from ..errors import ConfigError
+from ..export import export_adapter
+from ..files import check_writable, whole_file
+from ..methods import METHODS
+from ..plots import draw_losses
+from ..tuners import load_for_training
+from .collation import collator
+from .data import Rows, encode, labels_of, load_rows
+from .evaluation import class_metrics, evaluate_model
+from .methods import adapter_config, calibration_of
+from .models import load_model, load_processor, task_of
+from .schema import Recipe, Task
+
+_FIELDS = {field.name for field in dataclasses.fields(TrainingArguments)}
+_CHECKPOINTING = (
+    f"{'activation' if 'activation_checkpointing' in _FIELDS else 'gradient'}_checkpointing"
+)
+"""Later versions of transformers gave the argument a new name and warns of the old one."""
+
+RESULTS, PICTURE = "results.json", "loss.png"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Inputs:
+    """What a run is made from."""
+
+    task: Task
+    processor: Any
+    labels: list[str] | None
+    train: Rows
+    evaluation: Rows | None
+    evaluation_rows: Rows | None
+
+
+def finetune(recipe: Recipe) -> dict[str, Any]:
+    """Run a recipe from the model to the evaluated adapter.
+
+    Writes into `recipe.output`: `adapter/`, one folder for each further export, `results.json`, and
+    `loss.png` beside the losses of the baselines.
+
+    Args:
+        recipe: what to do.
+
+    Returns:
+        What `results.json` holds: losses, metrics, the start's report, sizes.
+    """
+    output, state = Path(recipe.output), PartialState()
+    check_writable(output)
+    transformers.set_seed(recipe.training.seed)
+    inputs = _inputs(recipe)
+    model = load_model(recipe.model, inputs.labels)
+    if recipe.model.quantization is None:
+        model.to(state.device)
+    checkpoint = _last_checkpoint(recipe)
+    peft_model = _started(model, recipe, inputs, checkpoint, progress=state.is_main_process)
+    trainer = _trainer(peft_model, recipe, inputs)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    metrics = {}
+    if inputs.evaluation_rows is not None:
+        rows, processor = inputs.evaluation_rows, inputs.processor
+        metrics = evaluate_model(trainer, recipe, inputs.task, rows, processor)
+    results = _results(trainer, recipe, peft_model, metrics)
+    if state.is_main_process:
+        _write(peft_model, recipe, inputs, results)
+    state.wait_for_everyone()
+    return results
+
+
+def _inputs(recipe: Recipe) -> _Inputs:
+    task, processor = task_of(recipe.model), load_processor(recipe.model)
+    rows = load_rows(recipe.data)
+    held_out = None
+    if recipe.data.eval_split is not None or recipe.data.n_eval is not None:
+        held_out = load_rows(recipe.data, evaluation=True)
+    with PartialState().main_process_first():
+        train = encode(rows, recipe.data, task, processor)
+        evaluation = None if held_out is None else encode(held_out, recipe.data, task, processor)
+    return _Inputs(task, processor, labels_of(rows, recipe.data), train, evaluation, held_out)
+
+
+def _started(
+    model: nn.Module, recipe: Recipe, inputs: _Inputs, checkpoint: str | None, *, progress: bool
+) -> PeftModel:
+    """The model with its adapter; a resumed one takes its start from the checkpoint."""
+    if checkpoint is not None and recipe.method.name in {m.name for m in METHODS}:
+        return load_for_training(model, checkpoint)
+    calibration = calibration_of(
+        inputs.train, recipe.calibration, inputs.processor, progress=progress
+    )
+    config = adapter_config(recipe.method, inputs.task, calibration)
+    return get_peft_model(model, config)
+
+
+def _trainer(model: PeftModel, recipe: Recipe, inputs: _Inputs) -> Trainer:
+    classifies = inputs.task in ("SEQ_CLS", "IMAGE_CLS")
+    trainer = Trainer(
+        model=model,
+        args=_arguments(recipe, evaluates=inputs.evaluation is not None),
+        data_collator=collator(inputs.processor),
+        train_dataset=inputs.train,  # pyright: ignore[reportArgumentType]
+        eval_dataset=inputs.evaluation,  # pyright: ignore[reportArgumentType]
+        processing_class=inputs.processor,
+        compute_metrics=class_metrics(recipe) if classifies else None,
+    )
+    trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
+    return trainer
+
+
+def _arguments(recipe: Recipe, *, evaluates: bool) -> TrainingArguments:
+    training, evaluation = recipe.training, recipe.evaluation
+    in_training = evaluates and evaluation.steps is not None
+    checkpointing: dict[str, Any] = {_CHECKPOINTING: training.gradient_checkpointing}
+    return TrainingArguments(
+        output_dir=str(Path(recipe.output) / "checkpoints"),
+        learning_rate=training.learning_rate,
+        num_train_epochs=training.epochs,
+        max_steps=training.max_steps,
+        per_device_train_batch_size=training.batch_size,
+        per_device_eval_batch_size=evaluation.batch_size,
+        gradient_accumulation_steps=training.gradient_accumulation,
+        warmup_steps=training.warmup,
+        lr_scheduler_type=training.schedule,
+        weight_decay=training.weight_decay,
+        max_grad_norm=training.max_grad_norm,
+        adam_beta1=training.adam_betas[0],
+        adam_beta2=training.adam_betas[1],
+        bf16=training.precision == "bf16",
+        fp16=training.precision == "fp16",
+        **checkpointing,
+        logging_steps=training.logging_steps,
+        save_strategy="no" if training.save_steps is None else "steps",
+        save_steps=training.save_steps or 500,
+        eval_strategy="steps" if in_training else "no",
+        eval_steps=evaluation.steps,
+        seed=training.seed,
+        report_to="none",
+        label_names=["labels"],
+        remove_unused_columns=False,
+        use_cpu=not torch.accelerator.is_available(),
+    )
+
+
+def _last_checkpoint(recipe: Recipe) -> str | None:
+    """Where to continue.
+
+    Args:
+        recipe: whether to.
+
+    Returns:
+        The last checkpoint; `None` if the run begins.
+
+    Raises:
+        ConfigError: if there is none to continue from.
+    """
+    if not recipe.training.resume:
+        return None
+    folder = Path(recipe.output) / "checkpoints"
+    found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    if found is None:
+        raise ConfigError(
+            f"training.resume=true, but {str(folder)!r} holds no checkpoint; leave it out to begin, "
+            "and set training.save_steps to have checkpoints."
+        )
+    return found
+
+
+def _results(
+    trainer: Trainer, recipe: Recipe, model: PeftModel, metrics: dict[str, float]
+) -> dict[str, Any]:
+    history = trainer.state.log_history
+    reports = getattr(model.base_model, "init_report", None) or {}
+    report = reports.get("default")
+    return {
+        "title": recipe.title,
+        "method": recipe.method.name,
+        "recipe": recipe.model_dump(mode="json"),
+        "losses": [[entry["step"], entry["loss"]] for entry in history if "loss" in entry],
+        "eval_losses": [[e["step"], e["eval_loss"]] for e in history if "eval_loss" in e],
+        "metrics": metrics,
+        "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "start": report.to_dict() if report else None,
+    }
+
+
+def _write(model: PeftModel, recipe: Recipe, inputs: _Inputs, results: dict[str, Any]) -> None:
+    output = Path(recipe.output)
+    model.save_pretrained(str(output / "adapter"))
+    if hasattr(inputs.processor, "save_pretrained"):
+        inputs.processor.save_pretrained(str(output / "adapter"))
+    for target in recipe.export.targets:
+        if target != "peft" or recipe.export.rank is not None:
+            rank = recipe.export.rank if target != "merged" else None
+            export_adapter(model, output / target, target, rank, overwrite=True)
+    with whole_file(output / RESULTS) as path:
+        path.write_text(json.dumps(results, indent=1) + "\n")
+    draw_losses(_curves(recipe, results), output / PICTURE)
+    if recipe.push is not None:
+        model.push_to_hub(recipe.push.repo, private=recipe.push.private)
+
+
+def _curves(recipe: Recipe, results: dict[str, Any]) -> dict[str, list[tuple[float, float]]]:
+    """The run's losses and those of its baselines, by name.
+
+    Args:
+        recipe: its baselines.
+        results: of the run.
+
+    Returns:
+        Points by name.
+
+    Raises:
+        ConfigError: if a baseline has no results.
+    """
+    curves = {results["method"]: [(s, v) for s, v in results["losses"]]}
+    for folder in recipe.baselines:
+        try:
+            content = json.loads((Path(folder) / RESULTS).read_text())
+            points = [(s, v) for s, v in content["losses"]]
+        except (OSError, ValueError, KeyError) as error:
+            raise ConfigError(
+                f"the baseline {folder!r} holds no readable {RESULTS}: {error}; run it first, or "
+                "leave it out."
+            ) from error
+        name = content["method"]
+        curves[name if name not in curves else f"{name} ({Path(folder).name})"] = points
+    return curves

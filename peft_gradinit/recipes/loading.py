@@ -1,0 +1,128 @@
+"""A recipe from a file and `key=value` overrides, or all of its faults at once."""
+
+import os
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from ..errors import ConfigError
+from .schema import Recipe, Section, nearest
+
+SectionT = TypeVar("SectionT", bound=Section)
+
+
+def load_recipe(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Recipe:
+    """Read and check a recipe.
+
+    Args:
+        path: a YAML file.
+        overrides: `section.key=value`, the value as YAML; later ones win.
+
+    Returns:
+        The recipe.
+
+    Raises:
+        ConfigError: with every fault and, for unknown keys, the nearest known one.
+    """
+    values = _read(path)
+    faults = [fault for text in overrides if (fault := _override(values, text))]
+    try:
+        recipe = Recipe.model_validate(values)
+    except ValidationError as error:
+        faults += [_described(dict(fault)) for fault in error.errors(include_url=False)]
+        recipe = None
+    if recipe is None or faults:
+        listed = "\n".join(f"  - {fault}" for fault in faults)
+        plural = "s" if len(faults) > 1 else ""
+        raise ConfigError(f"{str(path)!r} has {len(faults)} fault{plural}:\n{listed}")
+    return recipe
+
+
+def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the recipe {str(path)!r}: {error}.") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{str(path)!r} is not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(
+            f"{str(path)!r} holds {type(values).__name__} where keys and values are expected; see "
+            "configs/README.md."
+        )
+    return values
+
+
+def _override(values: dict[str, Any], text: str) -> str | None:
+    """Set one value in place; returns the fault if it cannot be."""
+    key, equals, value = text.partition("=")
+    *sections, last = key.split(".")
+    if not equals or not last:
+        return f"{text!r} is not of the form section.key=value"
+    place = values
+    for section in sections:
+        if place.get(section) is None:
+            place[section] = {}
+        place = place[section]
+        if not isinstance(place, dict):
+            return f"{text!r}: {section} is a value, not a section"
+    try:
+        place[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        return f"{text!r}: the value is not YAML: {error}"
+    return None
+
+
+def _described(fault: Mapping[str, Any]) -> str:
+    location = fault["loc"]
+    where = ".".join(str(part) for part in location)
+    if fault["type"] == "extra_forbidden":
+        known = _keys_at(location[:-1])
+        return f"{where}: no such key{nearest(str(location[-1]), known)}"
+    if fault["type"] == "missing":
+        return f"{where}: missing"
+    message = fault["msg"].removeprefix("Value error, ")
+    return f"{where}: {message} (got {fault['input']!r})"
+
+
+def _keys_at(location: tuple[Any, ...]) -> list[str]:
+    section: type[BaseModel] = Recipe
+    for part in location:
+        field = section.model_fields.get(str(part))
+        nested = None if field is None else _section_of(field.annotation)
+        if nested is None:
+            return []
+        section = nested
+    return list(section.model_fields)
+
+
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    options = (annotation,)
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        options = typing.get_args(annotation)
+    return next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
+
+
+def section_of(section: type[SectionT], **values: Any) -> SectionT:
+    """Make one section from arguments, for callers without a file.
+
+    Args:
+        section: its class.
+        values: of its keys.
+
+    Returns:
+        The section.
+
+    Raises:
+        ConfigError: with every fault.
+    """
+    try:
+        return section(**values)
+    except ValidationError as error:
+        faults = [_described(dict(fault)) for fault in error.errors(include_url=False)]
+        raise ConfigError("; ".join(faults)) from error

@@ -1,0 +1,76 @@
+"""The PEFT config and the calibration that a recipe asks for."""
+
+import dataclasses
+from typing import Any
+
+from peft import PeftConfig
+
+from ..calibration import Calibration
+from ..errors import ConfigError
+from .collation import collator
+from .schema import METHOD_CONFIGS, CalibrationSection, MethodSection, Task
+
+_PEFT_TASKS = {"IMAGE_CLS": None}  # PEFT knows no task for images
+
+
+def adapter_config(section: MethodSection, task: Task, calibration: Any = None) -> PeftConfig:
+    """Make the config of a method.
+
+    Args:
+        section: method, rank, targets, options.
+        task: what the model is for.
+        calibration: what `calibration=` of the config takes; not used by methods without one.
+
+    Returns:
+        The config.
+
+    Raises:
+        ConfigError: if an option does not go with the method.
+    """
+    config_class = METHOD_CONFIGS[section.name]
+    known = {f.name for f in dataclasses.fields(config_class)}
+    values: dict[str, Any] = {
+        "r": section.r,
+        "target_modules": section.target_modules,
+        "task_type": _PEFT_TASKS.get(task, task),
+        **section.options,
+    }
+    if section.lora_alpha is not None:
+        values["lora_alpha"] = section.lora_alpha
+    if section.use_rslora:
+        values["use_rslora"] = True
+    if "calibration" in config_class.__init__.__annotations__ and calibration is not None:
+        values["calibration"] = calibration
+    unknown = sorted(set(values) - known - {"calibration"})
+    if unknown:
+        raise ConfigError(f"{section.name} has no {', '.join(unknown)}; leave it out.")
+    if section.r == "full" and section.name != "svfit":
+        raise ConfigError(f"r='full' is for svfit, not for {section.name}; give a number.")
+    return config_class(**values)
+
+
+def calibration_of(data: Any, section: CalibrationSection, processor: Any, **more: Any) -> Any:
+    """Make the `Calibration` of a recipe.
+
+    Args:
+        data: encoded rows.
+        section: budgets and estimator; a saved result wins over the data.
+        processor: pads the rows.
+        more: further arguments of `Calibration`.
+
+    Returns:
+        What `calibration=` of a config takes.
+    """
+    if section.result is not None:
+        return section.result
+    return Calibration(
+        data,
+        max_tokens=section.max_tokens,
+        max_batches=section.max_batches,
+        batch_size=section.batch_size,
+        estimator=section.estimator,
+        sketch_size=section.sketch_size,
+        seed=section.seed,
+        collate_fn=collator(processor),
+        **more,
+    )

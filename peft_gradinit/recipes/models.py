@@ -1,0 +1,208 @@
+"""Models, tokenizers and image processors by name: from the Hub, a folder, or embedded."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.constants import HF_HUB_OFFLINE
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    LlamaForCausalLM,
+)
+
+from ..errors import ConfigError
+from . import embedded
+from .schema import ModelSection, Task, nearest
+
+_AUTO_CLASSES: dict[str, Any] = {
+    "CAUSAL_LM": AutoModelForCausalLM,
+    "SEQ_2_SEQ_LM": AutoModelForSeq2SeqLM,
+    "SEQ_CLS": AutoModelForSequenceClassification,
+    "IMAGE_CLS": AutoModelForImageClassification,
+}
+_ENDINGS: dict[str, Task] = {
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForImageClassification": "IMAGE_CLS",
+}
+_FAILURES = (OSError, ValueError, KeyError, ImportError, RuntimeError)
+
+
+def task_of(section: ModelSection) -> Task:
+    """What the model is for.
+
+    Args:
+        section: which model; its own `task` wins.
+
+    Returns:
+        The task.
+
+    Raises:
+        ConfigError: if the model's class does not tell.
+    """
+    if section.task is not None:
+        return section.task
+    if section.name in (embedded.MINILM, embedded.PICO_LLAMA):
+        return "SEQ_CLS" if section.name == embedded.MINILM else "CAUSAL_LM"
+    config = model_config(section)
+    architectures = config.architectures or []
+    for architecture in architectures:
+        for ending, task in _ENDINGS.items():
+            if architecture.endswith(ending):
+                return task
+        if architecture.endswith("ForConditionalGeneration") and config.is_encoder_decoder:
+            return "SEQ_2_SEQ_LM"
+    raise ConfigError(
+        f"the class of the model {section.name!r} ({architectures}) does not tell its task; give "
+        f"one of {sorted(_AUTO_CLASSES)}."
+    )
+
+
+def model_config(section: ModelSection) -> Any:
+    """The model's configuration.
+
+    Args:
+        section: which model.
+
+    Returns:
+        A `PretrainedConfig`.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    if section.name == embedded.PICO_LLAMA:
+        return embedded.pico_llama_config()
+    try:
+        return AutoConfig.from_pretrained(_location(section.name), revision=section.revision)
+    except _FAILURES as error:
+        raise ConfigError(_unloadable("model", section.name, error)) from error
+
+
+def load_model(section: ModelSection, labels: list[str] | None = None) -> nn.Module:
+    """Load a model on the CPU (quantised ones: where bitsandbytes puts them).
+
+    Args:
+        section: which model, and how.
+        labels: names of the classes, for a new classification head.
+
+    Returns:
+        The model, in eval mode.
+
+    Raises:
+        ConfigError: if it cannot be loaded.
+    """
+    task = task_of(section)
+    torch.manual_seed(section.seed)
+    dtype = section.dtype if section.dtype == "auto" else getattr(torch, section.dtype)
+    if section.name == embedded.PICO_LLAMA:
+        model = LlamaForCausalLM(embedded.pico_llama_config()).eval()
+        return model if dtype == "auto" else nn.Module.to(model, dtype)
+    options: dict[str, Any] = {"revision": section.revision, "dtype": dtype}
+    head = _head(task, section, labels)
+    # A head for other classes is replaced by one that is drawn from the seed.
+    options |= {**head, "ignore_mismatched_sizes": True} if head else {}
+    if section.quantization is not None:
+        options["quantization_config"] = _quantization(section, dtype)
+    try:
+        return _AUTO_CLASSES[task].from_pretrained(_location(section.name), **options)
+    except _FAILURES as error:
+        raise ConfigError(_unloadable("model", section.name, error)) from error
+
+
+def empty_model(section: ModelSection, labels: list[str] | None = None) -> nn.Module:
+    """The model on the meta device: shapes without weights.
+
+    Args:
+        section: which model.
+        labels: as for `load_model`.
+
+    Returns:
+        The model.
+    """
+    task, config = task_of(section), model_config(section)
+    for name, value in _head(task, section, labels).items():
+        setattr(config, name, value)
+    dtype = torch.float32 if section.dtype == "auto" else getattr(torch, section.dtype)
+    if section.dtype == "auto" and isinstance(config.dtype, torch.dtype):
+        dtype = config.dtype
+    with torch.device("meta"):
+        return _AUTO_CLASSES[task].from_config(config).to(dtype)
+
+
+def load_processor(section: ModelSection) -> Any:
+    """The tokenizer of a text model, the image processor of a vision model.
+
+    Args:
+        section: which model.
+
+    Returns:
+        A tokenizer with a padding token, or an image processor.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    if section.name == embedded.PICO_LLAMA and section.tokenizer is None:
+        return embedded.pico_tokenizer()
+    name = section.tokenizer or section.name
+    auto = AutoImageProcessor if task_of(section) == "IMAGE_CLS" else AutoTokenizer
+    try:
+        processor = auto.from_pretrained(_location(name), revision=section.revision)
+    except _FAILURES as error:
+        raise ConfigError(_unloadable("tokenizer or image processor of", name, error)) from error
+    if auto is AutoTokenizer and processor.pad_token is None:
+        processor.pad_token = processor.eos_token
+    return processor
+
+
+def _head(task: Task, section: ModelSection, labels: list[str] | None) -> dict[str, Any]:
+    if task not in ("SEQ_CLS", "IMAGE_CLS"):
+        return {}
+    n = section.n_labels or (len(labels) if labels else None)
+    if n is None:
+        return {}
+    names = labels if labels and len(labels) == n else [str(i) for i in range(n)]
+    ids = {"id2label": dict(enumerate(names)), "label2id": {k: i for i, k in enumerate(names)}}
+    return {"num_labels": n, **ids}
+
+
+def _quantization(section: ModelSection, dtype: Any) -> BitsAndBytesConfig:
+    compute = torch.bfloat16 if dtype == "auto" else dtype
+    if section.quantization == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute
+    )
+
+
+def _location(name: str) -> str:
+    if name == embedded.MINILM:
+        return str(embedded.minilm_folder())
+    if name.startswith(embedded.PREFIX):
+        known = [embedded.MINILM, embedded.PICO_LLAMA]
+        raise ConfigError(f"there is no model {name!r}{nearest(name, known)}; known: {known}.")
+    return name
+
+
+def _unloadable(what: str, name: str, error: Exception) -> str:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+    if _is_missing_folder(name):
+        reason = "there is no such folder."
+    network = " The network is switched off (HF_HUB_OFFLINE)." if HF_HUB_OFFLINE else ""
+    return (
+        f"cannot load the {what} {name!r}: {reason} Give a folder with config.json and weights, or "
+        f"a name on the Hub.{network}"
+    )
+
+
+def _is_missing_folder(name: str) -> bool:
+    looks_like_one = name.startswith((".", "/", "~")) or name.count("/") > 1
+    return looks_like_one and not Path(name).exists()

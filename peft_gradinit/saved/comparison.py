@@ -1,0 +1,121 @@
+"""Two adapters, or two calibrations, layer by layer."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+import torch
+
+from ..calibration import CalibrationResult
+from ..errors import AdapterError
+from ..linalg import TruncatedSVD, effective_rank, inner_product, principal_angles
+from .adapters import SavedAdapter, same_layers
+
+_NEGLIGIBLE = 1e-6
+"""Singular values below this share of the largest are rounding, and their directions noise."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerComparison:
+    """How two updates (or statistics) of one layer lie to each other.
+
+    Attributes:
+        name: the layer.
+        effective_ranks: of both.
+        input_angles: principal angles of the row spaces, radians, ascending.
+        output_angles: of the column spaces; empty if one of the two has none.
+        cosine: of the two updates as vectors; `None` for calibrations.
+        distance: `|first - second| / |first|`, Frobenius; `None` for calibrations.
+    """
+
+    name: str
+    effective_ranks: tuple[float, float]
+    input_angles: tuple[float, ...]
+    output_angles: tuple[float, ...]
+    cosine: float | None = None
+    distance: float | None = None
+
+
+def compare_adapters(first: SavedAdapter, second: SavedAdapter) -> list[LayerComparison]:
+    """Compare the layers that two adapters have in common.
+
+    Args:
+        first: an adapter of an untouched base.
+        second: another one of the same base.
+
+    Returns:
+        One entry a layer.
+    """
+    for adapter in (first, second):
+        adapter.check_untouched_base()
+    found = []
+    for name in same_layers(first, second):
+        one, other = first.layers[name], second.layers[name]
+        norms = inner_product(one, one), inner_product(other, other)
+        product = inner_product(one, other)
+        cosine = product / math.sqrt(norms[0] * norms[1]) if min(norms) > 0 else 0.0
+        squared = max(0.0, norms[0] + norms[1] - 2 * product)
+        distance = math.sqrt(squared / norms[0]) if norms[0] > 0 else math.inf
+        line = _angles(name, one.svd(), other.svd())
+        found.append(dataclasses.replace(line, cosine=cosine, distance=distance))
+    return found
+
+
+def compare_calibrations(
+    first: CalibrationResult, second: CalibrationResult
+) -> list[LayerComparison]:
+    """Compare the subspaces that two calibrations found.
+
+    Args:
+        first: a result.
+        second: another one of the same model.
+
+    Returns:
+        One entry for each layer that both have measured.
+
+    Raises:
+        AdapterError: if there is none.
+    """
+    names = [name for name in first.triplets if name in second.triplets]
+    if not names:
+        raise AdapterError(
+            "the two calibrations have no layer in common; give calibrations of one model."
+        )
+    return [_angles(name, first.triplets[name], second.triplets[name]) for name in names]
+
+
+def summary(lines: list[LayerComparison]) -> Mapping[str, float]:
+    """Medians over the layers, for one line at the end."""
+
+    def median(values: list[float]) -> float:
+        return torch.tensor(values, dtype=torch.float64).quantile(0.5).item()
+
+    found = {
+        "effective rank of the first": median([line.effective_ranks[0] for line in lines]),
+        "effective rank of the second": median([line.effective_ranks[1] for line in lines]),
+    }
+    for what in ("input", "output"):
+        largest = [angles[-1] for line in lines if (angles := getattr(line, f"{what}_angles"))]
+        if largest:
+            found[f"largest {what} angle, degrees"] = math.degrees(median(largest))
+    cosines = [line.cosine for line in lines if line.cosine is not None]
+    return found | ({"cosine of the updates": median(cosines)} if cosines else {})
+
+
+def _angles(name: str, first: TruncatedSVD, second: TruncatedSVD) -> LayerComparison:
+    first, second = _significant(first), _significant(second)
+    outputs = ()
+    if first.U.shape[0] and second.U.shape[0]:
+        outputs = tuple(principal_angles(first.U, second.U).tolist())
+    return LayerComparison(
+        name=name,
+        effective_ranks=(effective_rank(first.S), effective_rank(second.S)),
+        input_angles=tuple(principal_angles(first.Vh.T, second.Vh.T).tolist()),
+        output_angles=outputs,
+    )
+
+
+def _significant(svd: TruncatedSVD) -> TruncatedSVD:
+    if not len(svd.S):
+        return svd
+    return svd.truncate(int((_NEGLIGIBLE * svd.S[0] < svd.S).sum()))

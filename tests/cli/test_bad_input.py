@@ -1,0 +1,288 @@
+"""Bad input to every command: a clear error, a non-zero exit, nothing half-written."""
+
+import errno
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from peft import IA3Config, get_peft_model
+
+import peft_gradinit.saved.adapters as adapters
+import peft_gradinit.statistics.store as store
+from peft_gradinit import CalibrationResult
+from tests.cli.conftest import calibrate_arguments
+from tests.helpers import pico_llama
+from tests.saved.adapters import saved_lora
+
+
+def failed(done, *parts):
+    assert done.code == 1
+    assert done.out == ""
+    assert "error: " in done.err
+    assert "Traceback" not in done.err
+    flat = " ".join(done.err.split())
+    for part in parts:
+        assert part in flat, done.err
+
+
+@pytest.fixture
+def foreign(tmp_path) -> Path:
+    """An adapter of another kind."""
+    model = get_peft_model(pico_llama(), IA3Config(task_type="CAUSAL_LM"))
+    model.save_pretrained(tmp_path / "ia3")
+    return tmp_path / "ia3"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        ("inspect", "MISSING"),
+        ("compare", "MISSING", "MISSING"),
+        ("compare", "LORA", "MISSING"),
+        ("convert", "MISSING", "OUT", "--base", "BASE"),
+        ("convert", "PISSA", "OUT", "--initial", "MISSING"),
+        ("convert", "PISSA", "OUT", "--base", "MISSING"),
+        ("export", "MISSING", "OUT", "--base", "BASE"),
+        ("export", "LORA", "OUT", "--base", "MISSING"),
+        ("calibrate", "MISSING", "embedded:docstrings", "OUT"),
+        ("calibrate", "embedded:pico-llama", "MISSING", "OUT"),
+        ("calibrate", "embedded:pico-llama", "MISSING.jsonl", "OUT"),
+    ],
+    ids=" ".join,
+)
+def test_missing_files(run, workshop, tmp_path, line):
+    done = run(*filled(line, workshop, tmp_path))
+    failed(done, "missing")
+    assert not (tmp_path / "out").exists()
+
+
+def filled(line, workshop, tmp_path):
+    places = {
+        "MISSING": tmp_path / "missing",
+        "MISSING.jsonl": tmp_path / "missing.jsonl",
+        "OUT": tmp_path / "out",
+        "LORA": workshop / "lora",
+        "PISSA": workshop / "pissa" / "trained",
+        "BASE": workshop / "base",
+        "FOREIGN": tmp_path / "ia3",
+        "DATA": workshop / "data.jsonl",
+    }
+    return [places.get(word, word) for word in line]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        ("inspect", "FOREIGN"),
+        ("compare", "LORA", "FOREIGN"),
+        ("convert", "FOREIGN", "OUT", "--base", "BASE"),
+        ("export", "FOREIGN", "OUT", "--base", "BASE"),
+    ],
+    ids=" ".join,
+)
+@pytest.mark.usefixtures("foreign")
+def test_foreign_adapters(run, workshop, tmp_path, line):
+    failed(run(*filled(line, workshop, tmp_path)), "IA3 adapter where plain LoRA is expected")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "part"),
+    [
+        (("inspect", "DATA"), "adapter_config.json"),
+        (("compare", "LORA"), "give a second adapter"),
+        (("compare", "LORA", "LORA", "--mitigate", "OUT"), "--mitigate needs"),
+        (("convert", "PISSA", "OUT"), "give --initial, or --base"),
+        (("convert", "LORA", "OUT", "--base", "BASE"), "nothing to convert"),
+        (("export", "LORA", "OUT", "--base", "BASE", "--target", "gguf"), "must be one of"),
+        (("export", "PISSA", "OUT", "--base", "BASE"), "peft-gradinit convert"),
+        (("export", "LORA", "OUT", "--base", "embedded:pico-llama"), "does not fit"),
+        (("compare", "LORA", "--base", "embedded:pico-llama"), "does not fit"),
+        (("calibrate", "BASE", "DATA", "OUT", "--method", "svfit"), "method must be one of"),
+        (("calibrate", "BASE", "DATA", "OUT", "--dtype", "int3"), "dtype"),
+        (("calibrate", "BASE", "DATA", "OUT", "--estimator", "guess"), "estimator"),
+        (("calibrate", "BASE", "DATA", "OUT", "--option", "tau"), "KEY=VALUE"),
+        (("calibrate", "BASE", "DATA", "OUT", "--option", "scle=gd"), "did you mean 'scale'"),
+        (("calibrate", "BASE", "DATA", "OUT"), "cannot load the tokenizer"),
+        (("calibrate", "embedded:minlm", "DATA", "OUT"), "did you mean 'embedded:minilm'"),
+        (("calibrate", "embedded:pico-llama", "BASE", "OUT"), "do not tell what to read"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_wrong_kinds_and_options(run, workshop, tmp_path, line, part):
+    failed(run(*filled(line, workshop, tmp_path)), part)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "part"),
+    [
+        ("", (), "is empty"),
+        ("{not json", (), "cannot read the data"),
+        ('{"question": "a"}', (), "do not tell what to read"),
+        ('{"text": "a"}', ("--text", "txet"), "did you mean 'text'"),
+        ('{"text": "a"}', ("--text", "{textt}!"), "asks for the column 'textt'"),
+        ('{"text": "a"}', ("--split", "train[bad"), "cannot read the data"),
+        ('{"messages": 3}', (), "a chat is a list of"),
+        (
+            '{"messages": [{"role": "user", "content": "a"}]}',
+            ("--chat-template", "no"),
+            "cannot read",
+        ),
+        ('{"prompt": "a", "completion": null}', (), "is empty in a row"),
+    ],
+)
+def test_bad_data(run, tmp_path, content, options, part):
+    data = tmp_path / "data.jsonl"
+    data.write_text(content)
+    done = run("calibrate", "embedded:pico-llama", data, tmp_path / "out", *options)
+    failed(done, part)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_kind_of_file(run, tmp_path):
+    (tmp_path / "data.docx").write_text("text")
+    done = run("calibrate", "embedded:pico-llama", tmp_path / "data.docx", tmp_path / "out")
+    failed(done, "ends in '.docx'; expected one of .jsonl")
+
+
+def test_damaged_calibrations(run, calibration):
+    file = calibration / "calibration.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    failed(run("inspect", calibration), "cannot read a calibration")
+
+
+def test_a_calibration_and_an_adapter_are_not_compared(run, calibration, workshop):
+    done = run("compare", calibration, workshop / "lora")
+    failed(done, "is a calibration and", "is an adapter; compare two of one kind")
+
+
+def test_results_are_not_overwritten_by_chance(run, calibration, workshop, tmp_path):
+    before = (calibration / "calibration.safetensors").read_bytes()
+    failed(run(*calibrate_arguments(calibration, "--seed", 1)), "holds a calibration already")
+    assert (calibration / "calibration.safetensors").read_bytes() == before
+    assert run(*calibrate_arguments(calibration, "--seed", 1, "--overwrite")).code == 0
+    saved_lora(tmp_path / "there")
+    line = ("convert", workshop / "pissa" / "trained", tmp_path / "there")
+    line = (*line, "--base", workshop / "base")
+    failed(run(*line), "holds an export already")
+    assert run(*line, "--overwrite").code == 0
+    (calibration / "notes.txt").write_text("mine")
+    done = run("export", workshop / "lora", calibration, "--base", workshop / "base", "--overwrite")
+    failed(done, "notes.txt")
+
+
+OUTPUTS = [
+    ("calibrate", "embedded:pico-llama", "embedded:docstrings", "OUT", "--max-tokens", "256"),
+    ("convert", "PISSA", "OUT", "--base", "BASE"),
+    ("export", "LORA", "OUT", "--base", "BASE"),
+    ("compare", "LORA", "--base", "BASE", "--mitigate", "OUT"),
+    ("compare", "LORA", "LORA", "--plot", "OUT"),
+]
+
+
+@pytest.mark.parametrize("line", OUTPUTS, ids=lambda line: line[0] + " " + line[-2])
+def test_an_output_below_a_file(run, workshop, tmp_path, line):
+    (tmp_path / "file").write_text("mine")
+    line = [word if word != "OUT" else str(tmp_path / "file" / "out") for word in line]
+    failed(run(*filled(line, workshop, tmp_path)), str(tmp_path / "file"))
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a folder that nobody can write to")
+@pytest.mark.parametrize("line", OUTPUTS, ids=lambda line: line[0] + " " + line[-2])
+def test_read_only_places(run, workshop, tmp_path, line):
+    line = [word if word != "OUT" else "/proc/out" for word in line]
+    failed(run(*filled(line, workshop, tmp_path)), "/proc")
+
+
+@pytest.mark.parametrize("line", OUTPUTS[:4], ids=lambda line: line[0] + " " + line[-2])
+def test_a_full_disk_leaves_nothing(run, workshop, tmp_path, line, monkeypatch):
+    def full(tensors, path, metadata=None):
+        Path(path).write_bytes(b"half of it")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    for module in (store, adapters, sys.modules["peft_gradinit.export"]):
+        monkeypatch.setattr(module, "save_file", full)
+    monkeypatch.setattr("peft.peft_model.safe_save_file", full)
+    failed(run(*filled(line, workshop, tmp_path)), "No space left on device")
+    assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
+
+
+@pytest.mark.slow
+def test_a_real_limit_on_the_size_of_files(workshop, tmp_path):
+    """The whole command in a process that may write 64 KiB at most."""
+
+    def limit():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, 2**16))
+
+    done = subprocess.run(
+        [sys.executable, "-m", "peft_gradinit.cli", *map(str, calibrate_arguments(tmp_path / "c"))],
+        preexec_fn=limit,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "error: cannot write" in done.stderr
+    assert "larger than is allowed" in " ".join(done.stderr.split())
+    assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
+
+
+def test_an_interrupt_is_no_traceback_and_leaves_nothing(run, tmp_path, monkeypatch):
+    def interrupted(tensors, path, metadata=None):
+        Path(path).write_bytes(b"half of it")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(store, "save_file", interrupted)
+    done = run(*calibrate_arguments(tmp_path / "c"))
+    assert done.code == 130
+    assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
+
+
+def test_the_traceback_is_there_on_demand(run, tmp_path, monkeypatch):
+    from peft_gradinit.errors import AdapterError
+
+    monkeypatch.setenv("PEFT_GRADINIT_TRACEBACK", "1")
+    with pytest.raises(AdapterError):
+        run("inspect", tmp_path / "missing")
+
+
+def big_calibration(output, *more):
+    arguments = calibrate_arguments(output, "--max-tokens", 16384, "--batch-size", 2, *more)
+    return [sys.executable, "-m", "peft_gradinit.cli", *map(str, arguments)]
+
+
+@pytest.mark.slow
+def test_killed_and_run_again_it_gives_the_same(tmp_path):
+    """SIGKILL as soon as a part is saved; the second run finds it and ends with the same bits."""
+    want = tmp_path / "whole"
+    subprocess.run(big_calibration(want), check=True, capture_output=True)
+    victim = subprocess.Popen(
+        big_calibration(tmp_path / "c", "--save-every", 0),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    partial = tmp_path / "c" / "partial.safetensors"
+    while not partial.exists() and victim.poll() is None:
+        time.sleep(0.005)
+    victim.kill()
+    assert victim.wait() == -signal.SIGKILL
+    assert partial.exists()
+    assert not (tmp_path / "c" / "calibration.safetensors").exists()
+    done = subprocess.run(
+        [*big_calibration(tmp_path / "c"), "--json"], check=True, capture_output=True, text=True
+    )
+    assert json.loads(done.stdout)["n_tokens"] >= 16384
+    assert not partial.exists()
+    one, other = CalibrationResult.load(tmp_path / "c"), CalibrationResult.load(want)
+    assert one.energy == other.energy
+    for name, svd in other.triplets.items():
+        assert all(a.equal(b) for a, b in zip(one.triplets[name], svd, strict=True))

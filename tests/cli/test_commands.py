@@ -1,0 +1,251 @@
+"""Every command does what it says, and prints what is stored of it."""
+
+import json
+import re
+
+import pytest
+from peft import PeftModel
+from typer.testing import CliRunner
+
+import peft_gradinit
+from peft_gradinit import CalibrationResult, LoraGAConfig
+from peft_gradinit.cli import app
+from peft_gradinit.methods import METHODS
+from peft_gradinit.recipes import ModelSection, load_model
+from tests.cli.conftest import calibrate_arguments, check_snapshot, kinds
+from tests.helpers import adapted, logits, pico_llama, relative_error
+from tests.saved.adapters import logits_on_fresh_base
+
+COMMANDS = ("calibrate", "inspect", "compare", "convert", "export", "doctor")
+
+
+def plain(text):
+    return re.sub(r"\x1b\[[0-9;]*m", "", text)
+
+
+def test_help_names_every_command_and_method(run):
+    done = run("--help")
+    assert done.code == 0
+    for command in COMMANDS:
+        assert re.search(rf"^│ {command} ", plain(done.out), flags=re.MULTILINE)
+    of_calibrate = " ".join(re.sub(r"[│\n ]+", " ", plain(run("calibrate", "--help").out)).split())
+    for method in METHODS:
+        if method.needs != "nothing":
+            assert f"{method.name}: {method.start}" in of_calibrate
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_is_explained(command):
+    import typer
+
+    for parameter in typer.main.get_command(app).commands[command].params:
+        explained = getattr(parameter, "help", None)
+        obvious = {"split", "r", "revision", "assistant_only_loss"}
+        assert explained or parameter.name in obvious, parameter.name
+
+
+def test_version_completion_and_wrong_lines(run):
+    assert run("--version").out.strip() == f"peft-gradinit {peft_gradinit.__version__}"
+    completion = CliRunner().invoke(app, ["--show-completion"], env={"SHELL": "/bin/bash"})
+    assert "complete" in completion.output
+    assert run("calibrat").code == 2
+    assert run("calibrate", "--r", "none").code == 2
+    assert run("inspect", "x", "--no-such-option").code == 2
+
+
+def test_doctor(run, workshop, tmp_path):
+    done = run("doctor")
+    assert done.code == 0
+    for name in ("peft_gradinit", "torch", "lora_ga, lora_one, eva, svfit"):
+        assert name in done.out
+    content = run("doctor", "--json").json
+    assert content["calibration in float32"] is True
+    check_snapshot("doctor.json", json.dumps(kinds(content), indent=1), workshop, tmp_path)
+
+
+def test_doctor_fails_when_something_does_not_work(run, monkeypatch):
+    import peft_gradinit.cli.doctor as module
+
+    monkeypatch.setattr(module, "_calibrates", lambda dtype: False)
+    done = run("doctor", "--json")
+    assert done.code == 1
+    assert done.json["calibration in float32"] is False
+
+
+def test_calibrate(run, workshop, tmp_path):
+    done = run(*calibrate_arguments(tmp_path / "c"))
+    assert done.code == 0
+    check_snapshot("calibrate", done.out, workshop, tmp_path)
+    assert sorted(p.name for p in (tmp_path / "c").iterdir()) == [
+        "calibration.json",
+        "calibration.safetensors",
+    ]
+    record = json.loads((tmp_path / "c" / "calibration.json").read_text())
+    assert record["method"]["name"] == "lora_ga"
+    content = run(*calibrate_arguments(tmp_path / "d", "--json")).json
+    check_snapshot("calibrate.json", json.dumps(kinds(content), indent=1), workshop, tmp_path)
+
+
+def test_the_result_is_what_a_config_takes(calibration):
+    config = LoraGAConfig(r=4, target_modules="all-linear", calibration=str(calibration))
+    model = adapted(load_model(ModelSection(name="embedded:pico-llama")), config)
+    assert len(model.base_model.init_report["default"].modules) == 21
+
+
+def test_dry_run_says_the_truth(run, workshop, tmp_path):
+    done = run(*calibrate_arguments(tmp_path / "c", "--dry-run"))
+    assert done.code == 0
+    check_snapshot("dry_run", done.out, workshop, tmp_path)
+    costs = run(*calibrate_arguments(tmp_path / "c", "--dry-run", "--json")).json
+    assert not (tmp_path / "c").exists()
+    facts = run(*calibrate_arguments(tmp_path / "c", "--json")).json
+    for name in ("n_sequences", "n_tokens"):
+        assert costs[name] == facts[name]
+    assert costs["n_targets"] == 21
+    assert facts["state_bytes"] <= costs["statistic_bytes"] < 1.5 * facts["state_bytes"]
+    size = (tmp_path / "c" / "calibration.safetensors").stat().st_size
+    assert costs["result_bytes"] < size < costs["result_bytes"] + 40_000
+    model = load_model(ModelSection(name="embedded:pico-llama"))
+    assert costs["weight_bytes"] == sum(4 * p.numel() for p in model.parameters())
+
+
+def test_dry_run_needs_no_weights(run, workshop, tmp_path):
+    import shutil
+
+    (tmp_path / "shape").mkdir()
+    shutil.copy(workshop / "base" / "config.json", tmp_path / "shape")
+    done = run(*of_own_data(workshop, tmp_path, "--dry-run"), "--json")
+    assert done.code == 0, done.err
+    bad = run(*of_own_data(workshop, tmp_path))
+    assert bad.code == 1
+    assert "cannot load the model" in bad.err
+
+
+def of_own_data(workshop, tmp_path, *more):
+    """Token ids, since the pico model has no tokenizer of its own: that of the embedded one."""
+    from peft_gradinit.recipes.embedded import pico_tokenizer
+
+    if not (tmp_path / "shape" / "tokenizer.json").exists():
+        pico_tokenizer().save_pretrained(tmp_path / "shape")
+    return ("calibrate", tmp_path / "shape", workshop / "data.jsonl", tmp_path / "c", *more)
+
+
+@pytest.mark.parametrize("method", [m.name for m in METHODS if m.needs != "nothing"])
+def test_every_method_calibrates(run, tmp_path, method):
+    done = run(*calibrate_arguments(tmp_path / "c", "--method", method))
+    assert done.code == 0, done.err
+    needs = {m.name: m.needs for m in METHODS}[method]
+    statistic = CalibrationResult.load(tmp_path / "c").fingerprint.statistic
+    assert statistic == {"gradients": "gradient", "inputs": "inputs"}[needs]
+
+
+def test_options_of_the_method_and_targets(run, tmp_path):
+    more = ("--method", "eva", "--option", "rho=1", "--option", "centered=false")
+    done = run(*calibrate_arguments(tmp_path / "c", *more, "--target-modules", "q_proj,v_proj"))
+    assert done.code == 0, done.err
+    result = CalibrationResult.load(tmp_path / "c")
+    assert len(result.triplets) == 6
+    assert result.fingerprint.options["centered"] is False
+    assert {rank for _, _, rank in result.fingerprint.targets.values()} == {4}
+
+
+def test_inspect_a_calibration(run, calibration, workshop, tmp_path):
+    done = run("inspect", calibration, "--plot", tmp_path / "pictures")
+    assert done.code == 0, done.err
+    check_snapshot("inspect_calibration", done.out, workshop, tmp_path)
+    for name in ("spectra.png", "ranks.png"):
+        assert (tmp_path / "pictures" / name).read_bytes().startswith(b"\x89PNG")
+    content = run("inspect", calibration / "calibration.safetensors", "--json").json
+    check_snapshot("inspect_calibration.json", json.dumps(kinds(content)), workshop, tmp_path)
+    assert sum(row["suggested_rank"] for row in content["rows"]) == 4 * len(content["rows"])
+    assert all(0 < r["captured"] <= r["captured_by_all"] <= 1 for r in content["rows"])
+
+
+def test_inspect_an_adapter(run, workshop, tmp_path):
+    done = run("inspect", workshop / "ga", "--base", workshop / "base", "--plot", tmp_path / "p")
+    assert done.code == 0, done.err
+    check_snapshot("inspect_adapter", done.out, workshop, tmp_path)
+    assert (tmp_path / "p" / "drift.png").exists()
+    content = run("inspect", workshop / "lora", "--json").json
+    check_snapshot("inspect_adapter.json", json.dumps(kinds(content)), workshop, tmp_path)
+    assert run("inspect", workshop / "pissa" / "trained").out.count("convert") == 1
+
+
+def test_compare_adapters(run, workshop, tmp_path):
+    pair = (workshop / "lora", workshop / "other")
+    done = run("compare", *pair, "--plot", tmp_path / "p")
+    assert done.code == 0, done.err
+    check_snapshot("compare", done.out, workshop, tmp_path)
+    assert (tmp_path / "p" / "angles.png").exists()
+    content = run("compare", *pair, "--json").json
+    assert all(len(row["input_angles"]) == 4 for row in content["rows"])
+
+
+def test_compare_calibrations(run, calibration, tmp_path):
+    other = tmp_path / "other"
+    assert run(*calibrate_arguments(other, "--max-batches", 1)).code == 0
+    content = run("compare", calibration, other, "--json").json
+    assert content["rows"][0]["cosine"] is None
+    same = run("compare", calibration, calibration, "--json").json
+    assert same["largest input angle, degrees"] < 0.1
+
+
+def test_intruders_and_their_mitigation(run, workshop, tmp_path):
+    base = ("--base", workshop / "base")
+    done = run("compare", workshop / "lora", *base, "--threshold", 0.99)
+    assert done.code == 0, done.err
+    check_snapshot("intruders", done.out, workshop, tmp_path)
+    content = run(
+        *("compare", workshop / "lora", *base, "--threshold", 0.99, "--json"),
+        *("--mitigate", tmp_path / "m"),
+    ).json
+    assert content["intruders"] == sum(row["intruders"] for row in content["rows"]) > 0
+    changed = logits_on_fresh_base(tmp_path / "m")
+    assert relative_error(changed, logits_on_fresh_base(workshop / "lora")) > 1e-4
+
+
+def test_both_comparisons_in_one_json(run, workshop):
+    done = run(*(
+        "compare",
+        workshop / "lora",
+        workshop / "other",
+        "--base",
+        workshop / "base",
+        "--json",
+    ))
+    assert done.code == 0
+    assert set(done.json) == {"comparison", "intruders"}
+
+
+@pytest.mark.parametrize("way", ["initial", "base"])
+def test_convert(run, workshop, tmp_path, way):
+    source = {
+        "initial": ("--initial", workshop / "pissa" / "initial"),
+        "base": ("--base", workshop / "base"),
+    }[way]
+    done = run("convert", workshop / "pissa" / "trained", tmp_path / "plain", *source)
+    assert done.code == 0, done.err
+    check_snapshot("convert", done.out, workshop, tmp_path)
+    again = run(
+        "convert", workshop / "pissa" / "trained", tmp_path / "r2", *source, "--rank", 2, "--json"
+    ).json
+    assert 0 < again["largest relative error"] < 1
+    got = logits_on_fresh_base(tmp_path / "plain")
+    model = pico_llama()
+    want = logits(PeftModel.from_pretrained(model, workshop / "pissa" / "trained"))
+    assert relative_error(got, want) < 2e-5  # PEFT computes PiSSA again on the original model
+
+
+@pytest.mark.parametrize("target", ["peft", "serving", "merged"])
+@pytest.mark.parametrize("adapter", ["ga", "lora"])
+def test_export(run, workshop, tmp_path, target, adapter):
+    arguments = ("export", workshop / adapter, tmp_path / "out", "--target", target)
+    done = run(*arguments, "--base", workshop / "base")
+    assert done.code == 0, done.err
+    check_snapshot(f"export_{adapter}_{target}", done.out, workshop, tmp_path)
+    want = logits_on_fresh_base(workshop / adapter)
+    if target == "merged":
+        got = logits(type(pico_llama()).from_pretrained(tmp_path / "out").eval())
+    else:
+        got = logits_on_fresh_base(tmp_path / "out")
+    assert relative_error(got, want) < 2e-5

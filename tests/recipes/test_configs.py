@@ -1,0 +1,182 @@
+"""Every recipe in `configs/` is valid, honest about its source, and documented."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from peft_gradinit.errors import GradInitError
+from peft_gradinit.methods import METHODS
+from peft_gradinit.recipes import adapter_config, load_recipe
+from peft_gradinit.recipes.documentation import documentation
+
+ROOT = Path(__file__).parent.parent.parent
+FILES = sorted((ROOT / "configs").rglob("*.yaml"))
+PAPERS = {method.name: method.paper for method in METHODS}
+
+
+def ids(path):
+    return str(path.relative_to(ROOT / "configs"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=ids)
+def test_every_file_is_valid(path):
+    recipe = load_recipe(path)
+    task = recipe.model.task or "CAUSAL_LM"
+    config = adapter_config(recipe.method, task, calibration="unused")
+    assert config.r == recipe.method.r
+    assert recipe.output == f"out/{path.relative_to(ROOT / 'configs').with_suffix('')}".replace(
+        "offline/", ""
+    )
+    assert recipe.offline == recipe.model.name.startswith("embedded:")
+    if recipe.data.chat_template is not None:
+        assert (ROOT / recipe.data.chat_template).exists()
+
+
+@pytest.mark.parametrize("path", FILES, ids=ids)
+def test_recipes_of_papers_cite_them(path):
+    recipe = load_recipe(path)
+    if path.parent.name not in PAPERS:
+        assert recipe.source is None
+        return
+    assert recipe.method.name == path.parent.name
+    assert recipe.source is not None
+    assert PAPERS[recipe.method.name] in recipe.source.paper
+    assert recipe.source.expected
+    for value in recipe.source.expected.values():
+        assert isinstance(value, float | str)
+        assert value != ""
+
+
+def test_every_method_has_a_recipe_of_its_paper_and_one_that_runs_offline():
+    of_papers = {path.parent.name for path in FILES}
+    assert set(PAPERS) <= of_papers
+    offline = {load_recipe(p).method.name for p in FILES if p.parent.name == "offline"}
+    assert {"lora", "lora_ga", "lora_one", "eva", "svfit"} <= offline
+
+
+def test_the_documentation_is_that_of_the_schema():
+    assert (ROOT / "configs" / "README.md").read_text() == documentation()
+
+
+def test_completions_are_kept_as_the_recipes_say():
+    code = load_recipe(ROOT / "configs/lora_ga/llama2_code_feedback.yaml").data
+    found = re.search(code.completion_keep, "text\n```py\na = 1\n```\nmore\n```\nb\n```")
+    assert found.group(1) == "text\n```py\na = 1\n```"
+    assert re.search(code.completion_keep, "no code") is None
+    wizard = load_recipe(ROOT / "configs/lora_ga/llama2_wizardlm.yaml").data.where["output"]
+    assert re.search(wizard, "Here it is.\nDone.")
+    assert not re.search(wizard, "Well,\nI am Sorry, but")
+
+
+@pytest.mark.parametrize("name", ["lora_ga/llama2_metamath", "eva/llama2_metamath"])
+def test_answers_are_found_in_both_forms(name):
+    from peft_gradinit.recipes.evaluation import answer_of
+
+    pattern = load_recipe(ROOT / f"configs/{name}.yaml").evaluation.answer
+    assert answer_of("3 + 4 = 7\nThe answer is: 7", pattern) == "7"
+    assert answer_of("It is 1,234.\n#### 1,234", pattern) == "1234"
+    assert answer_of("The answer is $-3.5.", pattern) == "-3.5"
+    assert answer_of("nothing", pattern) == ""
+
+
+def broken(tmp_path, **changes):
+    values = yaml.safe_load((ROOT / "configs/offline/minilm_docstrings.yaml").read_text())
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        if name:
+            values[section][name] = value
+        else:
+            values[key] = value
+    (tmp_path / "broken.yaml").write_text(yaml.safe_dump(values))
+    return tmp_path / "broken.yaml"
+
+
+def test_all_faults_are_shown_at_once_with_the_nearest_key(tmp_path):
+    path = broken(
+        tmp_path,
+        version=7,
+        trainig={},
+        data__max_lenght=3,
+        method__options={"stable_gama": 2},
+        training__learning_rate=-1,
+        model__dtype="float7",
+    )
+    with pytest.raises(GradInitError) as caught:
+        load_recipe(path, ["calibration.max_tokns=3", "nonsense"])
+    message = str(caught.value)
+    assert "8 faults" in message
+    for part in (
+        "version: this package reads version 1 of the schema; update it (got 7)",
+        "trainig: no such key, did you mean 'training'?",
+        "data.max_lenght: no such key, did you mean 'max_length'?",
+        "has no option 'stable_gama', did you mean 'stable_gamma'?",
+        "training.learning_rate: Input should be greater than 0 (got -1)",
+        "model.dtype: Input should be 'auto'",
+        "calibration.max_tokns: no such key, did you mean 'max_tokens'?",
+        "'nonsense' is not of the form section.key=value",
+    ):
+        assert part in message, part
+
+
+def test_missing_keys_and_methods_are_named(tmp_path):
+    with pytest.raises(
+        GradInitError, match=r"method\.name: no such method, did you mean 'lora_ga'"
+    ):
+        load_recipe(broken(tmp_path, method__name="lora_gaa"))
+    (tmp_path / "short.yaml").write_text("version: 1\n")
+    with pytest.raises(GradInitError, match="model: missing"):
+        load_recipe(tmp_path / "short.yaml")
+
+
+def test_overrides_are_yaml_and_the_last_one_wins():
+    recipe = load_recipe(
+        ROOT / "configs/offline/minilm_docstrings.yaml",
+        [
+            "training.learning_rate=1e-4",
+            "training.learning_rate=2e-4",
+            "method.options.direction=ArBr",
+            "evaluation.metrics=[accuracy]",
+            "data.n_train=10",
+            "push.repo=someone/something",
+        ],
+    )
+    assert recipe.training.learning_rate == 2e-4
+    assert recipe.method.options == {"stable_gamma": 64, "direction": "ArBr"}
+    assert recipe.evaluation.metrics == ["accuracy"]
+    assert recipe.data.n_train == 10
+    assert recipe.push.repo == "someone/something"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [", "is not YAML"),
+        ("just text", "holds str where keys and values are expected"),
+        (None, "cannot read the recipe"),
+    ],
+)
+def test_files_that_are_no_recipes(tmp_path, text, message):
+    if text is not None:
+        (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(GradInitError, match=message):
+        load_recipe(tmp_path / "x.yaml")
+
+
+def test_an_override_cannot_make_a_section_of_a_value():
+    with pytest.raises(GradInitError, match="title is a value, not a section"):
+        load_recipe(ROOT / "configs/offline/minilm_docstrings.yaml", ["title.x=1"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["method.r=full"], "r='full' is for svfit"),
+        (["method.name=svfit", "method.options={}"], "svfit has no lora_alpha, use_rslora"),
+    ],
+)
+def test_options_that_do_not_go_with_the_method(overrides, message):
+    recipe = load_recipe(ROOT / "configs/offline/minilm_docstrings.yaml", overrides)
+    with pytest.raises(GradInitError, match=message):
+        adapter_config(recipe.method, "SEQ_CLS", calibration="unused")

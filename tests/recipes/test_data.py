@@ -1,0 +1,238 @@
+"""Rows of every kind of file and form, as tokens with the right loss."""
+
+import json
+
+import datasets
+import pytest
+import torch
+
+from peft_gradinit.errors import ConfigError, DataError
+from peft_gradinit.recipes import DataSection, encode, labels_of, load_rows
+from peft_gradinit.recipes.collation import collator
+from peft_gradinit.recipes.embedded import MODULES, pico_tokenizer
+from peft_gradinit.recipes.packing import pack
+
+TEXTS = ["one two three", "four five six seven", "eight"]
+TOKENIZER = pico_tokenizer()
+
+
+def section(path="embedded:docstrings", **options):
+    return DataSection(path=str(path), **options)
+
+
+def encoded(rows, task="CAUSAL_LM", **options):
+    if isinstance(rows, list):
+        rows = datasets.Dataset.from_list(rows)
+    return list(encode(rows, section(**options), task, TOKENIZER))
+
+
+def decoded(ids):
+    return TOKENIZER.decode([i for i in ids if i != -100])
+
+
+def written(tmp_path, kind):
+    data, path = datasets.Dataset.from_dict({"text": TEXTS}), tmp_path / f"data.{kind}"
+    if kind in ("jsonl", "json"):
+        data.to_json(path)
+    elif kind == "parquet":
+        data.to_parquet(path)
+    elif kind in ("csv", "tsv"):
+        data.to_csv(path, sep="\t" if kind == "tsv" else ",")
+    elif kind == "txt":
+        path.write_text("\n".join(TEXTS))
+    elif kind == "disk":
+        data.save_to_disk(path)
+    else:
+        datasets.DatasetDict({"train": data}).save_to_disk(path)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet", "csv", "tsv", "txt", "disk", "dict"])
+def test_every_kind_of_file(tmp_path, kind):
+    rows = load_rows(section(written(tmp_path, kind)))
+    assert rows["text"][:] == TEXTS
+
+
+def test_slices_splits_and_choices(tmp_path):
+    path = written(tmp_path, "jsonl")
+    assert load_rows(section(path, split="train[:2]"))["text"][:] == TEXTS[:2]
+    assert load_rows(section(path, where={"text": "f(o|i)"}))["text"][:] == [TEXTS[1]]
+    held = section(path, n_eval=1, n_train=1)
+    assert load_rows(held, evaluation=True)["text"][:] == TEXTS[:1]
+    assert load_rows(held)["text"][:] == TEXTS[1:2]
+    shuffled = load_rows(section(path, shuffle_seed=1))["text"][:]
+    assert shuffled == load_rows(section(path, shuffle_seed=1))["text"][:]
+    assert sorted(shuffled) == sorted(TEXTS)
+
+
+def test_evaluation_data_of_their_own(tmp_path):
+    rows = [{"q": "a", "extra": 1}, {"q": "b", "extra": 2}]
+    (tmp_path / "eval.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    both = section(
+        written(tmp_path, "jsonl"),
+        eval_path=str(tmp_path / "eval.jsonl"),
+        eval_split="test",
+        eval_rename={"q": "text"},
+        where={"text": "one"},
+        n_eval=1,
+    )
+    assert load_rows(both, evaluation=True)["text"][:] == ["a"]
+    assert load_rows(both)["text"][:] == TEXTS[:1]
+    with pytest.raises(DataError, match="no column 'nothing'"):
+        load_rows(both.model_copy(update={"eval_rename": {"nothing": "x"}}), evaluation=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"where": {"txt": "a"}}, DataError, "no column 'txt', did you mean 'text'"),
+        ({"split": "test"}, DataError, "has the splits"),
+    ],
+)
+def test_choices_that_do_not_exist(tmp_path, options, error, message):
+    with pytest.raises(error, match=message):
+        load_rows(section(written(tmp_path, "dict"), **options))
+
+
+def test_without_evaluation_data():
+    with pytest.raises(ConfigError, match="nothing to evaluate on"):
+        load_rows(section(), evaluation=True)
+    with pytest.raises(ConfigError, match=r"the splits \['test', 'train'\], got 'dev'"):
+        load_rows(section(split="dev"))
+    with pytest.raises(ConfigError, match="did you mean 'embedded:docstrings'"):
+        load_rows(section("embedded:docstring"))
+
+
+def test_text_ends_and_carries_loss():
+    (row,) = encoded([{"text": "hello"}])
+    assert decoded(row["input_ids"]) == "hello</s>"
+    assert row["labels"] == row["input_ids"]
+
+
+def test_prompts_carry_no_loss_unless_asked():
+    rows = [{"q": "1+1?", "a": "2"}]
+    (row,) = encoded(rows, prompt="Q: {q}\nA: ", completion="a")
+    assert decoded(row["input_ids"]) == "Q: 1+1?\nA: 2</s>"
+    assert decoded(row["labels"]) == "2</s>"
+    (row,) = encoded(rows, prompt="Q: {q}\nA: ", completion="a", loss_on_prompt=True)
+    assert decoded(row["labels"]) == "Q: 1+1?\nA: 2</s>"
+
+
+def test_parts_of_completions_and_words_for_classes():
+    rows = [
+        {"prompt": "p", "completion": "x ```a``` y ```b```"},
+        {"prompt": "p", "completion": "z"},
+    ]
+    (row,) = encoded(rows, completion_keep="(?s)^(.*?```.*?```)")
+    assert decoded(row["labels"]) == "x ```a```</s>"
+    rows = [{"s": "fine", "label": 1}]
+    words = {0: "bad", 1: "good"}
+    (row,) = encoded(rows, prompt="{s}: ", completion="{label}", label_words=words)
+    assert decoded(row["labels"]) == "good</s>"
+    with pytest.raises(DataError, match="the class -1 in column 'label' has no word"):
+        encoded([{"s": "a", "label": -1}], prompt="s", completion="label", label_words=words)
+
+
+CHAT = [
+    {"role": "user", "content": "hi"},
+    {"role": "assistant", "content": "hello"},
+    {"role": "user", "content": "bye"},
+    {"role": "assistant", "content": "ciao"},
+]
+
+
+def test_chats_go_through_the_template():
+    (row,) = encoded([{"messages": CHAT}])
+    assert decoded(row["input_ids"]).count("</s>") == 4
+    assert row["labels"] == row["input_ids"]
+    (row,) = encoded([{"messages": CHAT}], assistant_only_loss=True)
+    assert decoded(row["labels"]) == "hello</s>ciao</s>"
+    assert decoded(row["input_ids"]).count("user\n") == 2
+
+
+def test_chats_of_the_other_form_and_conversational_prompts():
+    sharegpt = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]
+    (row,) = encoded([{"conversations": sharegpt}])
+    (want,) = encoded([{"messages": CHAT[:2]}])
+    assert row["input_ids"] == want["input_ids"]
+    (row,) = encoded([{"prompt": CHAT[:1], "completion": CHAT[1:2]}])
+    assert decoded(row["labels"]) == "hello</s>"
+    assert row["input_ids"] == want["input_ids"]
+
+
+def test_a_template_of_ones_own(tmp_path):
+    (tmp_path / "t.jinja").write_text("{% for m in messages %}[{{ m['content'] }}]{% endfor %}")
+    options = {"chat_template": str(tmp_path / "t.jinja")}
+    (row,) = encoded([{"messages": CHAT[:2]}], **options)
+    assert decoded(row["input_ids"]) == "[hi][hello]"
+    with pytest.raises(DataError, match="needs a chat template that marks"):
+        encoded([{"messages": CHAT[:2]}], **options, assistant_only_loss=True)
+
+
+def test_lengths_are_cut_or_dropped_or_packed():
+    rows = [{"text": "a b c d e f g h"}, {"text": "a"}]
+    assert [len(r["input_ids"]) for r in encoded(rows, max_length=5)] == [5, 2]
+    assert len(encoded(rows, max_length=5, drop_longer=True)) == 1
+    flat = [i for r in encoded(rows) for i in r["input_ids"]]
+    packed = encoded(rows, max_length=4, packing=True)
+    assert [i for r in packed for i in r["input_ids"]] == flat
+    assert {len(r["input_ids"]) for r in packed[:-1]} == {4}
+    with pytest.raises(ConfigError, match="packing is for causal models"):
+        encoded([{"text": "a", "label": 0}], task="SEQ_CLS", packing=True)
+    with pytest.raises(DataError, match="none of the rows"):
+        encoded(rows[:1], max_length=2, drop_longer=True)
+
+
+def test_packing_keeps_columns_together():
+    packed = pack({"input_ids": [[1, 2], [3]], "labels": [[-100, 2], [3]]}, length=2)
+    assert packed == {"input_ids": [[1, 2], [3]], "labels": [[-100, 2], [3]]}
+
+
+def test_streams_are_read_as_they_are_needed():
+    seen = []
+
+    def rows():
+        for text in TEXTS * 100:
+            seen.append(text)
+            yield {"text": text}
+
+    stream = datasets.IterableDataset.from_generator(rows)
+    first = next(iter(encode(stream, section(), "CAUSAL_LM", TOKENIZER)))
+    assert decoded(first["input_ids"]) == "one two three</s>"
+    assert len(seen) < 20
+
+
+def test_classes_and_pairs():
+    rows = load_rows(section())
+    assert labels_of(rows, section()) == list(MODULES)
+    (row,) = encoded([{"a": "x", "b": "y", "kind": 3}], "SEQ_CLS", text="a", pair="b", label="kind")
+    assert row["labels"] == 3
+    plain = datasets.Dataset.from_list([{"label": 2}, {"label": 0}])
+    assert labels_of(plain, section()) == ["0", "2"]
+    assert labels_of(plain, section(label_words={0: "a", 1: "b"})) == ["a", "b"]
+
+
+def test_source_and_target_of_encoder_decoders():
+    (row,) = encoded([{"prompt": "in", "completion": "out"}], "SEQ_2_SEQ_LM")
+    assert decoded(row["input_ids"]) == "in"
+    assert decoded(row["labels"]) == "out"
+
+
+def test_images():
+    from PIL import Image
+    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+    image = Image.new("L", (20, 30), 128)
+    rows = datasets.Dataset.from_list([{"image": image, "label": 4}])
+    processor = ViTImageProcessorPil(size={"height": 8, "width": 8})
+    data = encode(rows, section(), "IMAGE_CLS", processor)
+    batch = collator(processor)(list(data))
+    assert batch["pixel_values"].shape == (1, 3, 8, 8)
+    assert batch["labels"].tolist() == [4]
+
+
+def test_batches_are_padded_with_what_carries_no_loss():
+    batch = collator(TOKENIZER)(encoded([{"text": t} for t in TEXTS]))
+    assert ((batch["labels"] == -100) == (batch["attention_mask"] == 0)).all()
+    classes = encoded([{"text": t, "label": 1} for t in TEXTS], "SEQ_CLS")
+    assert collator(TOKENIZER)(classes)["labels"].equal(torch.ones(3, dtype=torch.long))

@@ -1,0 +1,255 @@
+"""Every offline recipe runs; runs resume, export, and say what they were."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import sklearn.metrics
+import torch
+import yaml
+from peft import PeftModel
+from PIL import Image
+from transformers import T5Config, T5ForConditionalGeneration, ViTConfig, ViTForImageClassification
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+from peft_gradinit.errors import ConfigError
+from peft_gradinit.recipes import ModelSection, finetune, load_model, load_recipe
+from peft_gradinit.recipes.embedded import pico_tokenizer
+from peft_gradinit.recipes.metrics import compute
+
+ROOT = Path(__file__).parent.parent.parent
+OFFLINE = sorted((ROOT / "configs/offline").glob("*.yaml"))
+PICO = ROOT / "configs/offline/pico_llama_docstrings.yaml"
+QUICK = ("training.max_steps=3", "calibration.max_tokens=512", "data.n_train=48", "data.n_eval=8")
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:the step that LoRA-One starts with",  # random models on a few tokens
+    "ignore:.*`use_cache=True` is incompatible.*",
+)
+
+
+def run(path, output, *overrides):
+    return finetune(load_recipe(path, [*QUICK, f"output={output}", *overrides]))
+
+
+def slow_if_minilm(path):
+    marks = [pytest.mark.slow] if "minilm" in path.stem else []
+    return pytest.param(path, id=path.stem, marks=marks)
+
+
+@pytest.mark.parametrize("path", map(slow_if_minilm, OFFLINE))
+def test_every_offline_recipe_runs(path, tmp_path):
+    results = run(path, tmp_path / "out")
+    assert len(results["losses"]) == 3
+    assert all(np.isfinite(loss) for _, loss in results["losses"])
+    recipe = load_recipe(path)
+    names = {name.removeprefix("metric_") for name in results["metrics"]}
+    assert names == {"loss", *recipe.evaluation.metrics}
+    assert json.loads((tmp_path / "out" / "results.json").read_text()) == json.loads(
+        json.dumps(results)
+    )
+    assert (tmp_path / "out" / "loss.png").exists()
+    config = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
+    assert config["peft_type"] == "LORA"
+    assert results["start"] is None or results["start"]["method"]
+    for target in set(recipe.export.targets) - {"peft"}:
+        assert (tmp_path / "out" / target).is_dir()
+
+
+def test_the_adapter_is_the_one_that_was_evaluated(tmp_path):
+    results = run(PICO, tmp_path / "out")
+    model = load_model(ModelSection(name="embedded:pico-llama"))
+    model = PeftModel.from_pretrained(model, tmp_path / "out" / "adapter").eval()
+    recipe = load_recipe(PICO, [*QUICK])
+    from peft_gradinit.recipes import encode, load_processor, load_rows
+    from peft_gradinit.recipes.collation import collator
+
+    processor = load_processor(recipe.model)
+    rows = encode(load_rows(recipe.data, evaluation=True), recipe.data, "CAUSAL_LM", processor)
+    batch = collator(processor)(list(rows))
+    with torch.no_grad():
+        loss = model(**batch).loss.item()
+    assert loss == pytest.approx(results["metrics"]["loss"], rel=1e-3)
+
+
+def test_resuming_continues_the_same_run(tmp_path):
+    more = ("training.save_steps=2", "training.max_steps=4", "training.learning_rate=1e-2")
+    want = run(PICO, tmp_path / "whole", *more)
+    run(PICO, tmp_path / "out", *more)
+    last = tmp_path / "out" / "checkpoints" / "checkpoint-4"
+    for file in sorted(last.rglob("*"), reverse=True):
+        file.unlink() if file.is_file() else file.rmdir()
+    last.rmdir()
+    got = run(PICO, tmp_path / "out", *more, "training.resume=true")
+    assert got["losses"] == want["losses"]
+    assert got["metrics"] == want["metrics"]
+
+
+def test_resuming_without_a_checkpoint_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="holds no checkpoint"):
+        run(PICO, tmp_path / "out", "training.resume=true")
+    assert not (tmp_path / "out").exists()
+
+
+def test_baselines_are_drawn_and_missing_ones_named(tmp_path):
+    run(PICO, tmp_path / "lora", "method.name=lora", "method.options={}")
+    results = run(PICO, tmp_path / "one", f"baselines=[{tmp_path / 'lora'}]")
+    assert results["method"] == "lora_one"
+    with pytest.raises(ConfigError, match="holds no readable"):
+        run(PICO, tmp_path / "other", f"baselines=[{tmp_path / 'nothing'}]")
+
+
+def test_metrics_of_a_language_model_need_answers(tmp_path):
+    with pytest.raises(ConfigError, match=r"set evaluation\.max_new_tokens"):
+        run(PICO, tmp_path / "out", "evaluation.max_new_tokens=null")
+
+
+def test_a_saved_calibration_serves_a_recipe(tmp_path):
+    from peft_gradinit import calibrate
+    from peft_gradinit.recipes import adapter_config
+    from tests.helpers import quiet
+
+    recipe = load_recipe(PICO)
+    ids = torch.randint(3, 500, (4, 20), generator=torch.Generator().manual_seed(0))
+    data = quiet([{"input_ids": ids, "labels": ids}])
+    config = adapter_config(recipe.method, "CAUSAL_LM", calibration="unused")
+    calibrate(load_model(recipe.model), config, data).save(tmp_path / "c")
+    results = run(PICO, tmp_path / "out", f"calibration.result={tmp_path / 'c'}")
+    assert results["start"]["facts"]["n_sequences"] == 4
+
+
+def test_metrics_are_those_of_scikit_learn():
+    generator = np.random.default_rng(0)
+    true, predicted = generator.integers(0, 4, 50), generator.integers(0, 4, 50)
+    got = compute(["accuracy", "macro_f1", "matthews"], predicted, true)
+    assert got == pytest.approx({
+        "accuracy": sklearn.metrics.accuracy_score(true, predicted),
+        "macro_f1": sklearn.metrics.f1_score(true, predicted, average="macro"),
+        "matthews": sklearn.metrics.matthews_corrcoef(true, predicted),
+    })
+    assert compute(["matthews"], [1, 1], [0, 1]) == {"matthews": 0.0}
+    assert compute(["exact_match"], ["a ", "b"], ["a", "c"]) == {"exact_match": 0.5}
+    with pytest.raises(ConfigError, match="'acuracy' cannot be computed"):
+        compute(["acuracy"], [1], [1])
+
+
+def small_recipe(folder, data, **sections):
+    values = {
+        "version": 1,
+        "title": "a test",
+        "output": str(folder / "out"),
+        "model": {"name": str(folder / "model")},
+        "data": {"path": str(folder / "data"), "n_eval": 4, **data},
+        "training": {"learning_rate": 1e-3, "max_steps": 2, "logging_steps": 1},
+        **sections,
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(values))
+    return load_recipe(folder / "recipe.yaml")
+
+
+def test_images_are_classified(tmp_path):
+    config = ViTConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=48,
+        image_size=16,
+        patch_size=8,
+    )
+    ViTForImageClassification(config).save_pretrained(tmp_path / "model")
+    ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "model")
+    images = [Image.effect_noise((20, 20), 50) for _ in range(16)]
+    rows = [{"img": image, "kind": i % 3} for i, image in enumerate(images)]
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "data")
+    method = {
+        "name": "lora_ga",
+        "r": 2,
+        "target_modules": ["query", "value", "q_proj", "v_proj"],
+        "options": {"modules_to_save": ["classifier"]},
+    }
+    recipe = small_recipe(
+        tmp_path,
+        {"image": "img", "label": "kind"},
+        method=method,
+        evaluation={"metrics": ["accuracy"]},
+    )
+    results = finetune(recipe)
+    assert 0 <= results["metrics"]["metric_accuracy"] <= 1
+    assert len(results["losses"]) == 2
+
+
+def test_encoder_decoders_answer(tmp_path):
+    config = T5Config(
+        vocab_size=512,
+        d_model=32,
+        d_kv=8,
+        d_ff=48,
+        num_layers=2,
+        num_heads=4,
+        decoder_start_token_id=0,
+        pad_token_id=0,
+        eos_token_id=2,
+    )
+    T5ForConditionalGeneration(config).save_pretrained(tmp_path / "model")
+    pico_tokenizer().save_pretrained(tmp_path / "model")
+    rows = [{"sentence": f"sentence {i}", "label": i % 2} for i in range(16)]
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "data")
+    recipe = small_recipe(
+        tmp_path,
+        {"prompt": "{sentence}: ", "completion": "{label}", "label_words": {0: "bad", 1: "good"}},
+        method={"name": "lora_ga", "r": 2},
+        evaluation={"metrics": ["exact_match"], "max_new_tokens": 3},
+    )
+    results = finetune(recipe)
+    assert 0 <= results["metrics"]["exact_match"] <= 1
+
+
+def script(*arguments):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        env=environment,
+    )
+
+
+@pytest.mark.slow
+def test_the_script_runs_checks_and_refuses(tmp_path):
+    line = ("scripts/finetune.py", PICO, *QUICK, f"output={tmp_path / 'out'}")
+    done = script(*line)
+    assert done.returncode == 0, done.stderr
+    for part in ("lora_one", "trainable numbers", "exact_match", str(tmp_path / "out")):
+        assert part in done.stdout.replace("\n", "")
+    checked = script(*line, "--check")
+    assert json.loads(checked.stdout)["training"]["max_steps"] == 3
+    wrong = script(*line, "trainig.x=1")
+    assert wrong.returncode == 1
+    assert "did you mean 'training'" in wrong.stderr
+    assert "Traceback" not in wrong.stderr
+
+
+@pytest.mark.slow
+def test_the_script_runs_under_accelerate_launch(tmp_path):
+    done = script(
+        *(
+            "-m",
+            "accelerate.commands.launch",
+            "--num_processes",
+            2,
+            "--cpu",
+            "--mixed_precision=no",
+        ),
+        *("--num_machines=1", "--dynamo_backend=no", "--main_process_port=0"),
+        *("scripts/finetune.py", PICO, *QUICK, f"output={tmp_path / 'out'}"),
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert 0 <= results["metrics"]["exact_match"] <= 1

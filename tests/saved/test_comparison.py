@@ -1,0 +1,102 @@
+"""Two adapters, two calibrations: angles, effective ranks, distance."""
+
+import math
+
+import pytest
+import torch
+
+from peft_gradinit import calibrate
+from peft_gradinit.errors import AdapterError, ConfigError
+from peft_gradinit.linalg import Factors
+from peft_gradinit.saved import (
+    compare_adapters,
+    compare_calibrations,
+    read_adapter,
+    suggested_ranks,
+    summary,
+    write_adapter,
+)
+from tests.helpers import lora_ga, pico_llama, quiet, token_batches
+from tests.saved.adapters import lora_config, overwriting_start, saved_lora
+
+
+def test_an_adapter_is_the_same_as_itself(tmp_path):
+    adapter = read_adapter(saved_lora(tmp_path / "lora"))
+    for line in compare_adapters(adapter, adapter):
+        assert line.cosine == pytest.approx(1, abs=1e-6)
+        assert line.distance == pytest.approx(0, abs=1e-3)
+        assert max(line.input_angles + line.output_angles) < 1e-3
+        assert line.effective_ranks[0] == line.effective_ranks[1]
+
+
+def test_known_angles_are_found(tmp_path):
+    adapter = read_adapter(saved_lora(tmp_path / "lora"))
+    layers = {}
+    for name, update in adapter.layers.items():
+        n = update.A.shape[1]
+        A = torch.zeros(2, n)
+        A[0, 0], A[1, 1] = 1, 1
+        layers[name] = Factors(A, update.B[:, :2])
+    write_adapter(tmp_path / "one", adapter, layers)
+    for name, update in layers.items():
+        A = torch.zeros_like(update.A)
+        A[0, 0] = 1
+        A[1, 1], A[1, 2] = math.cos(0.5), math.sin(0.5)
+        layers[name] = Factors(A, update.B)
+    write_adapter(tmp_path / "other", adapter, layers)
+    for line in compare_adapters(*(read_adapter(tmp_path / n) for n in ("one", "other"))):
+        assert line.input_angles == pytest.approx([0, 0.5], abs=1e-3)
+        assert line.output_angles == pytest.approx([0, 0], abs=1e-3)
+
+
+def test_cosine_and_distance_are_those_of_the_matrices(tmp_path):
+    one, other = (read_adapter(saved_lora(tmp_path / str(s), seed=s)) for s in (0, 1))
+    assert all(abs(line.cosine) < 0.9 for line in compare_adapters(one, other))
+    for line in compare_adapters(one, other):
+        first, second = one.layers[line.name].matrix(), other.layers[line.name].matrix()
+        cosine = (first * second).sum() / first.norm() / second.norm()
+        assert line.cosine == pytest.approx(cosine.item(), abs=1e-5)
+        assert line.distance == pytest.approx(
+            ((first - second).norm() / first.norm()).item(), rel=1e-4
+        )
+
+
+def test_nothing_in_common_is_an_error(tmp_path):
+    one = read_adapter(saved_lora(tmp_path / "q", target_modules=["q_proj"]))
+    other = read_adapter(saved_lora(tmp_path / "v", target_modules=["v_proj"]))
+    with pytest.raises(AdapterError, match="no layer in common"):
+        compare_adapters(one, other)
+
+
+def test_adapters_of_an_overwritten_base_are_refused(tmp_path):
+    overwriting_start(tmp_path, lora_config("pissa"))
+    plain, pissa = read_adapter(saved_lora(tmp_path / "lora")), read_adapter(tmp_path / "trained")
+    with pytest.raises(AdapterError, match="convert"):
+        compare_adapters(plain, pissa)
+
+
+def test_calibrations_on_more_data_come_closer():
+    model, config = pico_llama(), lora_ga(calibration="deferred")
+
+    def of(n, seed):
+        return calibrate(model, config, quiet(token_batches(n, seed=seed), estimator="dense"))
+
+    reference = of(192, 7)
+    few, many = (summary(compare_calibrations(of(n, 1), reference)) for n in (4, 96))
+    key = "largest input angle, degrees"
+    assert many[key] < few[key] <= 90
+    assert compare_calibrations(reference, reference)[0].output_angles[-1] < 1e-3
+
+
+def test_suggestions_keep_the_sum_and_follow_the_energy():
+    result = calibrate(
+        pico_llama(), lora_ga(calibration="deferred"), quiet(token_batches(), estimator="dense")
+    )
+    ranks = suggested_ranks(result, 4)
+    assert sum(ranks.values()) == 4 * len(ranks)
+    assert 1 <= min(ranks.values()) < max(ranks.values()) <= 8
+    kept = min((result.triplets[n].S[r - 1].item(), n) for n, r in ranks.items() if r > 1)
+    lost = max((s[r].item(), n) for n, r in ranks.items() if r < len(s := result.triplets[n].S))
+    assert kept >= lost
+    with pytest.raises(ConfigError, match="between 1 and 8, got 9"):
+        suggested_ranks(result, 9)
