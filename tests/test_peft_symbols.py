@@ -20,11 +20,13 @@ SYMBOLS = [
     ("peft.mapping", "PEFT_TYPE_TO_CONFIG_MAPPING"),
     ("peft.tuners.lora", "LoraLayer"),
     ("peft.tuners.lora", "LoraModel"),
+    ("peft.tuners.lora.layer", "ParamWrapper"),
     ("peft.tuners.tuners_utils", "BaseTunerLayer"),
     ("peft.utils", "AuxiliaryTrainingWrapper"),
     ("peft.utils", "register_peft_method"),
     ("peft.utils.integrations", "dequantize_module_weight"),
     ("peft.utils.other", "get_pattern_key"),
+    ("peft.utils.transformers_weight_conversion", "convert_peft_config_for_transformers"),
 ]
 HOOKS = {
     "inject_adapter": "self model adapter_name autocast_adapter_dtype low_cpu_mem_usage state_dict",

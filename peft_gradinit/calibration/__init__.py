@@ -4,6 +4,7 @@ Knows nothing of LoRA: it is given modules and accumulators, and returns facts.
 """
 
 from .capture import capture
+from .experts import ExpertWeight, Measurable
 from .fingerprint import model_fingerprint, stored_weight, with_stored_weight
 from .gradients import measure_gradients
 from .guards import left_as_found
@@ -21,6 +22,8 @@ __all__ = [
     "Calibration",
     "CalibrationResult",
     "Checkpoint",
+    "ExpertWeight",
+    "Measurable",
     "PassFacts",
     "assign",
     "base_loss",

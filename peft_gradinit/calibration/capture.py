@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CalibrationError
+from .experts import ExpertWeight, Measurable, Product
+from .following import watched
 
 Sink = Callable[[Tensor, Tensor], None]
 
@@ -68,27 +70,50 @@ class Capture:
 
 
 @contextmanager
-def capture(modules: Mapping[str, nn.Module], sinks: Mapping[str, Sink]) -> Iterator[Capture]:
+def capture(modules: Mapping[str, Measurable], sinks: Mapping[str, Sink]) -> Iterator[Capture]:
     """Show each module's inputs and output gradients to its sink while the block runs.
 
     Args:
-        modules: linear layers by name.
+        modules: linear layers and expert weights by name.
         sinks: by the same names; called once per use of the module in a backward.
 
     Yields:
         The anchor of the backward, and what ran.
     """
     seen = Capture(torch.zeros((), requires_grad=True), set(), set())
+    experts = {n: m for n, m in modules.items() if isinstance(m, ExpertWeight)}
     handles = []
     try:
         for name, module in modules.items():
+            if isinstance(module, ExpertWeight):
+                continue
             hook = _forward_hook(name, sinks[name], seen)
             # Before other hooks, which may change the output: the tap is for the layer's own.
             handles.append(module.register_forward_hook(hook, with_kwargs=True, prepend=True))
-        yield seen
+        with watched(experts, _tap_product(sinks, seen)):
+            yield seen
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _tap_product(sinks: Mapping[str, Sink], seen: Capture) -> Callable[[Product, Tensor], Tensor]:
+    def tap(product: Product, out: Tensor) -> Tensor:
+        label = product.parameter.label
+        if not torch.is_grad_enabled():
+            seen.untapped.add(label)
+            return out
+        seen.tapped.add(label)
+        _check_differentiable(product.x, out, label, product.parameter.module)
+
+        def sink(x: Tensor, dy: Tensor) -> None:
+            for name, (rows, gradients) in product.parts(x, dy):
+                pair = (gradients, rows) if product.swapped else (rows, gradients)
+                sinks[name](*pair)
+
+        return Tap.apply(out, product.x, seen.anchor, sink)
+
+    return tap
 
 
 def _forward_hook(name: str, sink: Sink, seen: Capture) -> Callable[..., Any]:
@@ -98,12 +123,15 @@ def _forward_hook(name: str, sink: Sink, seen: Capture) -> Callable[..., Any]:
             seen.untapped.add(name)
             return None
         seen.tapped.add(name)
-        if x.requires_grad and not out.requires_grad:
-            raise CalibrationError(
-                f"{name} ({type(module).__name__}) gives no gradient to its input, so nothing "
-                "before it can be calibrated; use a kernel or quantisation with a backward, or "
-                "exclude the module."
-            )
+        _check_differentiable(x, out, name, module)
         return Tap.apply(out, x, seen.anchor, sink)
 
     return hook
+
+
+def _check_differentiable(x: Tensor, out: Tensor, name: str, module: nn.Module) -> None:
+    if x.requires_grad and not out.requires_grad:
+        raise CalibrationError(
+            f"{name} ({type(module).__name__}) gives no gradient to its input, so nothing before it "
+            "can be calibrated; use a kernel or quantisation with a backward, or exclude the module."
+        )

@@ -9,10 +9,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..errors import DataError
+from ..errors import CalibrationError, DataError
 from .batches import first_sequence
 from .budget import Budget, Step
+from .experts import ExpertWeight, Measurable, Product
 from .fingerprint import check_not_meta
+from .following import Rows, watched
 from .gauges import peak_bytes, progress
 from .guards import left_as_found
 from .layouts import is_sharded
@@ -78,11 +80,11 @@ class Forwards:
         self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self._selection: TokenSelection | None = None
 
-    def run(self, modules: Mapping[str, nn.Module]) -> PassFacts:
+    def run(self, modules: Mapping[str, Measurable]) -> PassFacts:
         """Read the data, within the budget, and leave the model as it was found.
 
         Args:
-            modules: linear layers by the names of the accumulators.
+            modules: linear layers and expert weights by the names of the accumulators.
 
         Returns:
             The facts of the pass.
@@ -96,7 +98,12 @@ class Forwards:
         with (
             left_as_found(self.model, self.calibration.data, self.calibration.seed),
             torch.no_grad(),
-            _inputs(modules, self._sink),
+            _inputs({n: m for n, m in modules.items() if isinstance(m, nn.Module)}, self._sink),
+            watched(
+                {n: m for n, m in modules.items() if isinstance(m, ExpertWeight)},
+                self._see,
+                self._rows,
+            ),
             progress(self.calibration, self.world) as bar,
         ):
             for step in steps(self.calibration, self.model, self.budget, self.world):
@@ -160,6 +167,23 @@ class Forwards:
         if self._selection is not None:
             with torch.autocast(x.device.type, enabled=False):
                 self.shared.add(name, x, self._selection.rows)
+
+    def _rows(self) -> Rows | None:
+        """Which tokens count for experts, which are given some of them in another order."""
+        return None if self._selection is None else self._selection.rows
+
+    def _see(self, product: Product, out: Tensor) -> Tensor:
+        if product.swapped:
+            raise CalibrationError(
+                f"the inputs of {product.parameter.label} cannot be the start of its lora_A: "
+                f"{type(product.parameter.module).__name__} stores it as (experts, in, out) without "
+                "saying so by is_transposed, so PEFT puts lora_A at the outputs; use a method that "
+                "needs gradients, or leave the parameter out."
+            )
+        with torch.autocast(out.device.type, enabled=False):
+            for name, (rows,) in product.parts(product.x):
+                self.shared.add(name, rows, lambda x: x)
+        return out
 
     def _forward(self, batch: Any) -> None:
         accelerator = self.calibration.accelerator

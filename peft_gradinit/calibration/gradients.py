@@ -10,6 +10,7 @@ from torch import nn
 from ..errors import CalibrationError
 from ..linalg import TruncatedSVD
 from ..statistics import Fingerprint, GradientStatistic, TestMatrixPool, gradient_statistic
+from .experts import Measurable, why_unreached
 from .processes import processes
 from .reduction import factored
 from .replay import Replay
@@ -23,7 +24,7 @@ STATISTIC = "gradient"
 
 def measure_gradients(
     model: nn.Module,
-    modules: Mapping[str, nn.Module],
+    modules: Mapping[str, Measurable],
     calibration: Calibration,
     fingerprint: Fingerprint,
     *,
@@ -33,7 +34,7 @@ def measure_gradients(
 
     Args:
         model: the model to run.
-        modules: linear layers by name; the names of `fingerprint.targets`.
+        modules: linear layers and expert weights by name; the names of `fingerprint.targets`.
         calibration: data, budgets, estimator.
         fingerprint: goes into the result; its targets give shape and rank of each module.
         keep_batches: keep the first batches in the result, see `Replay`.
@@ -53,7 +54,7 @@ def measure_gradients(
         )
         if replay is not None:
             replay.of_one_process = world.size > 1
-        energy, failures = world.gather(_judge(statistics, facts.n_batches))[0]
+        energy, failures = world.gather(_judge(statistics, modules, facts.n_batches))[0]
 
         def triplets_of(name: str) -> TruncatedSVD:
             statistic = statistics.pop(name)  # popped: its memory goes before the next one
@@ -95,12 +96,15 @@ def _empty(fingerprint: Fingerprint, calibration: Calibration) -> dict[str, Grad
 
 
 def _judge(
-    statistics: Mapping[str, GradientStatistic], n_batches: int
+    statistics: Mapping[str, GradientStatistic],
+    modules: Mapping[str, Measurable],
+    n_batches: int,
 ) -> tuple[dict[str, float], dict[str, str]]:
     """Tell usable gradients from those that were never seen, are zero, or are not finite.
 
     Args:
         statistics: filled, by module name.
+        modules: what they are of.
         n_batches: that they were filled from.
 
     Returns:
@@ -118,7 +122,8 @@ def _judge(
                 "so its backward overflowed: calibrate in bfloat16 or float32, or on other data."
             )
         if statistic.n_calls == 0:
-            failures[name] = f"it never ran in {n_batches} batches, or the loss does not use it"
+            reason = why_unreached(modules[name], n_batches)
+            failures[name] = f"{reason}, or the loss does not use it"
         elif energy[name] == 0.0:
             failures[name] = f"its gradient is zero over {n_batches} batches"
     return energy, failures

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..errors import CalibrationError
 from ..linalg import Components, TruncatedSVD, explained_share
 from ..statistics import Fingerprint, InputStatistic, TestMatrixPool, input_statistic
+from .experts import Measurable, why_unreached
 from .forwards import Forwards
 from .processes import processes
 from .reduction import factored
@@ -23,7 +24,7 @@ STATISTIC = "inputs"
 
 def measure_inputs(
     model: nn.Module,
-    modules: Mapping[str, nn.Module],
+    modules: Mapping[str, Measurable],
     calibration: Calibration,
     fingerprint: Fingerprint,
     *,
@@ -38,7 +39,7 @@ def measure_inputs(
 
     Args:
         model: the model to run.
-        modules: linear layers by name; the names of `fingerprint.targets`.
+        modules: linear layers and expert weights by name; the names of `fingerprint.targets`.
         calibration: data, budgets, estimator.
         fingerprint: goes into the result; its targets give shape and rank of each module.
         centered: components of `x - mean`, else of `x`.
@@ -67,7 +68,8 @@ def measure_inputs(
             world=world,
         )
         facts = forwards.run(modules)
-        energy, failures = _judge({name: shared[name] for name in fingerprint.targets}, facts)
+        measured = {name: shared[name] for name in fingerprint.targets}
+        energy, failures = _judge(measured, modules, facts)
         energy, failures = world.gather((energy, failures))[0]
         names = [name for name in fingerprint.targets if name not in failures]
         triplets = factored(names, _factoring(shared, fingerprint), world)
@@ -144,12 +146,15 @@ class _Cached:
 
 
 def _judge(
-    statistics: Mapping[str, InputStatistic], facts: PassFacts
+    statistics: Mapping[str, InputStatistic],
+    modules: Mapping[str, Measurable],
+    facts: PassFacts,
 ) -> tuple[dict[str, float], dict[str, str]]:
     """Tell usable inputs from those that were never seen, do not vary, or are not finite.
 
     Args:
         statistics: filled, by module name.
+        modules: what they are of.
         facts: of the pass.
 
     Returns:
@@ -167,7 +172,7 @@ def _judge(
                 "bfloat16 or float32, or on other data."
             )
         if statistic.n_calls == 0:
-            failures[name] = f"it never ran in {facts.n_batches} batches"
+            failures[name] = why_unreached(modules[name], facts.n_batches)
         elif statistic.n_tokens == 0:
             failures[name] = f"none of its tokens carries loss in {facts.n_batches} batches"
         elif energy[name] == 0.0:

@@ -13,6 +13,7 @@ from ..statistics import GradientStatistic
 from .batches import first_sequence
 from .budget import Budget, Step
 from .capture import Capture, capture
+from .experts import Measurable
 from .fingerprint import check_not_meta
 from .gauges import peak_bytes, progress
 from .guards import left_as_found
@@ -33,7 +34,7 @@ FLOAT16_LOSS_SCALE = 2.0**12
 
 def collect(
     model: nn.Module,
-    modules: Mapping[str, nn.Module],
+    modules: Mapping[str, Measurable],
     statistics: Mapping[str, GradientStatistic],
     calibration: Calibration,
     on_batch: Callable[[Any, float, float], None] | None = None,
@@ -47,7 +48,7 @@ def collect(
 
     Args:
         model: the model to run; its loss is differentiated.
-        modules: linear layers to capture, by name.
+        modules: linear layers and expert weights to capture, by name.
         statistics: accumulators by the same names.
         calibration: data, budgets, loss.
         on_batch: called with every sub-batch that counted on this process, its loss and weight.

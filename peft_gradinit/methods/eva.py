@@ -46,7 +46,7 @@ from jaxtyping import Float
 from peft import PeftType
 from torch import Tensor, nn
 
-from ..calibration import Calibration, CalibrationResult, measure_inputs
+from ..calibration import Calibration, CalibrationResult, Measurable, measure_inputs
 from ..errors import ConfigError
 from ..linalg import TruncatedSVD
 from ..statistics import Fingerprint
@@ -119,7 +119,7 @@ class EvaConfig(GradInitConfig):
     def measure(  # noqa: D102
         self,
         model: nn.Module,
-        modules: Mapping[str, nn.Module],
+        modules: Mapping[str, Measurable],
         calibration: Calibration,
         fingerprint: Fingerprint,
     ) -> CalibrationResult:

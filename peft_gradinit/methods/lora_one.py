@@ -34,7 +34,7 @@ from jaxtyping import Float
 from peft import PeftType
 from torch import Tensor, nn
 
-from ..calibration import Calibration, CalibrationResult, measure_gradients
+from ..calibration import Calibration, CalibrationResult, Measurable, measure_gradients
 from ..errors import ConfigError
 from ..linalg import TruncatedSVD
 from ..statistics import Fingerprint
@@ -89,7 +89,7 @@ class LoraOneConfig(GradInitConfig):
     def measure(  # noqa: D102
         self,
         model: nn.Module,
-        modules: Mapping[str, nn.Module],
+        modules: Mapping[str, Measurable],
         calibration: Calibration,
         fingerprint: Fingerprint,
     ) -> CalibrationResult:

@@ -6,10 +6,13 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
+from torch import Tensor
+
 from ..calibration import CalibrationResult
 from ..errors import ConfigError
 from ..linalg import allocate_ranks
 from .numbers import is_finite_number, is_integer
+from .parameters import mean_scores
 from .targets import Target
 
 if TYPE_CHECKING:
@@ -94,7 +97,8 @@ def allocated(
 ) -> dict[str, Target]:
     """Share the sum of the targets' ranks among them.
 
-    Targets that could not be measured keep their rank.
+    Targets that could not be measured keep their rank. The experts of a parameter have one rank, which
+    counts once, and whose score is the mean of what it brings to each.
 
     Args:
         targets: with the ranks that the config asks for.
@@ -107,24 +111,33 @@ def allocated(
     """
     if not config.allocates_ranks:
         return dict(targets)
-    scores = {}
+    scores: dict[str, list[Tensor]] = {}
     for name, svd in result.triplets.items():
         values = config.rank_scores(svd)[: offered_rank(targets[name], config)]
         whole = config.rank_allocation == "gradient_energy"
-        scores[name] = values if whole else values / max(result.energy[name], 1e-300)
-    budget = sum(targets[name].r for name in scores)
-    ranks = allocate_ranks(scores, budget, min_rank=config.min_rank, max_rank=config.max_rank)
-    return {name: _with_rank(t, ranks.get(name, t.r), config) for name, t in targets.items()}
+        share = values if whole else values / max(result.energy[name], 1e-300)
+        scores.setdefault(targets[name].adapted, []).append(share)
+    asked = {t.adapted: t.r for t in targets.values()}
+    ranks = allocate_ranks(
+        {name: mean_scores(of_experts) for name, of_experts in scores.items()},
+        sum(asked[name] for name in scores),
+        min_rank=config.min_rank,
+        max_rank=config.max_rank,
+    )
+    return {n: _with_rank(t, ranks.get(t.adapted, t.r), config) for n, t in targets.items()}
 
 
 def without_empty(config: "GradInitConfig", targets: Mapping[str, Target]) -> None:
     """Exclude targets of rank 0 from the injection.
 
     Args:
-        config: gets a new `exclude_modules`.
+        config: gets a new `exclude_modules`, and other `target_parameters`, which those do not exclude.
         targets: all targets.
     """
-    empty = [t.name for t in targets.values() if t.r == 0]
+    if any(t.expert is not None and t.r == 0 for t in targets.values()):
+        kept = {t.adapted for t in targets.values() if t.expert is not None and t.r}
+        config.target_parameters = sorted(kept)
+    empty = [t.name for t in targets.values() if t.expert is None and t.r == 0]
     if not empty:
         return
     old = config.exclude_modules or []

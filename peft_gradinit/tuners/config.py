@@ -11,7 +11,7 @@ import peft
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from ..calibration import DEFERRED, Calibration, CalibrationResult
+from ..calibration import DEFERRED, Calibration, CalibrationResult, Measurable
 from ..errors import ConfigError
 from ..linalg import TruncatedSVD
 from ..statistics import Fingerprint
@@ -35,7 +35,6 @@ _UNUSABLE_OPTIONS = {
     "velora_config": "compressed inputs cannot hold the start",
     "megatron_config": "Megatron layers are not supported",
     "layer_replication": "replicated layers exist only after injection; replicate them before",
-    "target_parameters": "parameters without a module of their own are not supported",
     "ensure_weight_tying": "tied adapters cannot have starts of their own",
 }
 
@@ -54,7 +53,8 @@ class GradInitConfig(LoraConfig, abc.ABC):
             `CalibrationCallback`. There is no default: an adapter without it would be plain LoRA.
         uncalibrated: what happens to targets that the method cannot serve (embeddings,
             convolutions) or that the data do not reach: `"error"` (default), or `"lora"` for a
-            plain LoRA start with a warning that names them.
+            plain LoRA start with a warning that names them. Single experts of `target_parameters`
+            that no token is routed to get that in any case.
         rank_allocation: how the layers share the sum of their ranks. `"uniform"` (default): as
             configured. `"explained_variance"`: a rank goes where it explains the largest share of
             the layer's own statistic. `"gradient_energy"`: where it captures most of the gradient
@@ -181,7 +181,7 @@ class GradInitConfig(LoraConfig, abc.ABC):
     def measure(
         self,
         model: nn.Module,
-        modules: Mapping[str, nn.Module],
+        modules: Mapping[str, Measurable],
         calibration: Calibration,
         fingerprint: Fingerprint,
     ) -> CalibrationResult:

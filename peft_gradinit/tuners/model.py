@@ -1,6 +1,5 @@
 """The tuner model of all methods: calibrates, lets PEFT inject LoRA, and writes the start in."""
 
-import copy
 import dataclasses
 import math
 import warnings
@@ -11,7 +10,7 @@ import torch
 from peft.tuners.lora import LoraLayer, LoraModel
 from torch import Tensor, nn
 
-from ..calibration import base_loss, left_as_found, mean_loss, unwrapped, whole_modules
+from ..calibration import base_loss, left_as_found, mean_loss, whole_modules
 from ..errors import ConfigError, NotInitializedError
 from .allocation import without_empty
 from .anchored import (
@@ -20,12 +19,20 @@ from .anchored import (
     fill_plain,
     is_anchored,
     join,
+    plain_factors,
     split,
 )
 from .combining import combined_config, highest_rank, plain_config
 from .config import GradInitConfig
 from .copying import copy_adapter, source_of
 from .magnitude import renew_magnitude
+from .parameters import (
+    find_layer,
+    matched_patterns,
+    n_experts,
+    stacked,
+    with_converted_targets,
+)
 from .pending import hold, is_pending, release
 from .publishing import attend, card_tags
 from .report import InitReport, ReportsByAdapter, StepCheck
@@ -90,7 +97,8 @@ class GradInitModel(ReportsByAdapter, LoraModel):
 
     def _inject(self, model: nn.Module, adapter_name: str, options: tuple[Any, ...]) -> None:
         source = source_of(self.peft_config, adapter_name)
-        config = copy.copy(self._config(adapter_name))  # ranks may be lowered in it
+        # A copy, since targets are converted and ranks may be lowered in it.
+        config = with_converted_targets(self._config(adapter_name), model)
         config.copy_of = source
         others = {n: other for n, other in self.peft_config.items() if n != adapter_name}
         self.peft_config[adapter_name] = config
@@ -102,7 +110,8 @@ class GradInitModel(ReportsByAdapter, LoraModel):
             targets = start.targets
         without_empty(config, targets)
         write_patterns(targets, config)
-        super().inject_adapter(model, adapter_name, *options)
+        with matched_patterns(config, {t.adapted for t in targets.values()}):
+            super().inject_adapter(model, adapter_name, *options)
         self._prepare_layers(targets, adapter_name)
         if start is not None:
             self.fill(adapter_name, start)
@@ -137,7 +146,7 @@ class GradInitModel(ReportsByAdapter, LoraModel):
             step = self._checked_step(adapter_name, start) if config.checks_step else None
             drift = self._drift(adapter_name, start)
         except BaseException:
-            for name in start.factors:  # so that the call can be repeated
+            for name in start.factors_by_layer():  # so that the call can be repeated
                 release(self._layer(name), adapter_name)
                 hold(self._layer(name), adapter_name)
             raise
@@ -177,7 +186,7 @@ class GradInitModel(ReportsByAdapter, LoraModel):
     def _prepare_layers(self, targets: Mapping[str, Target], adapter_name: str) -> None:
         """Anchor the layers where the method does, and hold them until they have their start."""
         config = self._config(adapter_name)
-        for name, target in targets.items():
+        for name, target in {t.adapted: t for t in targets.values()}.items():
             if target.shape is not None and target.r:
                 layer = self._layer(name)
                 if config.anchored:
@@ -189,13 +198,26 @@ class GradInitModel(ReportsByAdapter, LoraModel):
 
     def _write(self, adapter_name: str, start: Start, shrink: float = 1.0) -> None:
         """Write the factors, both `shrink` times as long, and let the adapter train."""
-        fill = fill_anchored if self._config(adapter_name).anchored else fill_plain
         with whole_modules(start.runner or self.model, write=True):
-            for name, (A0, B0) in start.factors.items():
-                fill(self._layer(name), adapter_name, shrink * A0, shrink * B0)
-                renew_magnitude(self._layer(name), adapter_name)
+            for name, of_experts in start.factors_by_layer().items():
+                self._write_layer(name, adapter_name, of_experts, shrink)
         for layer in self.model.modules():
             release(layer, adapter_name)
+
+    def _write_layer(
+        self,
+        name: str,
+        adapter_name: str,
+        of_experts: Mapping[int, tuple[torch.Tensor, torch.Tensor]],
+        shrink: float,
+    ) -> None:
+        """Write the factors of a layer, or of a parameter's experts."""
+        fill = fill_anchored if self._config(adapter_name).anchored else fill_plain
+        layer = self._layer(name)
+        scaled = {index: (shrink * A0, shrink * B0) for index, (A0, B0) in of_experts.items()}
+        A, B = stacked(scaled, plain_factors(layer, adapter_name), n_experts(layer))
+        fill(layer, adapter_name, A, B)
+        renew_magnitude(layer, adapter_name)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Cast like PEFT; if that widens a dtype, write the start again without its rounding."""
@@ -236,10 +258,7 @@ class GradInitModel(ReportsByAdapter, LoraModel):
         return ((started - base).norm() / base.norm().clamp_min(1e-30)).item()
 
     def _layer(self, name: str) -> LoraLayer:
-        layer = unwrapped(self.model.get_submodule(name))
-        if not isinstance(layer, LoraLayer):
-            raise TypeError(f"{name} is a {type(layer).__name__}, expected a LoRA layer")
-        return layer
+        return find_layer(self.model, name)
 
     def _config(self, adapter_name: str) -> GradInitConfig:
         return cast("GradInitConfig", self.peft_config[adapter_name])
@@ -315,7 +334,11 @@ class GradInitModel(ReportsByAdapter, LoraModel):
         entries = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
-        return join(entries) if config.anchored else entries
+        if not config.anchored:
+            return entries
+        prefixed = any(key.startswith(_PREFIX) for key in entries)
+        experts = {name: n for name, (_, n) in _anchored(model, adapter_name, prefixed).items()}
+        return join(entries, experts)
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -330,14 +353,8 @@ class GradInitModel(ReportsByAdapter, LoraModel):
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         if config.anchored:
-            layers: dict[str, Any] = {
-                n: m for n, m in model.named_modules() if is_anchored(m, adapter_name)
-            }
             prefixed = any(key.startswith(_PREFIX) for key in state_dict)
-            ranks = {
-                _as_in_file(name, prefixed): layer.r[adapter_name] for name, layer in layers.items()
-            }
-            state_dict = split(state_dict, ranks)
+            state_dict = split(state_dict, _anchored(model, adapter_name, prefixed))
         loaded = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         for name, layer in model.named_modules():
             if is_pending(layer, adapter_name) and any(k.startswith(f"{name}.") for k in loaded):
@@ -359,7 +376,11 @@ def _check_ranks(model: nn.Module, adapter_name: str) -> None:
         anchored = is_anchored(modules[name], adapter_name)
         weight = linear.parametrizations.weight.original if anchored else linear.weight
         r = layer.r[adapter_name]
-        if isinstance(linear, nn.Linear) and weight.dim() == 2 and weight.shape[0] != r:
+        if (
+            isinstance(linear, nn.Linear)
+            and weight.dim() == 2
+            and weight.shape[0] != r * n_experts(layer)
+        ):
             raise ConfigError(
                 f"{name} has factors of rank {weight.shape[0]}, but the adapter {adapter_name!r} has "
                 f"r={r} there: the model was changed, as prepare_model_for_compiled_hotswap does. "
@@ -374,6 +395,17 @@ def _check_memory(low_cpu_mem_usage: bool) -> None:
             "low_cpu_mem_usage=True puts the adapter on the meta device, where no start can be "
             "written; leave it at False for configs of this package."
         )
+
+
+def _anchored(model: nn.Module, adapter_name: str, prefixed: bool) -> dict[str, tuple[int, int]]:
+    """Rank and number of experts of each anchored layer, by its name in a file."""
+    layers: dict[str, Any] = {
+        n: m for n, m in model.named_modules() if is_anchored(m, adapter_name)
+    }
+    return {
+        _as_in_file(name, prefixed): (layer.r[adapter_name], n_experts(layer))
+        for name, layer in layers.items()
+    }
 
 
 def _as_in_file(name: str, prefixed: bool) -> str:

@@ -1,9 +1,11 @@
 """Adapters whose start is yet to come: they evaluate as the base model and refuse to train."""
 
+from functools import partial
 from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 
 from ..calibration import unwrapped
@@ -15,7 +17,12 @@ _HANDLE = "_gradinit_pending"
 def hold(layer: LoraLayer, adapter_name: str) -> None:
     """Let a training step through this adapter raise `NotInitializedError`."""
     for linear in _factors(layer, adapter_name):
-        setattr(linear, _HANDLE, linear.register_forward_hook(_refuse_to_train))
+        handle = (
+            layer.register_forward_hook(partial(_refuse_parameter, linear, adapter_name))
+            if isinstance(layer, ParamWrapper)  # which reads the factors' weights
+            else linear.register_forward_hook(_refuse_to_train)
+        )
+        setattr(linear, _HANDLE, handle)
 
 
 def release(layer: nn.Module | LoraLayer, adapter_name: str) -> None:
@@ -42,6 +49,16 @@ def _factors(layer: Any, adapter_name: str) -> list[nn.Module]:
     if not isinstance(layer, LoraLayer) or adapter_name not in layer.lora_A:
         return []
     return [unwrapped(layer.lora_A[adapter_name])]
+
+
+def _refuse_parameter(
+    linear: nn.Module, adapter_name: str, layer: Any, args: Any, output: Any
+) -> None:
+    if adapter_name not in layer.active_adapters or layer.disable_adapters or layer.merged:
+        return
+    for result in output if isinstance(output, tuple) else (output,):  # routers return several
+        if isinstance(result, torch.Tensor) and result.requires_grad:
+            _refuse_to_train(linear, args, result)
 
 
 def _refuse_to_train(module: nn.Module, args: Any, output: torch.Tensor) -> None:

@@ -1,6 +1,8 @@
 """`InitReport`: what an initialisation did to each module, and what it cost."""
 
 import dataclasses
+import statistics
+from collections.abc import Iterable
 from typing import Any
 
 from rich.console import Console
@@ -11,10 +13,10 @@ from ..calibration import PassFacts
 
 @dataclasses.dataclass(frozen=True)
 class ModuleReport:
-    """One module's line.
+    """One module's line, or one expert's.
 
     Attributes:
-        name: full name in the base model.
+        name: full name in the base model; of an expert, its parameter's with `[index]`.
         method: the method, or `"lora"` where it fell back to a plain start.
         r: rank of the adapter.
         requested_r: rank that the config asked for.
@@ -126,14 +128,14 @@ class InitReport:
         return f"built-in step{scaled}: loss {step.loss_before:.4f} to {step.loss_after:.4f}"
 
     def table(self) -> Table:
-        """The modules as a rich table."""
+        """The modules as a rich table; the experts of a parameter share a line, with medians."""
         table = Table(title=None, box=None, pad_edge=False)
         for column in ("module", "method"):
             table.add_column(column, overflow="fold")
         for column in ("r", "energy", "|sB0A0|/|W|"):
             table.add_column(column, justify="right")
         table.add_column("note", overflow="fold")
-        for line in self.modules:
+        for line in _merged(self.modules):
             energy = "" if line.captured_energy is None else f"{line.captured_energy:.1%}"
             table.add_row(
                 line.name, line.method, str(line.r), energy, f"{line.start_norm:.3f}", line.fallback
@@ -146,3 +148,34 @@ class InitReport:
             console.print(self.table())
         lines = (line.rstrip() for line in captured.get().splitlines())
         return self.summary() + "\n\n" + "\n".join(lines)
+
+
+def _merged(lines: Iterable[ModuleReport]) -> list[ModuleReport]:
+    """The lines, those of the experts of one parameter as one."""
+    groups: dict[str, list[ModuleReport]] = {}
+    for line in lines:
+        is_expert = line.name.endswith("]")
+        groups.setdefault(line.name.rpartition("[")[0] if is_expert else line.name, []).append(line)
+    return [of[0] if of[0].name == name else _of_experts(name, of) for name, of in groups.items()]
+
+
+def _of_experts(parameter: str, lines: list[ModuleReport]) -> ModuleReport:
+    started = [line for line in lines if line.captured_energy is not None]
+    first = next(iter(started), lines[0])
+    reasons: dict[str, list[str]] = {}
+    for line in lines:
+        if line.fallback:
+            index = line.name.removeprefix(parameter)
+            reasons.setdefault(line.fallback, []).append(index)
+    notes = [
+        reason if len(which) == len(lines) else f"{', '.join(which)}: {reason}"
+        for reason, which in reasons.items()
+    ]
+    energies = [line.captured_energy for line in started if line.captured_energy is not None]
+    return dataclasses.replace(
+        first,
+        name=f"{parameter}[0-{len(lines) - 1}]",
+        captured_energy=statistics.median(energies) if energies else None,
+        start_norm=statistics.median(line.start_norm for line in started or lines),
+        fallback="; ".join(notes),
+    )

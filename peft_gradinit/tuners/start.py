@@ -23,6 +23,11 @@ from .targets import Target, frobenius_of_product
 _ADAPTER_PARAMETERS = (".lora_", ".svfit_", ".modules_to_save.", ".trainable_tokens_")
 
 
+_KERNEL_HINT = (
+    " If a kernel hides the products with the experts, call "
+    "model.set_experts_implementation('eager') before."
+)
+
 SMALLEST_STEP = 2.0**-8
 """Where halving a step ends: by then its direction, not its length, is at fault."""
 
@@ -33,7 +38,7 @@ class Start:
 
     Attributes:
         targets: with the ranks that they get; rank 0 for those that lose their adapter.
-        factors: `A0 (r, in)`, `B0 (out, r)` by module name; absent for plain starts.
+        factors: `A0 (r, in)`, `B0 (out, r)` by target name; absent for plain starts.
         result: what the factors were computed from.
         modules: lines of the report.
         calibration: the loss that the pass was made with, to measure the start with.
@@ -46,6 +51,15 @@ class Start:
     modules: tuple[ModuleReport, ...]
     calibration: Calibration
     runner: nn.Module | None = None
+
+    def factors_by_layer(self) -> dict[str, dict[int, tuple[Tensor, Tensor]]]:
+        """The factors of each layer or parameter: by expert; of those without experts, by 0."""
+        layers: dict[str, dict[int, tuple[Tensor, Tensor]]] = {}
+        for name, pair in self.factors.items():
+            target = self.targets[name]
+            index = 0 if target.expert is None else target.expert.index or 0
+            layers.setdefault(target.adapted, {})[index] = pair
+        return layers
 
     def report(self, method: str, drift: float | None, step: StepCheck | None) -> InitReport:
         """The report of this start."""
@@ -92,7 +106,7 @@ def compute_start(
     calibration = Calibration.of(calibration)
     result = measured(model, targets, config, calibration, runner)
     _check_complete(result)
-    _check_failures(result.failures, config)
+    _check_failures(result.failures, targets, config)
     seed = result.fingerprint.options.get("seed", 0)
     factors, lines = {}, []
     targets = allocated(targets, result, config)
@@ -132,7 +146,7 @@ def measured(
     with whole_modules(runner or model):
         options = calibration.measurement_options()
         fingerprint = _fingerprint(model, targets, config, options)
-    modules = {name: t.module for name, t in targets.items() if t.shape is not None}
+    modules = {name: t.measurable for name, t in targets.items() if t.shape is not None}
     with adapters_disabled(model):
         return config.measure(runner or model, modules, calibration, fingerprint)
 
@@ -189,19 +203,41 @@ def _check_complete(result: CalibrationResult) -> None:
             )
 
 
-def _check_failures(failures: Mapping[str, str], config: GradInitConfig) -> None:
+def _check_failures(
+    failures: Mapping[str, str], targets: Mapping[str, Target], config: GradInitConfig
+) -> None:
+    """Refuse, or warn of, targets that could not be measured.
+
+    Single experts are given a plain start in any case: which of them the data reach is up to the
+    router.
+
+    Args:
+        failures: reasons by target name.
+        targets: all targets.
+        config: says what to do.
+
+    Raises:
+        CalibrationError: if a layer, or all experts of a parameter, failed and the config says so.
+    """
     if not failures:
         return
-    named = "; ".join(f"{name}: {reason}" for name, reason in failures.items())
-    if config.uncalibrated == "error":
+    reached = {targets[name].adapted for name in targets.keys() - failures.keys()}
+    whole = {n: reason for n, reason in failures.items() if targets[n].adapted not in reached}
+    if whole and config.uncalibrated == "error":
+        of_experts = any(targets[name].expert is not None for name in whole)
         raise CalibrationError(
-            f"{config.method} could not calibrate {len(failures)} of its targets ({named}); "
+            f"{config.method} could not calibrate {len(whole)} of its targets ({_listed(whole)}); "
             "calibrate on data that reach them, exclude them, or set uncalibrated='lora' to give "
-            "them a plain LoRA start."
+            f"them a plain LoRA start.{_KERNEL_HINT if of_experts else ''}"
         )
     warnings.warn(
-        f"{config.method} gives {len(failures)} targets a plain LoRA start ({named}).", stacklevel=2
+        f"{config.method} gives {len(failures)} targets a plain LoRA start ({_listed(failures)}).",
+        stacklevel=2,
     )
+
+
+def _listed(failures: Mapping[str, str]) -> str:
+    return "; ".join(f"{name}: {reason}" for name, reason in failures.items())
 
 
 def _rank_note(target: Target, config: GradInitConfig) -> str:

@@ -52,6 +52,9 @@ class SpectralConfig(PeftConfig, abc.ABC):
     rank_pattern: dict[str, int | str] = field(
         default_factory=dict, metadata={"help": "Ranks other than r, by name or expression."}
     )
+    target_parameters: list[str] | None = field(
+        default=None, metadata={"help": "Not supported: must stay None."}
+    )
     save_format: Literal["lora", "compact"] = field(
         default="lora", metadata={"help": f"What save_pretrained writes: {_SAVE_FORMATS}."}
     )
@@ -69,6 +72,7 @@ class SpectralConfig(PeftConfig, abc.ABC):
                 setattr(self, name, set(value))
         self._check_ranks()
         self._check_layers()
+        self._check_parameters()
         if self.save_format not in _SAVE_FORMATS:
             raise ConfigError(
                 f"{self._name}: save_format must be one of {_SAVE_FORMATS}, got "
@@ -94,6 +98,14 @@ class SpectralConfig(PeftConfig, abc.ABC):
                 f"{self._name}: layers_to_transform={self.layers_to_transform!r} needs "
                 f"target_modules as a list of names, got {self.target_modules!r}; list the names, "
                 "or put the indices into the regular expression."
+            )
+
+    def _check_parameters(self) -> None:
+        if self.target_parameters:
+            raise ConfigError(
+                f"{self._name} trains singular values of linear layers, not of parameters without a "
+                f"layer of their own; got target_parameters={self.target_parameters!r}. Use "
+                "LoraGAConfig, LoraOneConfig or EvaConfig for experts."
             )
 
     @property

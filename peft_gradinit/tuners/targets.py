@@ -15,8 +15,15 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
-from ..calibration import plain_name
+from ..calibration import ExpertWeight, Measurable, plain_name
 from ..errors import TargetError
+from .parameters import (
+    adapted_parameter,
+    check_parameter_options,
+    expert_matrix,
+    expert_shape,
+    expert_weights,
+)
 from .weights import linear_shape, linear_weight
 
 if TYPE_CHECKING:
@@ -25,16 +32,17 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """One targeted module.
+    """One targeted module, or one expert of a targeted parameter.
 
     Attributes:
-        name: full name in the base model.
+        name: full name in the base model; of an expert, the parameter's name and `[index]`.
         module: the base layer itself, without adapters around it.
         shape: `(out, in)` of its weight in the layout of `nn.Linear`; `None` for kinds of layers
             that have no such weight.
         r: rank of its adapter.
         requested_r: rank that the config asked for.
         alpha: its `lora_alpha`, adjusted so that a lowered rank leaves the scaling as it was.
+        expert: which matrix of the parameter; `None` for layers.
     """
 
     name: str
@@ -43,10 +51,22 @@ class Target:
     r: int
     requested_r: int
     alpha: float
+    expert: ExpertWeight | None = None
 
     def weight(self) -> Tensor:
         """The weight in the layout of `nn.Linear`, dequantised if need be, float32."""
-        return linear_weight(self.module)
+        return linear_weight(self.module) if self.expert is None else expert_matrix(self.expert)
+
+    @property
+    def adapted(self) -> str:
+        """Full name of what the adapter is on: the module, or the parameter of all experts."""
+        single = self.expert is None or self.expert.index is None
+        return self.name if single else self.name.rpartition("[")[0]
+
+    @property
+    def measurable(self) -> Measurable:
+        """What a calibration pass measures."""
+        return self.module if self.expert is None else self.expert
 
 
 def resolve_targets(
@@ -66,9 +86,14 @@ def resolve_targets(
     Raises:
         TargetError: if a layer is too narrow for any rank, or is of a kind that the method cannot
             serve while `uncalibrated="error"`.
+        ConfigError: if an option does not work on parameters.
     """
     recorder = _TargetRecorder(model, copy.deepcopy(config), others or {})
-    targets = {name: _target(name, module, config) for name, module in recorder.record().items()}
+    found = recorder.record()
+    check_parameter_options(config, [name for name, (_, parameter) in found.items() if parameter])
+    targets = {}
+    for name, (module, parameter) in found.items():
+        targets |= _targets(name, module, parameter, config)
     _check_kinds(targets, config)
     return targets
 
@@ -78,12 +103,16 @@ def live_targets(
 ) -> dict[str, Target]:
     """The targets of an adapter that is injected already."""
     targets = {}
-    for name, module in model.named_modules():
+    for path, module in model.named_modules():
         if isinstance(module, LoraLayer) and adapter_name in module.scaling:
-            name = plain_name(name)
-            target = _target(name, cast("nn.Module", module), config)
-            requested = config.requested_ranks.get(name, target.requested_r)
-            targets[name] = dataclasses.replace(target, requested_r=requested)
+            layer = cast("nn.Module", module)
+            name = adapted_parameter(plain_name(path), layer)
+            requested = config.requested_ranks.get(name)
+            parameter = getattr(layer, "parameter_name", None)
+            for target in _targets(name, layer, parameter, config).values():
+                targets[target.name] = dataclasses.replace(
+                    target, requested_r=requested or target.requested_r
+                )
     return targets
 
 
@@ -98,24 +127,37 @@ def write_patterns(targets: Mapping[str, Target], config: "GradInitConfig") -> N
     lowered = [t for t in targets.values() if t.r and t.r != t.requested_r]
     if not lowered:
         return
-    config.requested_ranks = {t.name: t.requested_r for t in lowered}
+    config.requested_ranks = {t.adapted: t.requested_r for t in lowered}
     # All targets and no other pattern: PEFT takes the first that matches, and sorts them on saving.
-    adapted = {f"^{re.escape(t.name)}": t for t in targets.values() if t.r}
+    adapted = {f"^{re.escape(t.adapted)}": t for t in targets.values() if t.r}
     config.rank_pattern = {k: t.r for k, t in adapted.items() if t.r != config.r}
     config.alpha_pattern = {k: t.alpha for k, t in adapted.items() if t.alpha != config.lora_alpha}
     if config.allocates_ranks:
         return
-    names = ", ".join(f"{t.name} ({t.r} of {t.requested_r})" for t in lowered)
+    ranks = {t.adapted: f"{t.adapted} ({t.r} of {t.requested_r})" for t in lowered}
     warnings.warn(
         f"{config.method} needs {config.n_triplets(config.r)} singular directions for r={config.r}; "
-        f"these layers have fewer and get a lower rank at the same scaling: {names}.",
+        f"these layers have fewer and get a lower rank at the same scaling: "
+        f"{', '.join(ranks.values())}.",
         stacklevel=2,
     )
 
 
-def _target(name: str, module: nn.Module, config: "GradInitConfig") -> Target:
+def _targets(
+    name: str, module: nn.Module, parameter: str | None, config: "GradInitConfig"
+) -> dict[str, Target]:
+    """The target that a module is, or those that the matrices of its parameter are."""
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    shape = linear_shape(base)
+    if parameter is None:
+        return {name: _target(name, base, linear_shape(base), config)}
+    weights = expert_weights(name, base, parameter)
+    one = _target(name, base, expert_shape(next(iter(weights.values()))), config)
+    return {key: dataclasses.replace(one, name=key, expert=w) for key, w in weights.items()}
+
+
+def _target(
+    name: str, base: nn.Module, shape: tuple[int, int] | None, config: "GradInitConfig"
+) -> Target:
     ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
     requested = ranks.get(get_pattern_key(list(ranks), name), config.r)
     alpha = alphas.get(get_pattern_key(list(alphas), name), config.lora_alpha)
@@ -124,7 +166,7 @@ def _target(name: str, module: nn.Module, config: "GradInitConfig") -> Target:
         raise TargetError(
             f"{config.method} with r={requested} cannot start {name}: its weight is {shape}, and "
             f"even rank 1 needs {config.n_triplets(1)} singular directions; add it to "
-            "exclude_modules."
+            "exclude_modules, or take it out of target_parameters."
         )
     if r != requested:
         alpha *= math.sqrt(r / requested) if config.use_rslora else r / requested
@@ -164,10 +206,10 @@ class _TargetRecorder(LoraModel):
         self.active_adapter = _RECORDED
         self.targeted_module_names = []
         self.targeted_parameter_names = []
-        self._found: dict[str, nn.Module] = {}
+        self._found: dict[str, tuple[nn.Module, str | None]] = {}
 
-    def record(self) -> dict[str, nn.Module]:
-        """Return the modules that an injection would adapt, by name."""
+    def record(self) -> dict[str, tuple[nn.Module, str | None]]:
+        """Return what an injection would adapt, by name: modules, or one of their parameters."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the injection proper repeats them
             with suppress(_Recorded):
@@ -176,7 +218,7 @@ class _TargetRecorder(LoraModel):
 
     def _create_and_replace(self, *args: Any, **kwargs: Any) -> None:
         _, _, target, _, _ = args[:5]
-        self._found[kwargs["current_key"]] = target
+        self._found[kwargs["current_key"]] = (target, kwargs.get("parameter_name"))
 
     def set_adapter(self, *args: Any, **kwargs: Any) -> None:
         raise _Recorded

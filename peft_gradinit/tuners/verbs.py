@@ -18,6 +18,7 @@ from ..errors import ConfigError, DataError, FingerprintError
 from ..statistics import Fingerprint
 from .config import GradInitConfig
 from .model import GradInitModel
+from .parameters import with_converted_targets
 from .pending import is_pending
 from .provenance import read_provenance
 from .report import InitReport
@@ -47,6 +48,7 @@ def calibrate(model: nn.Module, config: GradInitConfig, data: Any) -> Calibratio
     _check_config(config)
     if isinstance(model, PeftModel):
         model = model.get_base_model()
+    config = with_converted_targets(config, model)
     targets = resolve_targets(model, config)
     return measured(model, targets, config, Calibration.of(data))
 

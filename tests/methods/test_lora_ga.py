@@ -254,7 +254,6 @@ def test_odd_or_no_triplets_are_refused(n):
             "cannot be used with lora_ga_config=.*PEFT's own",
         ),
         ({"eva_config": peft.EvaConfig()}, "cannot be used with eva_config=.*PEFT's own EVA"),
-        ({"target_parameters": ["experts.up"]}, "cannot be used with target_parameters="),
         ({"layer_replication": [(0, 2)]}, "cannot be used with layer_replication="),
         (
             {"calibration": peft.LoraGAConfig()},
