@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 
-from .calibration import Calibration, left_as_found
+from .calibration import Calibration, is_sharded, left_as_found, unsharded
 from .errors import ConfigError, DataError, NotInitializedError
 from .tuners import GradInitModel, SVFitModel, initialize, waiting_adapters
 
@@ -130,16 +130,20 @@ class CalibrationCallback(TrainerCallback):
         trainer = self.trainer
         _drop_meaningless_check(peft_model.peft_config[adapter_name], trainer)
         quiet = trainer.args.disable_tqdm or not trainer.is_local_process_zero()
-        with _bookkeeping(trainer.accelerator), _as_in_training(model, self._calibration.seed):
+        wrapped: Any = trainer.model_wrapped
+        # A sharded model runs by its wrapper alone.
+        running = wrapped if is_sharded(wrapped) else model
+        with _bookkeeping(trainer.accelerator), _as_in_training(running, self._calibration.seed):
             understudy = _understudy(trainer)
             calibration = dataclasses.replace(
                 self._calibration,
                 data=_TrainingBatches(understudy),
-                loss_fn=lambda _, inputs: understudy.compute_loss(model, copy.copy(inputs)),
+                loss_fn=lambda _, inputs: understudy.compute_loss(running, copy.copy(inputs)),
+                loss_is_collective=True,  # losses of TRL gather their metrics
                 accelerator=trainer.accelerator,
                 progress=not quiet,
             )
-            initialize(peft_model, calibration, adapter_name)
+            initialize(running if running is wrapped else peft_model, calibration, adapter_name)
 
 
 class _TrainingBatches:
@@ -151,7 +155,11 @@ class _TrainingBatches:
 
     def __init__(self, understudy: Any) -> None:
         self._understudy = understudy
-        self.loader = understudy.get_train_dataloader()
+        loader = understudy.get_train_dataloader()
+        # What is generated for a process stays with it; other data are shared out anew, since
+        # Accelerate repeats samples to make all parts equal.
+        parted = understudy.args.world_size > 1 and not _is_online(understudy)
+        self.loader = unsharded(loader) if parted else loader
 
     def __iter__(self) -> Iterator[Any]:
         understudy = self._understudy

@@ -14,6 +14,7 @@ from .losses import base_loss, mean_loss
 from .result import FILE_NAME, CalibrationResult, PassFacts
 from .resume import Checkpoint
 from .run import collect
+from .shards import unsharded
 from .spec import DEFERRED, Calibration
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "model_fingerprint",
     "plain_name",
     "stored_weight",
+    "unsharded",
     "unwrapped",
     "whole",
     "whole_modules",

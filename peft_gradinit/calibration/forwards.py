@@ -17,7 +17,7 @@ from .fingerprint import check_not_meta
 from .following import Rows, watched
 from .gauges import peak_bytes, progress
 from .guards import left_as_found
-from .layouts import is_sharded
+from .layouts import must_run_equally
 from .processes import Processes
 from .reduction import keep_on_first, orient_inputs, sum_inputs
 from .result import PassFacts
@@ -76,7 +76,7 @@ class Forwards:
         self.probe: Any = None
         self.weight = 0
         self.world = world
-        self.runs_all = world.size > 1 and is_sharded(model)
+        self.runs_all = world.size > 1 and must_run_equally(model, calibration)
         self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self._selection: TokenSelection | None = None
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from .spec import Calibration
 from .zero3 import gathered, is_partitioned
 
 
@@ -24,6 +25,19 @@ def is_sharded(model: nn.Module) -> bool:
     if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
         return True
     return any(isinstance(p, DTensor) or is_partitioned(p) for p in model.parameters())
+
+
+def must_run_equally(model: nn.Module, calibration: Calibration) -> bool:
+    """Whether every process must run the model equally often, also with nothing to add.
+
+    Args:
+        model: the model.
+        calibration: says whether its loss communicates.
+
+    Returns:
+        `True` if a process that runs less often leaves others waiting.
+    """
+    return is_sharded(model) or calibration.loss_is_collective
 
 
 def whole(parameter: Any) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import CalibrationError, DataError
 from .guards import left_as_found
-from .layouts import is_sharded
+from .layouts import must_run_equally
 from .processes import Processes, processes
 from .replay import Replay
 from .spec import Calibration
@@ -40,7 +40,7 @@ def mean_loss(model: nn.Module, replay: Replay, calibration: Calibration) -> flo
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     with _processes_of(replay) as world:
         runs = len(replay.batches)
-        if is_sharded(model):  # then all processes must run it equally often
+        if must_run_equally(model, calibration):
             runs = max(world.gather(runs))
         with world.together(), left_as_found(model, None, calibration.seed), torch.no_grad():
             for i in range(runs):

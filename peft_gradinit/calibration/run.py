@@ -17,7 +17,7 @@ from .experts import Measurable
 from .fingerprint import check_not_meta
 from .gauges import peak_bytes, progress
 from .guards import left_as_found
-from .layouts import is_sharded
+from .layouts import must_run_equally
 from .losses import loss_and_weight
 from .processes import Processes
 from .reduction import orient_gradients, sum_gradients
@@ -102,7 +102,7 @@ class _Pass:
     ) -> None:
         self.model = model
         self.world = world
-        self.runs_all = world.size > 1 and is_sharded(model)
+        self.runs_all = world.size > 1 and must_run_equally(model, calibration)
         self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self.statistics = statistics
         self.calibration = calibration

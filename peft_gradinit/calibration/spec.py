@@ -43,6 +43,8 @@ class Calibration:
         loss_fn: `loss_fn(model, batch)` returns a scalar loss, or `(loss, weight)` with the number
             of tokens (or pairs, …) that it is the mean of. Default: `model(**batch).loss`, weighted
             by the labels that are not -100.
+        loss_is_collective: whether `loss_fn` communicates with the other processes, which must all call
+            it equally often then: a loss over the batches of all devices, for instance. Default: no.
         collate_fn: makes a batch from samples when `data` are samples: a dataset, or any iterable
             of samples. Default, for datasets: pads `input_ids`, `attention_mask` and `labels`, and
             drops columns that the model's `forward` lacks.
@@ -68,6 +70,7 @@ class Calibration:
     estimator: Literal["sketch", "dense"] = "sketch"
     sketch_size: int | None = None
     loss_fn: Callable[[Any, Any], Any] | None = None
+    loss_is_collective: bool = False
     collate_fn: Callable[[list[Any]], Any] | None = None
     batch_size: int = 8
     seed: int = 0

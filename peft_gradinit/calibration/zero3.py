@@ -7,6 +7,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..errors import CalibrationError
+
+_OF_ENGINES = "ds_inflight_param_registry"
+"""Attribute of the outermost module while DeepSpeed runs it."""
+
 
 def is_partitioned(parameter: Any) -> bool:
     """Whether ZeRO-3 holds a part of the parameter on each process."""
@@ -33,10 +38,19 @@ def runnable(model: nn.Module) -> Iterator[None]:
 
     Yields:
         Nothing.
+
+    Raises:
+        CalibrationError: if DeepSpeed runs the model already.
     """
     if not any(is_partitioned(p) for p in model.parameters()):
         yield
         return
+    if hasattr(model, _OF_ENGINES):
+        raise CalibrationError(
+            f"the {type(model).__name__} is inside a DeepSpeed engine, which runs it for its own training "
+            "only; calibrate before deepspeed.initialize (with Trainer: before trainer.train(), by "
+            "calibration=data or a saved calibration), not at the beginning of training."
+        )
     from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
     from deepspeed.utils.timer import NoopTimer
 
@@ -50,6 +64,7 @@ def runnable(model: nn.Module) -> Iterator[None]:
         # Layers whose inputs need no gradient are not released by the backward.
         offload.param_coordinator.release_and_reset_all(model)
         offload.destroy()
+        delattr(model, _OF_ENGINES)
         for parameter, attributes in whole:
             _make_whole(parameter, attributes)
         for module in model.modules():

@@ -53,7 +53,7 @@ def calibrate(model: nn.Module, config: GradInitConfig, data: Any) -> Calibratio
     return measured(model, targets, config, Calibration.of(data))
 
 
-def initialize(peft_model: PeftModel, data: Any, adapter_name: str = "default") -> InitReport:
+def initialize(peft_model: nn.Module, data: Any, adapter_name: str = "default") -> InitReport:
     """Give a deferred adapter its start, in place: parameters stay the objects that they are.
 
     Args:

@@ -52,7 +52,7 @@ def launch(module: str, function: str, size: int = 2, timeout: float = 120) -> l
                     str(size),
                 ],
                 cwd=ROOT,
-                env=environment | {"OMP_NUM_THREADS": "1", "LOCAL_RANK": str(rank)},
+                env=environment | _names_of(rank, size),
             )
             for rank in range(size)
         ]
@@ -62,6 +62,13 @@ def launch(module: str, function: str, size: int = 2, timeout: float = 120) -> l
             for process in running:
                 process.kill()
         return [_result(Path(directory) / str(rank), code) for rank, code in enumerate(codes)]
+
+
+def _names_of(rank, size):
+    """What a launcher tells the processes that it starts."""
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    names |= {"OMP_NUM_THREADS": 1, "MASTER_ADDR": "localhost", "MASTER_PORT": 29500}
+    return {name: str(value) for name, value in names.items()}
 
 
 def _result(path: Path, code: int):

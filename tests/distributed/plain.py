@@ -2,16 +2,25 @@
 
 import os
 import signal
+import tempfile
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
+from accelerate import Accelerator, DataLoaderConfiguration
 from peft import get_peft_model
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from peft_gradinit import Calibration, EvaConfig, LoraGAConfig, LoraOneConfig, calibrate
+from peft_gradinit import (
+    Calibration,
+    CalibrationCallback,
+    EvaConfig,
+    LoraGAConfig,
+    LoraOneConfig,
+    calibrate,
+)
 from peft_gradinit.calibration import processes
 from tests.helpers import pad, pico_llama, rows_of, token_batches
 
@@ -66,7 +75,9 @@ class Stream(torch.utils.data.IterableDataset):
 
 
 def prepared(**options):
-    return Accelerator(cpu=True, **options).prepare(loader(shuffle=True))
+    accelerator = Accelerator(cpu=True, **options)
+    assert accelerator.num_processes == 2
+    return accelerator.prepare(loader(shuffle=True))
 
 
 LOADERS = {
@@ -82,6 +93,15 @@ LOADERS = {
     "distributed-sampler": lambda: loader(sampler=DistributedSampler(rows(), shuffle=True)),
     "stream": lambda: DataLoader(Stream(), batch_size=4, collate_fn=pad),
     "prepared": prepared,
+    "prepared-in-split-batches": lambda: prepared(
+        dataloader_config=DataLoaderConfiguration(split_batches=True)
+    ),
+    "prepared-and-seeded": lambda: prepared(
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True)
+    ),
+    "dispatched": lambda: prepared(
+        dataloader_config=DataLoaderConfiguration(dispatch_batches=True)
+    ),
     "prepared-stream": lambda: Accelerator(cpu=True).prepare(
         DataLoader(Stream(), batch_size=4, collate_fn=pad)
     ),
@@ -217,3 +237,49 @@ def a_harmful_step_is_scaled_alike():
     calibration = Calibration(batches(), progress=False)
     model = get_peft_model(pico_llama(), LoraOneConfig(**values, calibration=calibration))
     return model.base_model.init_report["default"].step
+
+
+# The Trainer callback ------------------------------------------------------------------------------
+
+
+def by_callback():
+    """The start that `CalibrationCallback` gives under `Trainer`, and the losses that follow."""
+    size = dist.get_world_size() if dist.is_initialized() else 1
+    values = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    found = {}
+    for config_cls in (LoraGAConfig, LoraOneConfig):
+        model = get_peft_model(pico_llama(), config_cls(**values, calibration="deferred"))
+        with tempfile.TemporaryDirectory() as directory:
+            arguments = TrainingArguments(
+                directory,
+                per_device_train_batch_size=4 // size,
+                max_steps=4,
+                learning_rate=1e-2,
+                logging_steps=1,
+                report_to=[],
+                disable_tqdm=True,
+                use_cpu=True,
+                ddp_backend="gloo",
+                save_strategy="no",
+            )
+            data = [{key: value[0] for key, value in pad([row[:12]]).items()} for row in rows()]
+            trainer = Trainer(model, arguments, train_dataset=data[: 4 * (N // 4)])
+            assert trainer.args.world_size == size
+            trainer.add_callback(CalibrationCallback(trainer, estimator="dense"))
+            trainer.add_callback(Start(found, model))
+            trainer.train()
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        report = model.base_model.init_report["default"]
+        found[config_cls.__name__] = (found.pop("start"), losses, report.facts.n_sequences)
+    return found
+
+
+class Start(TrainerCallback):
+    """Notes the factors before the first step."""
+
+    def __init__(self, found, model):
+        self.found, self.model = found, model
+
+    def on_train_begin(self, *_, **__):
+        parts = self.model.named_parameters()
+        self.found["start"] = {n: p.detach().clone() for n, p in parts if p.requires_grad}

@@ -93,3 +93,15 @@ def test_a_harmful_step_is_scaled_alike_on_all_processes():
     assert one == other
     assert one.scale < 1
     assert one.loss_after <= one.loss_before
+
+
+@pytest.mark.slow
+def test_the_callback_gives_the_start_and_the_losses_of_one_process():
+    (reference,) = values("by_callback", 1)
+    one, other = values("by_callback")
+    for name, (start, losses, n_sequences) in reference.items():
+        assert one[name][2] == other[name][2] == n_sequences == 36
+        assert one[name][1] == pytest.approx(losses, rel=1e-4), name
+        for parameter, want in start.items():
+            assert torch.equal(one[name][0][parameter], other[name][0][parameter])
+            assert relative_error(one[name][0][parameter], want) <= 1e-3, parameter
