@@ -11,6 +11,7 @@ from .guards import left_as_found
 from .inputs import measure_inputs
 from .layouts import assign, is_sharded, plain_name, unwrapped, whole, whole_modules
 from .losses import base_loss, mean_loss
+from .plan import PassSize, Plan, Volume, plan_pass
 from .result import FILE_NAME, CalibrationResult, PassFacts
 from .resume import Checkpoint
 from .run import collect
@@ -26,6 +27,9 @@ __all__ = [
     "ExpertWeight",
     "Measurable",
     "PassFacts",
+    "PassSize",
+    "Plan",
+    "Volume",
     "assign",
     "base_loss",
     "capture",
@@ -37,6 +41,7 @@ __all__ = [
     "measure_inputs",
     "model_fingerprint",
     "plain_name",
+    "plan_pass",
     "stored_weight",
     "unsharded",
     "unwrapped",
