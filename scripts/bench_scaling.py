@@ -108,12 +108,12 @@ def in_new_processes(point: dict[str, int], run: str, options: argparse.Namespac
     """Run this script once for each process of a run; the figures of the first."""
     estimator, size = RUNS[run]
     numbers = {**point, "sequences": options.sequences, "length": options.length}
-    arguments = [a for name, n in numbers.items() for a in (f"--{name}", str(n))]
+    command = [sys.executable, __file__, "--estimator", estimator]
+    command += [a for name, n in numbers.items() for a in (f"--{name}", str(n))]
     with tempfile.TemporaryDirectory() as folder:
         running = [
             subprocess.Popen(
-                [sys.executable, __file__, "--estimator", estimator, *arguments]
-                + ["--rank-of", str(rank), str(size), folder],
+                [*command, "--rank-of", str(rank), str(size), folder],
                 stdout=subprocess.PIPE,
                 text=True,
                 env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -214,7 +214,8 @@ def computed(options: argparse.Namespace) -> dict[str, dict]:
         sent = c["agreed_bytes"] + c["broadcast_bytes"]
         cells = [f"{c['n_targets']:,}", *(gib(c[s]) for s in sizes)]
         cells += [gib(sent), gib(c["dense_summed_bytes"]), f"{c['flops']:.1e}"]
-        print(f"| {' | '.join([name, *cells, f'{c["statistic_flops"] / c["flops"]:.1%}'])} |")
+        cells.append(f"{c['statistic_flops'] / c['flops']:.1%}")
+        print(f"| {' | '.join([name, *cells])} |")
     return found
 
 

@@ -1,5 +1,7 @@
 """What a pass was said to hold and send, against what it holds and sends."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -96,7 +98,7 @@ def test_bytes_grow_with_the_sum_of_the_dimensions_not_with_their_product():
     volumes = [
         plan_pass({"a": [n, n, 16]}, "gradient", size) for n in (1024, 2048, 4096, 8192, 16384)
     ]
-    for narrow, wide in zip(volumes, volumes[1:], strict=False):
+    for narrow, wide in itertools.pairwise(volumes):
         for name in ("held_bytes", "summed_bytes", "agreed_bytes"):
             assert getattr(wide.sketched, name) == 2 * getattr(narrow.sketched, name)
         assert wide.dense.held_bytes == 4 * narrow.dense.held_bytes
