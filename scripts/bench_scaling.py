@@ -1,6 +1,6 @@
 """What a calibration holds and sends, against width, rank and layers: measured, and computed.
 
-    python scripts/bench_scaling.py [--widths 512 1024 2048 --ranks 4 8 16 --layers 1 2 4]
+    python scripts/bench_scaling.py [--widths 512 768 1024 --ranks 4 8 16 --layers 1 2 4]
     python scripts/bench_scaling.py --computed-only
 
 1. Measured: LoRA-GA calibrations of Llama-shaped models with random weights, each in a process of
@@ -227,7 +227,7 @@ def gib(n: float) -> str:
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for axis, values in (("width", [512, 1024, 2048]), ("rank", [4, 8, 16]), ("layers", [1, 2, 4])):
+    for axis, values in (("width", [512, 768, 1024]), ("rank", [4, 8, 16]), ("layers", [1, 2, 4])):
         flag = "--layers" if axis == "layers" else f"--{axis}s"
         parser.add_argument(flag, dest=f"{axis}_values", nargs="+", type=int, default=values)
     for name, default in (("sequences", 16), ("length", 32), ("processes", 8), ("r", 8)):
