@@ -107,6 +107,37 @@ def test_bench_eva_prints_a_line_for_each_candidate(minilm, tmp_path):
     assert lines[1]["forwards"] < lines[0]["forwards"]
 
 
+def test_bench_scaling_checks_the_growth_and_computes_the_large_models(tmp_path):
+    sizes = ("--widths", 512, 768, "--ranks", 4, 8, "--layers", 1, 2, "--length", 8)
+    arguments = (*sizes, "--sequences", 9, "--json", "figures.json")
+    output = run("bench_scaling.py", *arguments, cwd=tmp_path)
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    rows, powers = figures["measured"]["rows"], figures["measured"]["exponents"]
+    assert [(r["width"], r["rank"], r["layers"]) for r in rows] == [
+        *((512, 8, 2), (768, 8, 2)),
+        *((768, 4, 2), (768, 8, 1)),
+    ]
+    for row in rows:
+        assert 0 < row["held"] < row["dense held"]
+        # Two sums of the sketches, whose width is 4 r + 80, for two orientations and the end.
+        k = 4 * row["rank"] + 80
+        assert row["summed"] == 2 * 4 * k * row["layers"] * row["width"] * 18.5
+    for key in ("held", "summed", "broadcast"):
+        assert powers[key]["width"] == pytest.approx(1, abs=0.02)
+        assert powers[key]["layers"] == pytest.approx(1, abs=0.02)
+    assert powers["summed"]["rank"] == pytest.approx(1, abs=0.02)
+    assert powers["dense held"]["width"] == pytest.approx(2, abs=0.02)
+    computed = figures["computed"]
+    assert set(computed) == {"llama-2-7b", "llama-3-70b", "moe-400b"}
+    for name, costs in computed.items():
+        assert f"| {name} | {costs['n_targets']:,} |" in output
+        assert costs["statistic_bytes"] < costs["dense_bytes"] / 5
+    readme = (SCRIPTS.parent / "README.md").read_text()
+    table = [line for line in output.splitlines() if line.startswith("|")]
+    assert len(table) == 2 + len(computed)
+    assert "\n".join(table) in readme
+
+
 @pytest.fixture(scope="module")
 def quickstart(minilm, tmp_path_factory):
     folder = tmp_path_factory.mktemp("quickstart")

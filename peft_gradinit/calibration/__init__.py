@@ -12,6 +12,7 @@ from .inputs import measure_inputs
 from .layouts import assign, is_sharded, plain_name, unwrapped, whole, whole_modules
 from .losses import base_loss, mean_loss
 from .offloading import execution_device, has_offloaded, is_offloaded, offloaded_value, onloaded
+from .plan import PassSize, Plan, Volume, plan_pass
 from .result import FILE_NAME, CalibrationResult, PassFacts
 from .resume import Checkpoint
 from .run import collect
@@ -28,6 +29,9 @@ __all__ = [
     "ExpertWeight",
     "Measurable",
     "PassFacts",
+    "PassSize",
+    "Plan",
+    "Volume",
     "assign",
     "base_loss",
     "capture",
@@ -46,6 +50,7 @@ __all__ = [
     "offloaded_value",
     "onloaded",
     "plain_name",
+    "plan_pass",
     "stored_weight",
     "unsharded",
     "unwrapped",

@@ -28,6 +28,8 @@ FIRST_ORIENTATION = 8
 An eighth and three eighths of a 64-sequence calibration: on MiniLM as good as four orientations.
 """
 
+ORIENTATION_GROWTH = 3
+
 _TOKEN_COLUMNS = ("input_ids", "attention_mask", "labels", "decoder_input_ids", "inputs_embeds")
 _LABEL_COLUMNS = ("label", "label_ids")
 """Columns that the collators of Transformers rename to `labels`."""
@@ -63,7 +65,7 @@ def budgeted(
         while rest is not None and not budget.tokens_spent():
             orient = budget.n_sequences >= orientation
             while budget.n_sequences >= orientation:
-                orientation *= 3
+                orientation *= ORIENTATION_GROWTH
             budget.orientation = orientation
             part, rest = rest, None
             room = orientation - budget.n_sequences
@@ -74,6 +76,14 @@ def budgeted(
             yield budget.take(step)
         if budget.tokens_spent() or budget.batches_spent():
             return
+
+
+def n_orientations(n_sequences: int) -> int:
+    """How often a pass over so many sequences orients its sketches, if all batches can be cut."""
+    n, next_one = 0, FIRST_ORIENTATION
+    while next_one < n_sequences:
+        n, next_one = n + 1, next_one * ORIENTATION_GROWTH
+    return n
 
 
 def first_sequence(batch: Any) -> Any:

@@ -15,19 +15,19 @@ from ..errors import ConfigError
 from ..recipes import CalibrationSection, DataSection, MethodSection, ModelSection, section_of
 from ..recipes.estimate import Estimate
 from . import options
-from .jobs import Job, Place
+from .jobs import NO_DATA, Job, Place
 from .output import Listing, console, human_bytes
 
 
 def calibrate(
     model: Annotated[str, typer.Argument(help="Hub name, folder, or embedded:pico-llama.")],
     data: Annotated[
-        str,
+        str | None,
         typer.Argument(
             help="Hub name, folder, .jsonl, .json, .parquet, .csv, .txt, or embedded:docstrings."
         ),
-    ],
-    output: Annotated[Path, typer.Argument(help="Folder of the result.")],
+    ] = None,
+    output: Annotated[Path | None, typer.Argument(help="Folder of the result.")] = None,
     method: Annotated[
         str, typer.Option(help=options.method_help(), rich_help_panel=options.ADAPTER)
     ] = "lora_ga",
@@ -104,7 +104,17 @@ def calibrate(
         str, typer.Option(help="sketch, or dense for exact statistics of small models.")
     ] = "sketch",
     seed: Annotated[int, typer.Option(help="Of the sketches.")] = 0,
-    dry_run: Annotated[bool, typer.Option(help="Say what it would cost, and stop.")] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            help="Say what it would cost, and stop. Needs no weights, and without DATA takes "
+            "sequences of --max-length tokens."
+        ),
+    ] = False,
+    processes: Annotated[
+        int | None,
+        typer.Option(min=1, help="That share the data, for --dry-run. Default: those launched."),
+    ] = None,
     save_every: Annotated[
         float,
         typer.Option(min=0, help="Seconds between two saves of the unfinished sums; see --resume."),
@@ -121,7 +131,16 @@ def calibrate(
     Try it without a network:
 
         peft-gradinit calibrate embedded:pico-llama embedded:docstrings out/calibration --max-tokens 4096
+
+    What it would cost, from the config of a model alone:
+
+        peft-gradinit calibrate configs/shapes/llama-3-70b --dry-run --processes 8
     """
+    if not dry_run and (data is None or output is None):
+        raise ConfigError(
+            f"a calibration needs DATA and OUTPUT, got {data!r} and {str(output)!r}; only --dry-run "
+            "can do without."
+        )
     if method not in options.method_names():
         raise ConfigError(f"method must be one of {options.method_names()}, got {method!r}.")
     if estimator not in ("sketch", "dense"):
@@ -138,7 +157,7 @@ def calibrate(
         ),
         data=section_of(
             DataSection,
-            path=data,
+            path=data or NO_DATA,
             name=name,
             split=split,
             streaming=streaming,
@@ -170,8 +189,11 @@ def calibrate(
     state = PartialState()
     where = torch.device(device or state.device or "cpu")
     if dry_run:
-        _show_estimate(job.estimate(where), as_json)
+        costs = job.estimate(where, processes or state.num_processes)
+        if state.is_main_process:
+            _show_estimate(costs, as_json)
         return
+    assert output is not None  # noqa: S101 checked above
     place = Place(output, overwrite=overwrite, resume=resume, save_every=save_every)
     result = job.run(where, place, progress=state.is_main_process)
     if state.is_main_process:
@@ -186,15 +208,28 @@ def _show_estimate(costs: Estimate, as_json: bool) -> None:
         return
     facts = {
         "reads": f"{costs.n_sequences:,} sequences, {costs.n_tokens:,} tokens",
-        "measures": f"{costs.n_targets:,} linear layers",
+        "measures": f"{costs.n_targets:,} matrices",
         "memory": f"{human_bytes(costs.weight_bytes)} of weights, "
         f"{human_bytes(costs.statistic_bytes)} of statistics, about "
         f"{human_bytes(costs.activation_bytes)} of activations",
         "volume": f"{human_bytes(costs.result_bytes)} on disk",
-        "arithmetic": f"{costs.flops:.2e} FLOP",
+        "between processes": _traffic(costs),
+        "arithmetic": f"{costs.flops:.2e} FLOP, {costs.statistic_flops:.2e} of them for statistics",
         "time": f"about {costs.seconds:.3g} s at the speed measured here",
+        "whole matrices instead": f"{human_bytes(costs.dense_bytes)} of statistics, "
+        f"{human_bytes(costs.dense_summed_bytes)} summed, {costs.dense_flops:.2e} FLOP",
     }
     Listing("", (), (), facts).show(as_json=False)
+
+
+def _traffic(costs: Estimate) -> str:
+    if costs.n_processes == 1:
+        return "nothing: one process"
+    sent = costs.agreed_bytes + costs.broadcast_bytes
+    return (
+        f"{human_bytes(costs.summed_bytes)} summed, {human_bytes(sent)} broadcast, "
+        f"{costs.n_processes} processes"
+    )
 
 
 def _show_result(result: CalibrationResult, output: Path, job: Job, as_json: bool) -> None:

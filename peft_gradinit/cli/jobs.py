@@ -33,6 +33,9 @@ from ..recipes.estimate import Estimate, estimate
 from ..tuners import calibrate as run_calibration
 from ..tuners import planned_targets
 
+NO_DATA = "none"
+"""In place of a path: an estimate takes sequences of the full length."""
+
 PARTIAL_NAME, RECORD_NAME = "partial.safetensors", "calibration.json"
 
 
@@ -126,12 +129,18 @@ class Job:
         )
         return run_calibration(model, self.config(), data)
 
-    def estimate(self, device: torch.device) -> Estimate:
-        """What running it would cost; reads the data, but no weights."""
-        rows, processor, labels = self._data()
+    def estimate(self, device: torch.device, n_processes: int = 1) -> Estimate:
+        """What running it would cost; reads the data, if there are any, but no weights.
+
+        Args:
+            device: whose speed is measured.
+            n_processes: that would share the data.
+
+        Returns:
+            The costs.
+        """
+        lengths, labels = self._lengths()
         model, config = empty_model(self.model, labels), self.config()
-        calibration = calibration_of(rows, self.calibration, processor)
-        lengths = list(_lengths(rows, calibration))
         return estimate(
             model,
             planned_targets(model, config),
@@ -140,7 +149,17 @@ class Job:
             self.calibration,
             device=device,
             quantization=self.model.quantization,
+            n_processes=n_processes,
         )
+
+    def _lengths(self) -> tuple[list[int], list[str] | None]:
+        """Lengths of the sequences that will be read, and names of the classes."""
+        if self.data.path == NO_DATA:
+            calibration = calibration_of((), self.calibration, None)
+            rows = itertools.repeat({"input_ids": range(self.data.max_length)})
+            return list(_lengths(rows, calibration)), None
+        rows, processor, labels = self._data()
+        return list(_lengths(rows, calibration_of(rows, self.calibration, processor))), labels
 
     def _data(self) -> tuple[Any, Any, list[str] | None]:
         rows = load_rows(self.data)

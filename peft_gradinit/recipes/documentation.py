@@ -14,7 +14,8 @@ _HEAD = """# Recipes
 
 One file is one run: `accelerate launch scripts/finetune.py configs/FILE.yaml [section.key=value …]`.
 Unknown keys are faults, all faults are shown at once. This page is made from the schema:
-`python -m peft_gradinit.recipes.documentation > configs/README.md`.
+`python -m peft_gradinit.recipes.documentation > configs/README.md`. `shapes/` holds the configs of large models
+without weights, for `peft-gradinit calibrate configs/shapes/NAME --dry-run`.
 """
 
 

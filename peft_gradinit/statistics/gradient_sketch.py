@@ -186,6 +186,10 @@ class TestMatrixPool:
             self._drawn[key] = draw_test_matrix(dimension, width, seed=seed, device=device)
         return self._drawn[key]
 
+    def n_bytes(self) -> int:
+        """Memory that the matrices drawn so far hold."""
+        return sum(t.numel() * t.element_size() for t in self._drawn.values())
+
 
 def gradient_statistic(
     shape: tuple[int, int],

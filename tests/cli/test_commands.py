@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 from peft import PeftModel
@@ -119,6 +120,21 @@ def test_dry_run_needs_no_weights(run, workshop, tmp_path):
     bad = run(*of_own_data(workshop, tmp_path))
     assert bad.code == 1
     assert "cannot load the model" in bad.err
+
+
+def test_dry_run_needs_a_config_alone(run, tmp_path):
+    shape = Path(__file__).parents[2] / "configs" / "shapes" / "llama-2-7b"
+    budget = ("--max-length", 512, "--max-tokens", 4096, "--processes", 4, "--dtype", "float32")
+    costs = run("calibrate", shape, "--dry-run", *budget, "--json").json
+    assert (costs["n_sequences"], costs["n_tokens"], costs["n_processes"]) == (8, 4096, 4)
+    assert costs["n_targets"] == 224
+    assert costs["agreed_bytes"] == 0  # 8 sequences are too few to orient
+    assert 0 < costs["summed_bytes"] < costs["dense_summed_bytes"] / 10
+    text = run("calibrate", shape, "--dry-run", *budget).out
+    assert re.search(r"^between processes: .* summed, .* broadcast, 4 processes$", text, re.M)
+    bad = run("calibrate", shape)
+    assert bad.code == 1
+    assert "only --dry-run can do without" in bad.err
 
 
 def of_own_data(workshop, tmp_path, *more):

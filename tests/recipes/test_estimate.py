@@ -1,10 +1,13 @@
 """What a calibration will cost, against what it did cost."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from peft_gradinit import EvaConfig, LoraGAConfig, calibrate
-from peft_gradinit.recipes import CalibrationSection
+from peft_gradinit.recipes import CalibrationSection, ModelSection, empty_model
 from peft_gradinit.recipes.estimate import estimate
 from peft_gradinit.tuners import planned_targets
 from tests.helpers import pico_gpt2, pico_llama, quiet, token_batches
@@ -12,10 +15,13 @@ from tests.helpers import pico_gpt2, pico_llama, quiet, token_batches
 WIDE = {"hidden_size": 384, "intermediate_size": 512, "num_hidden_layers": 1}
 
 
-def of(model, config, **options):
+SHAPES = Path(__file__).parents[2] / "configs" / "shapes"
+
+
+def of(model, config, n_processes=1, **options):
     targets = planned_targets(model, config)
     section = CalibrationSection(**options)
-    return estimate(model, targets, config.statistic, [20] * 12, section)
+    return estimate(model, targets, config.statistic, [20] * 12, section, n_processes=n_processes)
 
 
 @pytest.mark.parametrize("estimator", ["sketch", "dense"])
@@ -55,3 +61,65 @@ def test_a_tied_head_is_computed_with():
     of_head = 4 * 240 * model.lm_head.weight.numel()
     blocks = sum(p.numel() for p in model.transformer.h.parameters())
     assert of(model, config, estimator="dense").flops > 4 * 240 * blocks + of_head
+
+
+def test_processes_send_sums_and_share_the_time():
+    config = LoraGAConfig(r=2, target_modules="all-linear", calibration="deferred")
+    alone, two, eight = (of(pico_llama(**WIDE), config, n_processes=n) for n in (1, 2, 8))
+    assert alone.summed_bytes == alone.agreed_bytes == alone.broadcast_bytes == 0
+    assert two.summed_bytes == eight.summed_bytes > 0
+    assert two.broadcast_bytes == two.result_bytes == alone.result_bytes
+    assert alone.flops == two.flops == eight.flops
+    assert alone.dense_summed_bytes == 0
+    assert two.dense_summed_bytes == two.dense_bytes > two.largest_layer_bytes
+
+
+@pytest.mark.parametrize(
+    ("name", "billions", "n_targets"),
+    [("llama-2-7b", 6.74, 224), ("llama-3-70b", 70.55, 560), ("moe-400b", 397.2, 25_056)],
+)
+def test_shapes_are_those_of_their_names(name, billions, n_targets):
+    model = empty_model(ModelSection(name=str(SHAPES / name)))
+    assert all(p.device.type == "meta" for p in model.parameters())
+    assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, rel=1e-3)
+    config = LoraGAConfig(r=8, target_modules="all-linear", calibration="deferred")
+    assert len(planned_targets(model, config)) == n_targets
+
+
+def moe(**options):
+    values = {
+        "vocab_size": 96,
+        "hidden_size": 64,
+        "moe_intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "head_dim": 16,
+    }
+    torch.manual_seed(0)
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**{**values, **options})).eval()
+
+
+def test_experts_compute_on_the_tokens_that_they_are_given():
+    config = LoraGAConfig(
+        r=2, target_modules=[], target_parameters=["experts.down_proj"], calibration="deferred"
+    )
+    model = moe()
+    costs = of(model, config, estimator="dense")
+    assert costs.n_targets == 8
+    experts = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n)
+    others = sum(p.numel() for n, p in model.named_parameters() if "embed" not in n) - experts
+    of_targets = 2 * model.model.layers[0].mlp.experts.down_proj.numel()
+    assert costs.flops == 240 * (4 * (others + experts / 4) + of_targets / 4)
+
+
+def test_experts_hold_what_was_said():
+    model = moe()
+    config = LoraGAConfig(r=2, target_modules="all-linear", calibration="deferred")
+    costs = of(model, config, estimator="dense")
+    result = calibrate(model, config, quiet(token_batches(), estimator="dense"))
+    assert costs.n_targets == len(result.fingerprint.targets) == 4 + 1 + 2 * 8
+    assert not result.failures
+    assert costs.statistic_bytes == result.facts.state_bytes
