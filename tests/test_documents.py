@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+from packaging.version import Version
 
 import peft_gradinit
 from peft_gradinit import GradInitError, InitReport, LoraGAConfig
@@ -74,3 +75,29 @@ def test_readme_method_table_is_the_table_of_methods():
             f"{method.saved_as} | [{method.paper}](https://arxiv.org/abs/{method.paper}) |"
         )
         assert row in README
+
+
+def pins(file):
+    """Versions by package, as a file of constraints has them."""
+    return dict(re.findall(r"^([\w-]+)==([\d.]+)$", (ROOT / file).read_text(), flags=re.MULTILINE))
+
+
+def test_lower_bounds_are_the_oldest_versions_tested():
+    project = (ROOT / "pyproject.toml").read_text()
+    bounds = dict(re.findall(r'"([\w-]+)(?:\[\w+\])?>=([\d.]+)"', project))
+    bounds = {name.replace("-", "_"): Version(bound) for name, bound in bounds.items()}
+    oldest, newest = (
+        {name.replace("-", "_"): Version(version) for name, version in pins(file).items()}
+        for file in ("constraints-oldest.txt", "constraints.txt")
+    )
+    assert bounds.keys() == oldest.keys() == newest.keys()
+    assert {**bounds, "torch": oldest["torch"]} == oldest
+    assert all(oldest[name] <= newest[name] for name in oldest)
+
+
+@pytest.mark.parametrize("name", ["peft", "transformers", "accelerate", "trl"])
+def test_readme_gives_the_range_of_versions_tested(name):
+    oldest, newest = pins("constraints-oldest.txt"), pins("constraints.txt")
+    assert f"| {name} | {oldest[name]} | {newest[name]} |" in README
+    assert f"with torch {oldest['torch']}," in README
+    assert oldest["torch"] == newest["torch"]

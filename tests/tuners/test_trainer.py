@@ -52,11 +52,10 @@ def test_resumed_run_has_the_losses_of_the_uninterrupted_one(rebuild, tmp_path):
 
 
 def test_best_model_is_loaded_at_the_end(tmp_path):
-    # The rate explodes the last steps, so that an earlier checkpoint is the best.
+    # The loss falls, so that the highest one, taken for the best, is that of an earlier checkpoint.
     options = {"eval_strategy": "steps", "eval_steps": 3, "load_best_model_at_end": True}
-    trainer = trainer_of(
-        adapted(pico_llama()), tmp_path, lr_scheduler_type="constant", learning_rate=0.3, **options
-    )
+    chosen = {"metric_for_best_model": "eval_loss", "greater_is_better": True}
+    trainer = trainer_of(adapted(pico_llama()), tmp_path, **options, **chosen)
     trainer.train()
     best = trainer.state.best_model_checkpoint
     assert best.endswith("checkpoint-3")
