@@ -107,6 +107,15 @@ def test_bench_eva_prints_a_line_for_each_candidate(minilm, tmp_path):
     assert lines[1]["forwards"] < lines[0]["forwards"]
 
 
+def test_eva_explains_more_than_pefts_with_a_third_of_its_forwards(minilm, tmp_path):
+    sizes = ("--texts", 64, "--batch-size", 16, "--train-steps", 0, "--test-size", 20)
+    output = run("bench_eva.py", *sizes, cwd=tmp_path)
+    theirs, ours = (json.loads(line) for line in output.splitlines() if line.startswith("{"))
+    assert 3 * ours["forwards"] <= theirs["forwards"]
+    for figure in ("explained_over_pca_median", "explained_over_pca_worst"):
+        assert ours[figure] >= theirs[figure]
+
+
 def test_bench_scaling_checks_the_growth_and_computes_the_large_models(tmp_path):
     sizes = ("--widths", 512, 768, "--ranks", 4, 8, "--layers", 1, 2, "--length", 8)
     arguments = (*sizes, "--sequences", 9, "--json", "figures.json")

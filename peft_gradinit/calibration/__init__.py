@@ -13,6 +13,7 @@ from .layouts import assign, is_sharded, plain_name, unwrapped, whole, whole_mod
 from .losses import base_loss, mean_loss
 from .offloading import execution_device, has_offloaded, is_offloaded, offloaded_value, onloaded
 from .plan import PassSize, Plan, Volume, plan_pass
+from .processes import agreed
 from .result import FILE_NAME, CalibrationResult, PassFacts
 from .resume import Checkpoint
 from .run import collect
@@ -32,6 +33,7 @@ __all__ = [
     "PassSize",
     "Plan",
     "Volume",
+    "agreed",
     "assign",
     "base_loss",
     "capture",

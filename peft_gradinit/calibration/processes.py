@@ -161,6 +161,20 @@ def processes(model: nn.Module) -> Iterator[Processes]:
             dist.destroy_process_group(control)
 
 
+@contextmanager
+def agreed(model: nn.Module) -> Iterator[None]:
+    """Run a block on all processes of a run; if it fails on one, it fails on all.
+
+    Args:
+        model: as for `processes`.
+
+    Yields:
+        Nothing.
+    """
+    with processes(model) as world, world.together():
+        yield
+
+
 def _groups(parts: list[list[int]] | None) -> tuple[Any, Any]:
     """Make a group for words, and one for tensors on an accelerator.
 

@@ -10,7 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..calibration import Calibration, CalibrationResult, model_fingerprint, whole_modules
+from ..calibration import (
+    Calibration,
+    CalibrationResult,
+    agreed,
+    model_fingerprint,
+    whole_modules,
+)
 from ..errors import CalibrationError, ConfigError, FingerprintError
 from ..statistics import Fingerprint
 from .allocation import allocated, offered_rank
@@ -143,7 +149,7 @@ def measured(
         with whole_modules(runner or model):
             saved.fingerprint.check(_fingerprint(model, targets, config, options))
         return saved
-    with whole_modules(runner or model):
+    with agreed(model), whole_modules(runner or model):
         options = calibration.measurement_options()
         fingerprint = _fingerprint(model, targets, config, options)
     modules = {name: t.measurable for name, t in targets.items() if t.shape is not None}
