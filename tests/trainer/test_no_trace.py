@@ -168,7 +168,7 @@ class Failing(Observed):
 def test_failure_in_the_pass_changes_nothing_and_can_be_repeated(tmp_path):
     trainer = trainer_of(tmp_path, cls=Failing, gradient_checkpointing=True)
     trainer.add_callback(CalibrationCallback(trainer))
-    model, gradients = trainer.model, trainer.accelerator.gradient_state
+    model, gradients = trainer.model.train(), trainer.accelerator.gradient_state
     references = gradients.dataloader_references
     before = {
         "state": {k: v.clone() for k, v in model.state_dict().items()},
