@@ -38,7 +38,7 @@ BATCHES = [pad(ROWS[i : i + 4]) for i in range(0, len(ROWS), 4)]
 
 
 class InOrder(Trainer):
-    """Samples come in their order; Transformers before 5.1 has no option for it."""
+    """Samples come in their order; Transformers before 5.2 has no option for it."""
 
     def _get_train_sampler(self, train_dataset=None):
         return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)

@@ -86,7 +86,7 @@ def pad_samples(samples):
 
 BY_LENGTH = {"train_sampling_strategy": "group_by_length"}
 if "train_sampling_strategy" not in TrainingArguments.__dataclass_fields__:
-    BY_LENGTH = {"group_by_length": True}  # its name before Transformers 5.1
+    BY_LENGTH = {"group_by_length": True}  # its name before Transformers 5.2
 
 SETUPS = {
     "plain": dict,
