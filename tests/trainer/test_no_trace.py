@@ -6,6 +6,7 @@ import datasets
 import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset
+from transformers import TrainingArguments
 
 from peft_gradinit import CalibrationCallback
 from peft_gradinit.errors import DataError, NotInitializedError
@@ -83,12 +84,16 @@ def pad_samples(samples):
     return pad([torch.tensor(sample["input_ids"]) for sample in samples])
 
 
+BY_LENGTH = {"train_sampling_strategy": "group_by_length"}
+if "train_sampling_strategy" not in TrainingArguments.__dataclass_fields__:
+    BY_LENGTH = {"group_by_length": True}  # its name before Transformers 5.2
+
 SETUPS = {
     "plain": dict,
     "several-epochs": lambda: {"max_steps": 14},
     "unseeded-sampler": lambda: {"accelerator_config": {"use_seedable_sampler": False}},
     "length-groups": lambda: {
-        "train_sampling_strategy": "group_by_length",
+        **BY_LENGTH,
         "data": [{"input_ids": row.tolist()} for row in ROWS],
         "collator": pad_samples,
     },
@@ -163,7 +168,7 @@ class Failing(Observed):
 def test_failure_in_the_pass_changes_nothing_and_can_be_repeated(tmp_path):
     trainer = trainer_of(tmp_path, cls=Failing, gradient_checkpointing=True)
     trainer.add_callback(CalibrationCallback(trainer))
-    model, gradients = trainer.model, trainer.accelerator.gradient_state
+    model, gradients = trainer.model.train(), trainer.accelerator.gradient_state
     references = gradients.dataloader_references
     before = {
         "state": {k: v.clone() for k, v in model.state_dict().items()},

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
 
@@ -112,6 +114,10 @@ def test_reference_stays_while_the_policy_trains(kind, method, tmp_path):
         assert torch.equal(logits(model), logits(pico_llama()))
 
 
+@pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.23"),
+    reason="Trainer before 5.23 leaves the policy out where a checkpoint has a second adapter",
+)
 def test_run_with_a_reference_adapter_resumes(tmp_path):
     def trainer(directory, model):
         options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}

@@ -27,6 +27,7 @@ def quantized(bits):
     return model.eval()
 
 
+@pytest.mark.filterwarnings("ignore:.*MatMul8bitLt.*")
 @pytest.mark.parametrize("bits", [4, 8])
 def test_fingerprint_and_weight_survive_an_evaluation(bits):
     model = quantized(bits)
