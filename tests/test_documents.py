@@ -79,12 +79,12 @@ def test_readme_method_table_is_the_table_of_methods():
 
 def pins(file):
     """Versions by package, as a file of constraints has them."""
-    return dict(re.findall(r"^([\w-]+)==([\d.]+)$", (ROOT / file).read_text(), flags=re.MULTILINE))
+    return dict(re.findall(r"^([\w-]+)==([\d.]+(?:post\d+)?)$", (ROOT / file).read_text(), flags=re.MULTILINE))
 
 
 def test_lower_bounds_are_the_oldest_versions_tested():
     project = (ROOT / "pyproject.toml").read_text()
-    bounds = dict(re.findall(r'"([\w-]+)(?:\[\w+\])?>=([\d.]+)"', project))
+    bounds = dict(re.findall(r'"([\w-]+)(?:\[\w+\])?>=([\d.]+(?:post\d+)?)"', project))
     bounds = {name.replace("-", "_"): Version(bound) for name, bound in bounds.items()}
     oldest, newest = (
         {name.replace("-", "_"): Version(version) for name, version in pins(file).items()}
