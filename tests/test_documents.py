@@ -79,7 +79,11 @@ def test_readme_method_table_is_the_table_of_methods():
 
 def pins(file):
     """Versions by package, as a file of constraints has them."""
-    return dict(re.findall(r"^([\w-]+)==([\d.]+(?:post\d+)?)$", (ROOT / file).read_text(), flags=re.MULTILINE))
+    return dict(
+        re.findall(
+            r"^([\w-]+)==([\d.]+(?:post\d+)?)$", (ROOT / file).read_text(), flags=re.MULTILINE
+        )
+    )
 
 
 def test_lower_bounds_are_the_oldest_versions_tested():
