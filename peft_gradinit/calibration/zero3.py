@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,9 +21,7 @@ def is_partitioned(parameter: Any) -> bool:
 
 def gathered(parameter: Any) -> Tensor:
     """A copy of a partitioned parameter's whole values; a collective."""
-    from deepspeed import zero  # an optional dependency, known to be there
-
-    with zero.GatheredParameters([parameter]):
+    with import_module("deepspeed").zero.GatheredParameters([parameter]):
         return parameter.data.clone()
 
 
@@ -51,12 +50,12 @@ def runnable(model: nn.Module) -> Iterator[None]:
             "only; calibrate before deepspeed.initialize (with Trainer: before trainer.train(), by "
             "calibration=data or a saved calibration), not at the beginning of training."
         )
-    from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
-    from deepspeed.utils.timer import NoopTimer
-
+    # An optional dependency, which must be there for a model that it has partitioned.
+    offloading = import_module("deepspeed.runtime.zero.parameter_offload")
+    timer = import_module("deepspeed.utils.timer")
     whole = [(p, set(vars(p))) for p in model.parameters() if not is_partitioned(p)]
-    offload = DeepSpeedZeRoOffload(
-        model, NoopTimer(), None, overlap_comm=False, param_persistence_threshold=0
+    offload = offloading.DeepSpeedZeRoOffload(
+        model, timer.NoopTimer(), None, overlap_comm=False, param_persistence_threshold=0
     )
     try:
         yield
