@@ -15,6 +15,7 @@ import argparse
 import json
 import re
 import time
+import warnings
 from collections.abc import Callable
 from itertools import islice
 from typing import Any
@@ -69,7 +70,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--rho", type=float, default=2.0)
     parser.add_argument("--train-steps", type=int, default=120)
-    parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--tau", type=float, default=None, help="of ours; PEFT's is 0.99")
     parser.add_argument("--max-forwards", type=int, default=2000, help="cap on PEFT's loop")
     parser.add_argument("--threads", type=int, default=1)
@@ -192,7 +193,11 @@ def adapted(
     eva_config = PeftEvaConfig(rho=options.rho, adjust_scaling_factors=True)
     config = LoraConfig(**shape, init_lora_weights="eva", eva_config=eva_config)
     peft_model = get_peft_model(load_model(), config)
-    initialize_lora_eva_weights(peft_model, eva_state_dict=dict(theirs), show_progress_bar=False)
+    # Under the names that the layers have now: PEFT starts layers that it misses as plain LoRA.
+    found = {f"base_model.model.{name}": A for name, A in theirs.items()}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="the following layers were initialized")
+        initialize_lora_eva_weights(peft_model, eva_state_dict=found, show_progress_bar=False)
     return peft_model
 
 
@@ -211,6 +216,7 @@ def tuned(model: PeftModel, options: argparse.Namespace) -> dict[str, float]:
         for batch in islice(loader, options.train_steps - len(losses)):
             loss = model(**batch).loss
             loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)  # as Trainer does
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
