@@ -188,5 +188,5 @@ def test_quickstart_sweeps_the_rates_of_the_methods_named(minilm, tmp_path):
     sizes = ("--steps", 2, "--test-size", 20)
     output = run("quickstart.py", "--sweep", "SVFit", *sizes, cwd=tmp_path)
     found = re.findall(r"^SVFit (\S+): (\d+\.\d{3}), (\d\.\d{3})$", output, flags=re.MULTILINE)
-    assert [rate for rate, *_ in found] == ["0.01", "0.03", "0.1"]
+    assert [rate for rate, *_ in found] == ["0.01", "0.03", "0.1", "0.3"]
     assert "loss of the last 25 steps / test accuracy" in output
