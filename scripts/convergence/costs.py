@@ -1,0 +1,67 @@
+"""What a start and a step cost: each method in a process of its own, nothing beside it."""
+
+import json
+import multiprocessing
+import resource
+import statistics
+import time
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+
+import torch
+
+from .methods import METHODS
+from .study import Study, load_task, prepare_process
+from .tasks import select, size
+from .training import calibration_batches
+
+N_STEPS = 12
+N_FIRST = 2
+"""Steps that are not counted: allocations, caches."""
+
+
+def measure_costs(studies: list[Study], methods: Iterable[str]) -> None:
+    """Measure, and keep in `costs.json` of every study."""
+    context = multiprocessing.get_context("spawn")
+    for study in studies:
+        found = {}
+        for method in methods:
+            with ProcessPoolExecutor(1, context, initializer=prepare_process) as pool:
+                found[method] = pool.submit(_measure, study.task, method).result()
+            print(f"{study.settings.task} {method}: {found[method]}", flush=True)
+        study.folder.mkdir(parents=True, exist_ok=True)
+        (study.folder / "costs.json").write_text(json.dumps(found), encoding="utf-8")
+
+
+def _measure(task_name: str, name: str) -> dict[str, float]:
+    """Seconds of the start, seconds of a step, and peak memory beyond the loaded model."""
+    task, method = load_task(task_name), METHODS[name]
+    training = task.settings.training
+    torch.manual_seed(0)
+    model = task.load_model()
+    batches = calibration_batches(task, 0)
+    loaded = _peak_mib()
+    started = time.perf_counter()
+    model = method.start(model, task, batches)
+    start_seconds = time.perf_counter() - started
+    after_start = _peak_mib()
+    optimizer = method.optimizer(model, method.first_rate, training.head_learning_rate)
+    model.train()
+    seconds = []
+    for step in range(N_STEPS):
+        indices = torch.arange(step * training.batch_size, (step + 1) * training.batch_size)
+        started = time.perf_counter()
+        model(**select(task.train, indices % size(task.train))).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds.append(time.perf_counter() - started)
+    return {
+        "start_seconds": start_seconds,
+        "step_seconds": statistics.median(seconds[N_FIRST:]),
+        "start_mib": after_start - loaded,
+        "training_mib": _peak_mib() - loaded,
+    }
+
+
+def _peak_mib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

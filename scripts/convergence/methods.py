@@ -1,0 +1,187 @@
+"""What is compared: how a model is made ready for training, and by which optimiser.
+
+Every method gets the same rank and the same layers. Starts of PEFT that write into the base weights
+(PiSSA, OLoRA, LoRA-GA) are used as PEFT documents them.
+"""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import peft
+import torch
+from peft import LoraConfig, PeftConfig, get_peft_model
+from peft.optimizers import create_loraplus_optimizer, create_riemannian_optimizer
+from torch import nn
+from transformers import PreTrainedModel
+
+from peft_gradinit import (
+    Calibration,
+    EvaConfig,
+    LoraGAConfig,
+    LoraOneConfig,
+    SVFitConfig,
+)
+
+from .pretraining import Rows
+from .tasks import Task
+
+Start = Callable[[PreTrainedModel, Task, list[Rows]], nn.Module]
+Steps = Callable[[nn.Module, float, float], torch.optim.Optimizer]
+"""`(model, learning rate of the adapter, of the head)`."""
+LORAPLUS_RATIO = 16.0
+"""The ratio that the LoRA+ paper recommends (https://arxiv.org/abs/2402.12354)."""
+
+
+def adamw(model: nn.Module, lr: float, head_lr: float) -> torch.optim.Optimizer:
+    """AdamW without weight decay; heads have a rate of their own."""
+    head, rest = _head_and_rest(model)
+    groups = [{"params": rest, "lr": lr}, {"params": head, "lr": head_lr}]
+    return torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=0.0)
+
+
+def loraplus(model: nn.Module, lr: float, head_lr: float) -> torch.optim.Optimizer:
+    """PEFT's LoRA+: the rate of B is 16 times that of A, which is `lr`."""
+    optimizer = create_loraplus_optimizer(
+        model, torch.optim.AdamW, lr=lr, loraplus_lr_ratio=LORAPLUS_RATIO, weight_decay=0.0
+    )
+    return _with_head(optimizer, model, head_lr)
+
+
+def riemannian(model: nn.Module, lr: float, head_lr: float) -> torch.optim.Optimizer:
+    """PEFT's preconditioner before AdamW."""
+    optimizer = create_riemannian_optimizer(model, torch.optim.AdamW, lr=lr, weight_decay=0.0)
+    return _with_head(optimizer, model, head_lr)
+
+
+def _head_and_rest(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    head = [p for n, p in trained if "classifier" in n or "score" in n]
+    return head, [p for n, p in trained if not ("classifier" in n or "score" in n)]
+
+
+def _with_head(optimizer, model: nn.Module, head_lr: float) -> torch.optim.Optimizer:
+    """Move the head's parameters to a group of their own."""
+    head, _ = _head_and_rest(model)
+    ids = {id(p) for p in head}
+    for group in optimizer.param_groups:
+        group["params"] = [p for p in group["params"] if id(p) not in ids]
+    if head:
+        optimizer.add_param_group({"params": head, "lr": head_lr})
+    return optimizer
+
+
+def _adapter(task: Task, **options: Any) -> dict[str, Any]:
+    return {**task.settings.adapter, **task.adapter, "use_rslora": True, **options}
+
+
+def full(model: PreTrainedModel, task: Task, batches: list[Rows]) -> nn.Module:
+    """All weights."""
+    del task, batches
+    return model
+
+
+def plain(**options: Any) -> Start:
+    """PEFT's LoRA; `options` are those of `LoraConfig`."""
+
+    def start(model: PreTrainedModel, task: Task, batches: list[Rows]) -> nn.Module:
+        del batches
+        return get_peft_model(model, LoraConfig(**_adapter(task, **options)))
+
+    return start
+
+
+def calibrated(config: type[PeftConfig], **options: Any) -> Start:
+    """One of our types with a calibration."""
+
+    def start(model: PreTrainedModel, task: Task, batches: list[Rows]) -> nn.Module:
+        calibration = Calibration(batches, progress=False, max_tokens=None)
+        return get_peft_model(model, config(**_adapter(task, **options), calibration=calibration))
+
+    return start
+
+
+def svfit(**options: Any) -> Start:
+    """Our SVFit, which takes neither data nor a scaling."""
+
+    def start(model: PreTrainedModel, task: Task, batches: list[Rows]) -> nn.Module:
+        del batches
+        return get_peft_model(
+            model, SVFitConfig(**{"r": task.settings.adapter["r"], **task.adapter, **options})
+        )
+
+    return start
+
+
+def peft_eva(model: PreTrainedModel, task: Task, batches: list[Rows]) -> nn.Module:
+    """PEFT's own EVA."""
+    config = LoraConfig(
+        **_adapter(task), init_lora_weights="eva", eva_config=peft.EvaConfig(rho=2.0)
+    )
+    adapted = get_peft_model(model, config)
+    repeated = batches * 50  # its loop has no budget of its own, and needs many forwards
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="the following layers were initialized")
+        peft.initialize_lora_eva_weights(adapted, repeated, show_progress_bar=False)
+    return adapted
+
+
+def peft_lora_ga(model: PreTrainedModel, task: Task, batches: list[Rows]) -> nn.Module:
+    """PEFT's own LoRA-GA, with its defaults."""
+    config = LoraConfig(
+        **_adapter(task), init_lora_weights="lora_ga", lora_ga_config=peft.LoraGAConfig()
+    )
+
+    def train_step() -> None:
+        for batch in batches:
+            model(**batch).loss.backward()
+
+    peft.preprocess_loraga(model, config, train_step)
+    return get_peft_model(model, config)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the comparison.
+
+    Attributes:
+        title: for people.
+        start: makes the model ready; its time is the method's start.
+        first_rate: where the search for the learning rate begins.
+        optimizer: makes the optimiser.
+        reads_data: calibration batches count as steps.
+        ours: one of this package's types.
+    """
+
+    title: str
+    start: Start
+    first_rate: float
+    optimizer: Steps = adamw
+    reads_data: bool = False
+    ours: bool = False
+
+
+METHODS: dict[str, Method] = {
+    "full": Method("full fine-tuning", full, 1e-3),
+    "lora": Method("LoRA", plain(use_rslora=False), 3e-3),
+    "rslora": Method("rsLoRA", plain(), 3e-3),
+    "loraplus": Method("LoRA+", plain(), 1e-3, loraplus),
+    "riemannian": Method("LoRA, Riemannian", plain(), 3e-3, riemannian),
+    "pissa": Method("PiSSA", plain(init_lora_weights="pissa"), 1e-3),
+    "olora": Method("OLoRA", plain(init_lora_weights="olora"), 1e-3),
+    "peft_eva": Method("EVA (PEFT)", peft_eva, 1e-3, reads_data=True),
+    "peft_lora_ga": Method("LoRA-GA (PEFT)", peft_lora_ga, 1e-3, reads_data=True),
+    "lora_ga": Method("LoRA-GA", calibrated(LoraGAConfig), 1e-3, reads_data=True, ours=True),
+    "lora_one": Method("LoRA-One", calibrated(LoraOneConfig), 3e-3, reads_data=True, ours=True),
+    "lora_one_riemannian": Method(
+        "LoRA-One, Riemannian",
+        calibrated(LoraOneConfig),
+        3e-3,
+        riemannian,
+        reads_data=True,
+        ours=True,
+    ),
+    "eva": Method("EVA", calibrated(EvaConfig), 1e-3, reads_data=True, ours=True),
+    "svfit": Method("SVFit", svfit(), 3e-2, ours=True),
+}

@@ -1,0 +1,76 @@
+"""What a task's file in `configs/convergence/` says."""
+
+import hashlib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field
+
+FOLDER = Path(__file__).parents[2] / "configs" / "convergence"
+
+
+class Section(BaseModel):
+    """Unknown keys are faults."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Pretraining(Section):
+    """How the model came to be that is fine-tuned, if it is made here.
+
+    Attributes:
+        model: fields of the model's config.
+    """
+
+    model: dict[str, Any] = Field(default_factory=dict)
+    steps: int = 0
+    batch_size: int = 1
+    learning_rate: float = 1e-3
+    warmup_steps: int = 0
+    seed: int = 0
+
+    @property
+    def key(self) -> str:
+        """Tells recipes apart."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:12]
+
+
+class Training(Section):
+    """A fine-tuning run: AdamW, warmup and cosine to zero, gradients clipped at 1 as in `Trainer`.
+
+    Attributes:
+        evaluations: on how many equidistant steps the test loss is measured.
+        head_learning_rate: of a head that is trained beside the adapter.
+    """
+
+    steps: int
+    batch_size: int
+    warmup_steps: int
+    evaluations: int
+    head_learning_rate: float = 1e-3
+
+
+class Settings(Section):
+    """One task.
+
+    Attributes:
+        adapter: `r` and `lora_alpha` of all low-rank methods; the scaling is rsLoRA's, but LoRA's own.
+        n_calibration: sequences or images that starts are computed from, of the training data.
+    """
+
+    task: Literal["docstrings", "topics", "digits"]
+    pretraining: Pretraining = Pretraining()
+    training: Training
+    adapter: dict[str, int] = Field(default_factory=lambda: {"r": 8, "lora_alpha": 16})
+    n_calibration: int
+    n_test: int
+
+
+def load_settings(name: str) -> Settings:
+    """Settings of a task by its name, or by the path of a file."""
+    path = Path(name) if name.endswith(".yaml") else FOLDER / f"{name}.yaml"
+    if not path.exists():
+        known = sorted(p.stem for p in FOLDER.glob("*.yaml"))
+        raise SystemExit(f"{path} is no task; known: {known}")
+    return Settings.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))

@@ -1,0 +1,146 @@
+"""A study: the runs that its plan asks for, on disk, made by several processes."""
+
+import functools
+import hashlib
+import json
+import math
+import multiprocessing
+import os
+import warnings
+from collections.abc import Iterable
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from pathlib import Path
+
+import torch
+
+from .methods import METHODS
+from .plan import SEEDS, best_rate, next_rates
+from .settings import Settings, load_settings
+from .tasks import TASKS, Task
+from .training import Key, run
+
+HORIZONS = (0.4, 0.6, 0.8)
+"""Shorter runs, of a schedule of their own: what a user would do who is in a hurry."""
+
+
+class Study:
+    """Results of one task, by method.
+
+    Args:
+        folder: of all results; those of other settings lie beside these.
+        task: name of the task, or path of its file.
+    """
+
+    def __init__(self, folder: Path, task: str):
+        self.task = task
+        self.settings = load_settings(task)
+        self.folder = folder / self.settings.task / _hash(self.settings)
+        self.steps = self.settings.training.steps
+
+    def path_of(self, key: Key) -> Path:
+        """Where a run is kept."""
+        name = f"lr{key.lr:.3g}-seed{key.seed}-steps{key.steps}.json"
+        return self.folder / key.method / name
+
+    def load(self, key: Key) -> dict | None:
+        """A finished run, or nothing."""
+        path = self.path_of(key)
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+    def save(self, key: Key, result: dict) -> None:
+        """Keep a run, whole or not at all."""
+        path = self.path_of(key)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(f".{os.getpid()}.part")
+        unfinished.write_text(json.dumps(result), encoding="utf-8")
+        unfinished.replace(path)
+
+    def runs(self, method: str) -> list[dict]:
+        """All finished runs of a method."""
+        files = sorted((self.folder / method).glob("*.json"))
+        return [json.loads(path.read_text(encoding="utf-8")) for path in files]
+
+    def search(self, method: str) -> dict[float, float]:
+        """Final loss by learning rate, of the first seed and full length."""
+        chosen = [
+            r for r in self.runs(method) if r["seed"] == SEEDS[0] and r["steps"] == self.steps
+        ]
+        return {r["lr"]: final_loss(r) for r in chosen}
+
+    def pending(self, method: str) -> list[Key]:
+        """Runs that a method needs next: the search first, then seeds and shorter runs."""
+        losses = self.search(method)
+        rates = next_rates(METHODS[method].first_rate, losses)
+        if rates:
+            return [Key(self.settings.task, method, lr, SEEDS[0], self.steps) for lr in rates]
+        lr = best_rate(losses)
+        lengths = [self.steps, *(round(self.steps * h) for h in HORIZONS)]
+        keys = [Key(self.settings.task, method, lr, s, n) for n in lengths for s in SEEDS]
+        return [key for key in keys if not self.path_of(key).exists()]
+
+
+def final_loss(result: dict) -> float:
+    """Test loss after the last step; infinite if it diverged."""
+    loss = result["curve"][-1][1]
+    return loss if loss is not None and math.isfinite(loss) else math.inf
+
+
+def carry_out(studies: list[Study], methods: Iterable[str], n_processes: int) -> None:
+    """Run what is pending until nothing is.
+
+    Args:
+        studies: one for each task.
+        methods: names.
+        n_processes: side by side, each with one thread.
+    """
+    methods = list(methods)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(n_processes, context, initializer=prepare_process) as pool:
+        running = {}
+        while True:
+            wanted = [
+                (study, key) for study in studies for m in methods for key in study.pending(m)
+            ]
+            for study, key in wanted:
+                if key not in running.values() and len(running) < 2 * n_processes:
+                    running[pool.submit(_run, study.task, key)] = key
+            if not running:
+                return
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                key = running.pop(future)
+                study = next(s for s in studies if s.settings.task == key.task)
+                result = future.result()
+                study.save(key, result)
+                print(
+                    f"{key.task} {key.method} lr {key.lr:g} seed {key.seed}, {key.steps} steps: "
+                    f"{final_loss(result):.4f}",
+                    flush=True,
+                )
+
+
+def prepare_process() -> None:
+    """One thread, as many processes share the cores; no hub; no progress bars."""
+    import datasets
+    import transformers
+
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+
+
+@functools.cache
+def load_task(name: str) -> Task:
+    """A task; its data are read once in a process."""
+    settings = load_settings(name)
+    return TASKS[settings.task](settings)
+
+
+def _run(task: str, key: Key) -> dict:
+    return run(key, load_task(task))
+
+
+def _hash(settings: Settings) -> str:
+    return hashlib.sha256(settings.model_dump_json().encode()).hexdigest()[:12]

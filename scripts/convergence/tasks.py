@@ -1,0 +1,195 @@
+"""Three tasks with a pretrained model and real data, nothing downloaded.
+
+A task is a model, rows to train and test on, and rows of what the model was pretrained on, to see
+what it forgets.
+"""
+
+import pydoc_data.topics
+import sysconfig
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from minilm_task import load_model, load_task
+from sklearn.datasets import load_digits
+from torch import Tensor
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from .pretraining import Rows, pretrained
+from .settings import Settings
+
+LENGTH = 128  # bytes of a sequence
+MAX_TOKENS = 32  # of a docstring
+PADDING = {"input_ids": 0, "attention_mask": 0}
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a run needs.
+
+    Attributes:
+        title: for people.
+        load_model: a fresh copy of the pretrained model; a new head is the same every time.
+        train: rows to train on, `labels` among them.
+        test: rows to test on.
+        source: rows of the pretraining distribution that the model has not seen, if known.
+        settings: the task's file.
+        adapter: `target_modules`, `task_type` and `modules_to_save` for PEFT.
+    """
+
+    title: str
+    load_model: Callable[[], PreTrainedModel]
+    train: Rows
+    test: Rows
+    source: Rows | None
+    settings: Settings
+    adapter: dict[str, object] = field(default_factory=dict)
+
+
+def docstrings(settings: Settings) -> Task:
+    """MiniLM; which of 20 modules a docstring is from."""
+    data = load_task(settings.n_test)
+    return Task(
+        title="MiniLM (22 M): module of a docstring",
+        load_model=load_model,
+        train=_padded(data["train"]),
+        test=_padded(data["test"]),
+        source=None,  # its contrastive loss and data are not published with it
+        settings=settings,
+        adapter={"target_modules": "all-linear", "task_type": "SEQ_CLS"},
+    )
+
+
+def topics(settings: Settings) -> Task:
+    """A byte-level causal LM of Python source; prose about Python."""
+    code, held_out = _source()
+    folder = pretrained(
+        settings.pretraining,
+        lambda options: LlamaForCausalLM(LlamaConfig(vocab_size=256, use_cache=False, **options)),
+        lambda n, generator: _windows(code, n, generator),
+    )
+    prose = _as_bytes("\n".join(pydoc_data.topics.topics.values()))
+    cut = len(prose) * 9 // 10
+    return Task(
+        title="Llama-shaped LM (1.9 M) of Python source: prose of its documentation",
+        load_model=lambda: LlamaForCausalLM.from_pretrained(folder),
+        train=_consecutive(prose[:cut]),
+        test=_spread(_consecutive(prose[cut:]), settings.n_test),
+        source=_spread(_consecutive(held_out), settings.n_test),
+        settings=settings,
+        adapter={"target_modules": "all-linear", "task_type": "CAUSAL_LM"},
+    )
+
+
+def digits(settings: Settings) -> Task:
+    """A ViT of odd digits; even digits."""
+    data = load_digits()
+    images = torch.tensor(data.images, dtype=torch.float32)[:, None] / 8 - 1
+    labels = torch.tensor(data.target)
+    odd, even = (
+        {"pixel_values": images[labels % 2 == parity], "labels": labels[labels % 2 == parity]}
+        for parity in (1, 0)
+    )
+    odd_train, odd_test = _split(odd, settings.n_test // 2)
+    train, test = _split(even, settings.n_test)
+
+    def draw(n: int, generator: torch.Generator) -> Rows:
+        return _rows(odd_train, torch.randint(len(odd_train["labels"]), (n,), generator=generator))
+
+    folder = pretrained(
+        settings.pretraining,
+        lambda options: ViTForImageClassification(ViTConfig(**options)),
+        draw,
+    )
+    return Task(
+        title="ViT (0.2 M) of odd digits: even digits",
+        load_model=lambda: ViTForImageClassification.from_pretrained(folder),
+        train=train,
+        test=test,
+        source=odd_test,
+        settings=settings,
+        adapter={
+            "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"],
+            "modules_to_save": ["classifier"],
+        },
+    )
+
+
+TASKS: dict[str, Callable[[Settings], Task]] = {
+    "docstrings": docstrings,
+    "topics": topics,
+    "digits": digits,
+}
+
+
+def size(rows: Rows) -> int:
+    """How many rows."""
+    return len(rows["labels"])
+
+
+def select(rows: Rows, indices: Tensor) -> Rows:
+    """A batch; columns that are all padding are cut off."""
+    batch = _rows(rows, indices)
+    if "attention_mask" in batch:
+        longest = int(batch["attention_mask"].sum(1).max())
+        for name in PADDING:
+            batch[name] = batch[name][:, :longest]
+    return batch
+
+
+def _rows(rows: Rows, indices: Tensor) -> Rows:
+    return {name: column[indices] for name, column in rows.items()}
+
+
+def _split(rows: Rows, n_test: int) -> tuple[Rows, Rows]:
+    order = torch.randperm(size(rows), generator=torch.Generator().manual_seed(0))
+    return _rows(rows, order[n_test:]), _rows(rows, order[:n_test])
+
+
+def _padded(data) -> Rows:
+    rows = {"labels": torch.tensor(data["labels"])}
+    for name, value in PADDING.items():
+        padded = torch.full((len(data), MAX_TOKENS), value)
+        for row, ids in zip(padded, data[name], strict=True):
+            row[: len(ids[:MAX_TOKENS])] = torch.tensor(ids[:MAX_TOKENS])
+        rows[name] = padded
+    return rows
+
+
+def _source() -> tuple[Tensor, Tensor]:
+    """The standard library's source as bytes: every tenth file is held out."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    left_out = {"site-packages", "test", "tests", "idle_test", "lib2to3", "pydoc_data"}
+    files = sorted(p for p in root.rglob("*.py") if not left_out & set(p.relative_to(root).parts))
+    parts = [
+        "\n".join(p.read_text(encoding="utf-8", errors="replace") for p in chosen)
+        for chosen in ([p for i, p in enumerate(files) if i % 10], files[::10])
+    ]
+    return _as_bytes(parts[0]), _as_bytes(parts[1])
+
+
+def _as_bytes(text: str) -> Tensor:
+    return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+
+
+def _windows(text: Tensor, n: int, generator: torch.Generator) -> Rows:
+    starts = torch.randint(len(text) - LENGTH, (n,), generator=generator)
+    ids = torch.stack([text[i : i + LENGTH] for i in starts.tolist()]).long()
+    return {"input_ids": ids, "labels": ids}
+
+
+def _consecutive(text: Tensor) -> Rows:
+    ids = text[: len(text) // LENGTH * LENGTH].view(-1, LENGTH).long()
+    return {"input_ids": ids, "labels": ids}
+
+
+def _spread(rows: Rows, n: int) -> Rows:
+    """`n` rows at equal distances."""
+    return _rows(rows, torch.linspace(0, size(rows) - 1, n).long())

@@ -1,0 +1,131 @@
+"""One run: from the pretrained model to a JSON-able result."""
+
+import math
+import time
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import nn
+from transformers import get_cosine_schedule_with_warmup
+
+from .methods import METHODS, Method
+from .pretraining import Rows
+from .tasks import Task, select, size
+
+CALIBRATION_BATCH = 16
+EVALUATION_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Key:
+    """What tells runs apart.
+
+    Attributes:
+        task: name.
+        method: name.
+        lr: learning rate.
+        seed: of the order of the data, of the calibration data and of random factors.
+        steps: length of the run and of its schedule.
+    """
+
+    task: str
+    method: str
+    lr: float
+    seed: int
+    steps: int
+
+
+def run(key: Key, task: Task, method: Method | None = None) -> dict:
+    """Fine-tune once.
+
+    Args:
+        key: which run.
+        task: that of `key.task`.
+        method: that of `key.method`.
+
+    Returns:
+        The key, the curve `[step, test loss, test accuracy]`, training losses, the loss on the
+        pretraining distribution before and after, costs. A run that diverged has infinite losses.
+    """
+    method = method or METHODS[key.method]
+    training = task.settings.training
+    torch.manual_seed(key.seed)
+    model = task.load_model()
+    before = None if task.source is None else evaluate(model, task.source)[0]
+    order = sample_order(size(task.train), training.batch_size * key.steps, key.seed)
+    batches = calibration_batches(task, key.seed)
+    started = time.perf_counter()
+    model = method.start(model, task, batches)
+    start_seconds = time.perf_counter() - started
+    optimizer = method.optimizer(model, key.lr, training.head_learning_rate)
+    curve, losses = train(model, optimizer, task, order.view(key.steps, -1))
+    source = None if task.source is None else evaluate(model, task.source)[0]
+    n_calibrated = task.settings.n_calibration if method.reads_data else 0
+    return {
+        **asdict(key),
+        "curve": curve,
+        "train_losses": losses,
+        "source_loss": [before, source],
+        "start_seconds": start_seconds,
+        "start_steps": n_calibrated / training.batch_size,
+        "n_trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
+    }
+
+
+def sample_order(n: int, n_samples: int, seed: int) -> torch.Tensor:
+    """Epochs of shuffled rows, as many as are needed."""
+    generator = torch.Generator().manual_seed(seed)
+    epochs = math.ceil(n_samples / n)
+    return torch.cat([torch.randperm(n, generator=generator) for _ in range(epochs)])[:n_samples]
+
+
+def calibration_batches(task: Task, seed: int) -> list[Rows]:
+    """Rows of the training data, drawn apart from the order of training."""
+    generator = torch.Generator().manual_seed(10_000 + seed)
+    chosen = torch.randperm(size(task.train), generator=generator)[: task.settings.n_calibration]
+    return [select(task.train, part) for part in chosen.split(CALIBRATION_BATCH)]
+
+
+def train(model: nn.Module, optimizer, task: Task, order: torch.Tensor):
+    """Train, and return the curve and the training losses."""
+    training = task.settings.training
+    n_steps = len(order)
+    warmup = min(training.warmup_steps, n_steps // 10)
+    schedule = get_cosine_schedule_with_warmup(optimizer, warmup, n_steps)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    every = n_steps / training.evaluations
+    marks = {round(every * i) for i in range(1, training.evaluations + 1)}
+    curve, losses = [[0, *evaluate(model, task.test)]], []
+    model.train()
+    for step, indices in enumerate(order, start=1):
+        loss = model(**select(task.train, indices)).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        if not math.isfinite(losses[-1]):
+            curve.append([n_steps, math.inf, 0.0])
+            break
+        if step in marks:
+            curve.append([step, *evaluate(model, task.test)])
+            model.train()
+    return curve, losses
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, rows: Rows) -> tuple[float, float]:
+    """Mean loss, and accuracy (of the next byte for language models)."""
+    model.eval()
+    loss, right, n = 0.0, 0, 0
+    for part in torch.arange(size(rows)).split(EVALUATION_BATCH):
+        batch = select(rows, part)
+        output = model(**batch)
+        logits, labels = output.logits, batch["labels"]
+        if labels.ndim == 2:
+            logits, labels = logits[:, :-1], labels[:, 1:]
+        right += int((logits.argmax(-1) == labels).sum())
+        loss += output.loss.item() * labels.numel()
+        n += labels.numel()
+    return loss / n, right / n

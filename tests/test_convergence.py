@@ -1,0 +1,87 @@
+"""The plan and the figures of the convergence benchmark, on curves that are known; and a tiny study."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+sys.path.insert(0, str(SCRIPTS))
+
+from convergence.plan import (  # noqa: E402
+    MAX_STEPS_FROM_FIRST,
+    RATIO,
+    best_rate,
+    next_rates,
+    rate,
+    steps_to,
+    usable_range,
+)
+
+
+def searched(first, loss_of):
+    """Carry a search out; returns all losses, in the order in which they were asked for."""
+    losses = {}
+    while rates := next_rates(first, losses):
+        assert not losses.keys() & set(rates)
+        losses |= {lr: loss_of(lr) for lr in rates}
+    return losses
+
+
+def parabola(best, width=1.0):
+    """2 % worse than the best at `width` decades from it."""
+    return lambda lr: 1 + 0.02 * (math.log10(lr / best) / width) ** 2
+
+
+@pytest.mark.parametrize("first", [1e-4, 1e-3, 1e-2])
+def test_search_finds_the_best_rate_from_wherever_it_begins(first):
+    losses = searched(first, parabola(best=1e-3, width=0.4))
+    assert abs(math.log10(best_rate(losses) / 1e-3)) <= 0.125 + 1e-9
+    assert len(losses) <= 12
+
+
+def test_search_widens_until_both_ends_are_out_of_the_usable_range():
+    losses = searched(1e-3, parabola(best=1e-3, width=0.8))
+    bound = 1.02 * min(losses.values())
+    assert losses[min(losses)] > bound < losses[max(losses)]
+    low, high = usable_range(losses)
+    assert low == pytest.approx(10**-3.8, rel=0.12)
+    assert high == pytest.approx(10**-2.2, rel=0.12)
+
+
+def test_search_of_a_method_that_does_not_care_ends():
+    losses = searched(1e-3, lambda lr: 1.0)
+    assert min(losses) == rate(1e-3, -2 * MAX_STEPS_FROM_FIRST)
+    assert max(losses) == rate(1e-3, 2 * MAX_STEPS_FROM_FIRST)
+
+
+def test_search_goes_away_from_rates_that_diverge():
+    losses = searched(1e-2, lambda lr: math.inf if lr > 2e-3 else parabola(1e-3, 0.4)(lr))
+    assert best_rate(losses) < 2e-3
+    assert usable_range(losses)[1] <= 2e-3
+
+
+def test_search_in_which_everything_diverges_ends():
+    assert searched(1e-3, lambda lr: math.inf)
+
+
+def test_rates_of_the_grid_do_not_depend_on_the_way():
+    assert rate(1e-3, 2) == pytest.approx(1e-3 * RATIO, rel=1e-2)
+    assert rate(1e-3, 4) == 1e-2
+    assert rate(1e-3, -1) == rate(1e-3, -1)
+
+
+@pytest.mark.parametrize(
+    ("aim", "steps"), [(5.0, 0.0), (3.0, 5.0), (2.0, 10.0), (1.5, 15.0), (0.5, None)]
+)
+def test_steps_to_a_loss_are_interpolated(aim, steps):
+    assert steps_to([[0, 4.0, 0], [10, 2.0, 0], [20, 1.0, 0]], aim) == steps
+
+
+def test_steps_to_a_loss_counts_the_first_time():
+    assert steps_to([[0, 4.0], [10, 2.0], [20, 3.0], [30, 1.0]], 2.5) == 7.5
