@@ -13,7 +13,7 @@ import torch
 from .. import __version__
 from ..calibration import FILE_NAME, CalibrationResult, Checkpoint
 from ..errors import DataError, OutputError
-from ..files import check_writable, whole_file
+from ..files import check_writable, write_json
 from ..recipes import (
     CalibrationSection,
     DataSection,
@@ -89,8 +89,7 @@ class Place:
             "calibration": job.calibration.model_dump(),
             "facts": dataclasses.asdict(result.facts),
         }
-        with whole_file(self.folder / RECORD_NAME) as path:
-            path.write_text(json.dumps(record, indent=1) + "\n")
+        write_json(self.folder / RECORD_NAME, record)
 
 
 @dataclasses.dataclass(frozen=True)

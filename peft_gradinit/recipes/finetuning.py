@@ -15,7 +15,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ..errors import ConfigError
 from ..export import export_adapter
-from ..files import check_writable, whole_file
+from ..files import check_writable, write_json
 from ..methods import METHODS
 from ..plots import draw_losses
 from ..tuners import load_for_training
@@ -206,8 +206,7 @@ def _write(model: PeftModel, recipe: Recipe, inputs: _Inputs, results: dict[str,
         if target != "peft" or recipe.export.rank is not None:
             rank = recipe.export.rank if target != "merged" else None
             export_adapter(model, output / target, target, rank, overwrite=True)
-    with whole_file(output / RESULTS) as path:
-        path.write_text(json.dumps(results, indent=1) + "\n")
+    write_json(output / RESULTS, results)
     draw_losses(_curves(recipe, results), output / PICTURE)
     if recipe.push is not None:
         model.push_to_hub(recipe.push.repo, private=recipe.push.private)

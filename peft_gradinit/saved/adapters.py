@@ -18,8 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..directories import written_whole
 from ..errors import AdapterError
+from ..files import whole_folder
 from ..linalg import Factors
 
 PREFIX = "base_model.model."
@@ -132,7 +132,7 @@ def write_adapter(
     Returns:
         The folder.
     """
-    with written_whole(directory, overwrite=overwrite, is_ours=_FILES.__contains__) as folder:
+    with whole_folder(directory, overwrite=overwrite, is_ours=_FILES.__contains__) as folder:
         tensors = dict(like.others)
         for name, update in layers.items():
             tensors[f"{PREFIX}{name}{_A}"] = update.A

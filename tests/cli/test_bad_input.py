@@ -2,7 +2,6 @@
 
 import errno
 import json
-import os
 import resource
 import signal
 import subprocess
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from peft import IA3Config, get_peft_model
+from safetensors import SafetensorError
 
 import peft_gradinit.saved.adapters as adapters
 import peft_gradinit.statistics.store as store
@@ -202,16 +202,27 @@ def test_read_only_places(run, workshop, tmp_path, line):
     failed(run(*filled(line, workshop, tmp_path)), "/proc")
 
 
+FULL = "No space left on device"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, FULL),
+        SafetensorError(f"Error while serializing: {FULL} (os error 28)"),
+    ],
+    ids=["python", "rust"],
+)
 @pytest.mark.parametrize("line", OUTPUTS[:4], ids=lambda line: line[0] + " " + line[-2])
-def test_a_full_disk_leaves_nothing(run, workshop, tmp_path, line, monkeypatch):
+def test_a_full_disk_leaves_nothing(run, workshop, tmp_path, line, error, monkeypatch):
     def full(tensors, path, metadata=None):
         Path(path).write_bytes(b"half of it")
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        raise error
 
     for module in (store, adapters, sys.modules["peft_gradinit.export"]):
         monkeypatch.setattr(module, "save_file", full)
     monkeypatch.setattr("peft.peft_model.safe_save_file", full)
-    failed(run(*filled(line, workshop, tmp_path)), "No space left on device")
+    failed(run(*filled(line, workshop, tmp_path)), "cannot write", "the disk is full")
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
 
 
