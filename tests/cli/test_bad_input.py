@@ -3,6 +3,7 @@
 import errno
 import json
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -164,6 +165,16 @@ def test_damaged_calibrations(run, calibration):
 def test_a_calibration_and_an_adapter_are_not_compared(run, calibration, workshop):
     done = run("compare", calibration, workshop / "lora")
     failed(done, "is a calibration and", "is an adapter; compare two of one kind")
+
+
+def test_an_adapter_that_names_no_base_needs_one(run, workshop, tmp_path):
+    shutil.copytree(workshop / "lora", tmp_path / "lora")
+    config = tmp_path / "lora" / "adapter_config.json"
+    nameless = {**json.loads(config.read_text()), "base_model_name_or_path": None}
+    config.write_text(json.dumps(nameless))
+    done = run("export", tmp_path / "lora", tmp_path / "out")
+    failed(done, "does not name its base model; give --base")
+    assert not (tmp_path / "out").exists()
 
 
 def test_results_are_not_overwritten_by_chance(run, calibration, workshop, tmp_path):
