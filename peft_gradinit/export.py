@@ -15,8 +15,8 @@ from rich.table import Table
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .directories import written_whole
 from .errors import ExportError
+from .files import whole_folder, write_json
 from .merging import merged_model
 from .model_card import CARD, PICTURE, complete_card, new_card
 from .serving import (
@@ -30,7 +30,7 @@ from .serving import (
     target_names,
 )
 from .tuners import GradInitConfig, SpectralConfig
-from .tuners.provenance import EXPORT_FORMAT, FILE_NAME, facts_of, write_content
+from .tuners.provenance import EXPORT_FORMAT, FILE_NAME, facts_of
 from .tuners.publishing import hub_id, saved
 
 ExportTarget = Literal["peft", "serving", "merged"]
@@ -149,9 +149,10 @@ def export_adapter(
     Raises:
         ExportError: if the options, the adapter or the directory do not fit the target; the message
             says what to do instead.
+        OutputError: if the disk is full, or the place cannot be written to.
     """
     config = _checked_config(peft_model, target, rank, adapter_name)
-    with written_whole(directory, overwrite=overwrite, is_ours=_is_ours) as part:
+    with whole_folder(directory, overwrite=overwrite, is_ours=_is_ours) as part:
         state_dict = _saved_entries(peft_model, adapter_name, embeddings=target != "merged")
         if target == "merged":
             report = ExportReport(target, 0, ())
@@ -167,7 +168,7 @@ def export_adapter(
             plain.save_pretrained(str(part), auto_mapping_dict=_auto_mapping(peft_model, plain))
             peft_model.create_or_update_model_card(str(part))
         facts = {**facts_of(config), "export": report.to_dict()}
-        write_content(part, {"format": EXPORT_FORMAT, **facts})
+        write_json(part / FILE_NAME, {"format": EXPORT_FORMAT, **facts})
         saved(part)
     return report
 

@@ -1,20 +1,23 @@
-"""Files that are there as a whole or not at all.
+"""Files and folders that are there as a whole or not at all.
 
 Everything is written beside its place, flushed to the disk, and renamed into it. A full disk, a
 missing permission or a killed process leaves what was there before; the error says what to do.
 """
 
 import errno
+import json
 import os
 import re
+import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
-from .errors import OutputError
+from .errors import ExportError, OutputError
 
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 """How safetensors, written in Rust, names what the system refused."""
@@ -51,12 +54,64 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield beside
-            beside.chmod(_default_mode())  # safetensors makes files that only the owner can read
+            beside.chmod(0o666 & ~_umask())  # safetensors makes files that only the owner can read
             _flush(beside)
             beside.replace(path)
             _flush(path.parent)
         finally:
             beside.unlink(missing_ok=True)
+
+
+def write_json(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
+    """Write a JSON file, whole or not at all.
+
+    Args:
+        path: the file.
+        content: as JSON knows it; keys are sorted.
+    """
+    with whole_file(path) as beside:
+        beside.write_text(json.dumps(content, indent=2, sort_keys=True), encoding="utf-8")
+
+
+@contextmanager
+def whole_folder(
+    folder: str | os.PathLike[str], *, overwrite: bool, is_ours: Callable[[str], bool]
+) -> Iterator[Path]:
+    """Give an empty folder to write into, and put it in its place when the block ends well.
+
+    After an error nothing has changed. A folder cannot be exchanged in one step: a process that is
+    killed between the two renames leaves the old one beside its place, under a name that ends in
+    `.old`, and nothing in it.
+
+    Args:
+        folder: where the folder goes; missing ones above it are made.
+        overwrite: replace a folder that holds files already. It is replaced as a whole: files that
+            are not written again are gone.
+        is_ours: whether a file of that name may be replaced.
+
+    Yields:
+        The folder to write into, beside its place.
+
+    Raises:
+        ExportError: if the place is a file, holds files and `overwrite` is off, or holds files
+            that are not ours.
+        OutputError: if it cannot be written.
+    """
+    target = Path(os.path.abspath(folder))  # noqa: PTH100 `resolve` would follow a link
+    _check_replaceable(target, overwrite, is_ours)
+    with _said_clearly(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part = _empty_folder_beside(target, ".part")
+        try:
+            yield part
+            part.chmod(0o777 & ~_umask())  # made so that only the owner can read it
+            for path in [*part.rglob("*"), part]:
+                _flush(path)
+            _check_replaceable(target, overwrite, is_ours)
+            _replace_folder(target, part)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+        _flush(target.parent)
 
 
 def check_writable(folder: str | os.PathLike[str]) -> None:
@@ -87,9 +142,9 @@ def _said_clearly(path: Path) -> Iterator[None]:
     except OutputError:
         raise
     except (OSError, SafetensorError) as error:
-        if isinstance(error, SafetensorError) and not _OS_ERROR.search(str(error)):
-            raise
-        advice = _ADVICE.get(_number(error) or 0, "write elsewhere")
+        if (number := _number(error)) is None:
+            raise  # not the system's: the Hub's errors, say, are `OSError`s as well
+        advice = _ADVICE.get(number, "write elsewhere")
         raise OutputError(f"cannot write {str(path)!r}: {error}: {advice}.") from error
 
 
@@ -104,17 +159,60 @@ def _beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.part")
 
 
-def _default_mode() -> int:
+def _empty_folder_beside(target: Path, ending: str) -> Path:
+    return Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=ending))
+
+
+def _check_replaceable(target: Path, overwrite: bool, is_ours: Callable[[str], bool]) -> None:
+    if not target.exists() and not target.is_symlink():
+        return
+    if target.is_symlink() or not target.is_dir():
+        raise ExportError(
+            f"{str(target)!r} is not a directory, and an export is one; pass another path."
+        )
+    names = sorted(path.name for path in target.iterdir())
+    others = [name for name in names if not is_ours(name)]
+    if others:
+        raise ExportError(
+            f"{str(target)!r} holds files that no export writes ({', '.join(others[:5])}), and would "
+            "be replaced as a whole; pass an empty or new directory."
+        )
+    if names and not overwrite:
+        raise ExportError(
+            f"{str(target)!r} holds an export already ({', '.join(names[:5])}); pass another "
+            "directory, or overwrite=True to replace it as a whole."
+        )
+
+
+def _replace_folder(target: Path, part: Path) -> None:
+    if not target.exists():
+        part.rename(target)
+        return
+    old = _empty_folder_beside(target, ".old")
+    try:
+        target.rename(old)  # onto an empty folder
+    except BaseException:
+        old.rmdir()
+        raise
+    try:
+        part.rename(target)
+    except BaseException:
+        old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
-    return 0o666 & ~mask
+    return mask
 
 
 def _flush(path: Path) -> None:
     """Have a file or a folder's entries on the disk before anything refers to them."""
     if path.is_dir() and os.name == "nt":
         return  # folders cannot be opened there
-    handle = os.open(path, os.O_RDONLY)
+    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         with suppress(OSError) if path.is_dir() else nullcontext():
             os.fsync(handle)

@@ -14,6 +14,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 
+from .files import whole_file
 from .methods import METHODS, LoraGAConfig, MethodInfo
 from .picture import draw_layers
 from .tuners import ModuleReport, by_parameter
@@ -56,7 +57,8 @@ def complete_card(directory: Path, repo_id: str | None = None) -> None:
     card.text = (
         _with_section(card.text, facts).rstrip() + "\n"
     )  # PEFT drops the end of the last line
-    card.save(readme)
+    with whole_file(readme) as beside:
+        card.save(beside)
 
 
 def new_card(directory: Path) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from .files import whole_file
+
 _COLOURS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#ff8ab7", "#a463f2", "#97bbf5")
 _MARKERS = ("o", "s", "^")
 
@@ -47,7 +49,8 @@ def draw_layers(
     )
     figure.suptitle(title, fontsize=10)
     # No metadata: it would name the version of matplotlib and change with it.
-    figure.savefig(path, dpi=120, metadata={"Software": None})
+    with whole_file(path) as beside:
+        figure.savefig(beside, dpi=120, format="png", metadata={"Software": None})
     return True
 
 

@@ -26,6 +26,11 @@ _LABELLED_CELLS = 400
 _GREY = "0.5"
 
 
+def check_available() -> None:
+    """Refuse to begin work that ends with a picture, where none can be drawn."""
+    _pyplot()
+
+
 def draw_spectra(result: CalibrationResult, path: str | os.PathLike[str]) -> Path:
     """Draw the singular values of every layer, one panel for each kind of layer, coloured by depth.
 

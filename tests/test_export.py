@@ -18,7 +18,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from peft_gradinit import SVFitConfig, directories, export_adapter, load_for_training
+from peft_gradinit import SVFitConfig, export_adapter, files, load_for_training
 from peft_gradinit.errors import ExportError, NotInitializedError
 from peft_gradinit.methods import METHODS
 from tests.exports import EXACT, PATTERNS, config, emptied, peft_lora, read, trained
@@ -453,13 +453,13 @@ def test_failure_of_the_last_rename_puts_the_old_directory_back(tmp_path, monkey
 
 
 def test_everything_is_flushed_before_it_appears(tmp_path, monkeypatch):
-    flushed, flush = [], directories._flush
+    flushed, flush = [], files._flush
 
     def record(path):
         flushed.append((path.name, (tmp_path / "out").exists()))
         flush(path)
 
-    monkeypatch.setattr(directories, "_flush", record)
+    monkeypatch.setattr(files, "_flush", record)
     export_adapter(trained("eva"), tmp_path / "out")
     before = {name for name, visible in flushed if not visible}
     assert {path.name for path in (tmp_path / "out").iterdir()} <= before

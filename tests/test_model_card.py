@@ -195,29 +195,35 @@ def test_picture_is_drawn_where_layers_differ(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["both.png", "ranks.png"]
 
 
-def lines_drawn(ranks, monkeypatch):
+def lines_drawn(ranks, folder, monkeypatch):
     drawn = {}
     from matplotlib.figure import Figure
+
+    savefig = Figure.savefig
 
     def keep(self, path, **options):
         axes = self.axes
         drawn.update({line.get_label(): list(line.get_ydata()) for line in axes[0].lines})
+        savefig(self, path, **options)
 
     monkeypatch.setattr(Figure, "savefig", keep)
-    assert draw_layers("x.png", ranks, {}, "title")
+    assert draw_layers(folder / "x.png", ranks, {}, "title")
+    assert [path.name for path in folder.iterdir()] == ["x.png"]
     return drawn
 
 
-def test_picture_shows_every_layer(monkeypatch):
-    drawn = lines_drawn(RANKS, monkeypatch)
+def test_picture_shows_every_layer(tmp_path, monkeypatch):
+    drawn = lines_drawn(RANKS, tmp_path, monkeypatch)
     assert drawn == {"self_attn.q_proj": [4, 4, 4], "self_attn.k_proj": [0, 1, 2]}
 
 
-def test_kinds_that_end_alike_have_lines_of_their_own_and_experts_are_averaged(monkeypatch):
+def test_kinds_that_end_alike_have_lines_of_their_own_and_experts_are_averaged(
+    tmp_path, monkeypatch
+):
     ranks = {f"bert.layer.{i}.attention.output.dense": 1 + i for i in range(2)}
     ranks |= {f"bert.layer.{i}.output.dense": 5 + i for i in range(2)}
     ranks |= {f"bert.layer.{i}.experts.{j}.up": 2 * i + j for i in range(2) for j in (0, 2)}
-    assert lines_drawn(ranks, monkeypatch) == {
+    assert lines_drawn(ranks, tmp_path, monkeypatch) == {
         "attention.output.dense": [1, 2],
         "layer.output.dense": [5, 6],
         "experts.up": [1, 3],

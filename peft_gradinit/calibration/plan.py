@@ -51,7 +51,7 @@ class Volume:
     Attributes:
         held_bytes: by the accumulators on one process, once they are oriented.
         summed_bytes: payload of all sums over processes (`all_reduce`), over the whole pass.
-        agreed_bytes: payload of broadcasts of the oriented accumulators, over the whole pass.
+        agreed_bytes: payload of broadcasts of oriented test matrices, over the whole pass.
         factor_bytes: of the triplets: broadcast once, and written to the result's file.
         flops: of the products that fill the accumulators, on all processes together; a
             multiplication and an addition are two.
@@ -161,12 +161,14 @@ class _Layer(NamedTuple):
         statistic: itself.
         add: gives it a token.
         sent: what one sum over processes sends of it.
+        orients: whether it is summed where the sketches are oriented, too.
         factors: what is broadcast and kept of it.
     """
 
     statistic: GradientStatistic | InputStatistic
     add: Callable[[], None]
     sent: Callable[[], Sequence[Tensor]]
+    orients: bool
     factors: Callable[[], Sequence[Tensor]]
 
 
@@ -189,6 +191,7 @@ def _layer(
             gradient,
             add=lambda: gradient.add(x, dy),
             sent=lambda: gradient.sums(_META),
+            orients=gradient.can_orient,
             factors=lambda: gradient.triplets(options["rank"]),
         )
     inputs = input_statistic(in_features, centered=centered, **options)
@@ -196,6 +199,7 @@ def _layer(
         inputs,
         add=lambda: inputs.add(x),
         sent=lambda: [*inputs.sums(_META), inputs.point(_META)],
+        orients=True,
         factors=lambda: inputs.components(options["rank"]),
     )
 
@@ -216,15 +220,14 @@ def _volume(layer: _Layer, size: PassSize, share: float, *, once: bool = False) 
     with FlopCounterMode(display=False, custom_mapping=products) as counter:
         layer.add()
     summed = _bytes(layer.sent())
-    n = 0 if once else n_orientations(size.n_sequences)
+    n = n_orientations(size.n_sequences) if layer.orients and not once else 0
     if n:
         layer.statistic.orient()
-    held = layer.statistic.n_bytes()
     alone = size.n_processes == 1
     return Volume(
-        held_bytes=held,
+        held_bytes=layer.statistic.n_bytes(),
         summed_bytes=0 if alone else (n + 1) * summed,
-        agreed_bytes=0 if alone else n * held,
+        agreed_bytes=0 if alone else n * _bytes(layer.statistic.oriented()),
         factor_bytes=_bytes(layer.factors()),
         flops=size.n_tokens * share * counter.get_total_flops(),
     )

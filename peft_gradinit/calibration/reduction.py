@@ -34,22 +34,25 @@ def sum_gradients(
 def orient_gradients(
     statistics: Mapping[str, GradientStatistic], device: torch.device, world: Processes
 ) -> None:
-    """Orient all sketches by what all processes have seen so far; the first one keeps the sums.
+    """Orient all sketches by what all processes have seen so far; the first one keeps their sums.
+
+    Exact gradients have nothing to orient: each process keeps its own sums of them, to the end.
 
     Args:
         statistics: of this process, by module name; the same names everywhere.
         device: where sums are made that do not exist yet.
         world: the processes.
     """
+    sketches = {name: s for name, s in statistics.items() if s.can_orient}
     if world.size > 1:
-        sum_gradients(statistics, device, world)
-    for statistic in statistics.values():
-        if statistic.n_calls or world.size == 1:
-            statistic.orient()
-    _agree([t for s in statistics.values() for t in s.tensors().values()], world)
+        sum_gradients(sketches, device, world)
+    for sketch in sketches.values():
+        if sketch.n_calls or world.size == 1:
+            sketch.orient()
+    _agree([t for sketch in sketches.values() for t in sketch.oriented()], world)
     if world.rank > 0:
-        for statistic in statistics.values():
-            statistic.clear()
+        for sketch in sketches.values():
+            sketch.clear()
 
 
 def sum_inputs(shared: SharedInputs, device: torch.device, world: Processes) -> None:
@@ -80,6 +83,8 @@ def sum_inputs(shared: SharedInputs, device: torch.device, world: Processes) -> 
 def orient_inputs(shared: SharedInputs, device: torch.device, world: Processes) -> None:
     """Orient all sketches by what all processes have seen so far; the sums stay on all of them.
 
+    Exact second moments are summed as well, since whether to stop is decided by all layers.
+
     Args:
         shared: statistics of this process.
         device: where sums are made that do not exist yet.
@@ -90,7 +95,7 @@ def orient_inputs(shared: SharedInputs, device: torch.device, world: Processes) 
     statistics = shared.distinct()
     for statistic in statistics:
         statistic.orient()
-    _agree([t for s in statistics for t in s.tensors().values()], world)
+    _agree([t for s in statistics for t in s.oriented()], world)
 
 
 def keep_on_first(shared: SharedInputs, world: Processes) -> None:

@@ -9,29 +9,32 @@ from ..recipes import ModelSection, load_model, section_of
 from ..saved import SavedAdapter
 from ..tuners import linear_shape, linear_weight
 
+_HEADS = ("classifier.weight", "classifier.out_proj.weight", "score.weight")
+"""What the heads of classifiers end with."""
+
 
 def model_section(name: str, adapter: SavedAdapter) -> ModelSection:
     """The base model of an adapter, with a head of the size that the adapter holds.
 
     Args:
         name: Hub name or folder.
-        adapter: tells the task, and the classes of a head that it has trained.
+        adapter: tells the task, the classes of a head that it has trained, and, if the model is
+            the one that it names, the revision.
 
     Returns:
         The section.
     """
     tasks = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS")
     task = str(getattr(adapter.config.task_type, "value", adapter.config.task_type))
+    named = adapter.config.base_model_name_or_path == name
     heads = [t.shape[0] for k, t in adapter.others.items() if k.endswith(_HEADS) and t.dim() == 2]
     return section_of(
         ModelSection,
         name=name,
         task=task if task in tasks else None,
+        revision=adapter.config.revision if named else None,
         n_labels=heads[-1] if heads else None,
     )
-
-
-_HEADS = ("classifier.weight", "classifier.out_proj.weight", "score.weight")
 
 
 def load_base(name: str, adapter: SavedAdapter) -> nn.Module:

@@ -187,7 +187,7 @@ def calibrate(
         ),
     )
     state = PartialState()
-    where = torch.device(device or state.device or "cpu")
+    where = _device(device or str(state.device or "cpu"))
     if dry_run:
         costs = job.estimate(where, processes or state.num_processes)
         if state.is_main_process:
@@ -265,6 +265,30 @@ def _names(text: str) -> str | list[str]:
     return text.split(",")
 
 
+def _device(name: str) -> torch.device:
+    """A device by its name.
+
+    Args:
+        name: from the command line.
+
+    Returns:
+        The device.
+
+    Raises:
+        ConfigError: if there is none of that name here.
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(
+            f"--device {name!r} cannot be used here ({reason}); `peft-gradinit doctor` lists what "
+            "can."
+        ) from error
+    return device
+
+
 def _options(pairs: list[str]) -> dict[str, Any]:
     """Parse KEY=VALUE, the value as YAML.
 
@@ -275,12 +299,17 @@ def _options(pairs: list[str]) -> dict[str, Any]:
         The values by key.
 
     Raises:
-        ConfigError: if a pair has no `=`.
+        ConfigError: if a pair has no `=`, or a value is not YAML.
     """
-    found = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not equals:
-            raise ConfigError(f"--option takes KEY=VALUE, got {pair!r}.")
-        found[key] = yaml.safe_load(value)
-    return found
+    return dict(map(_key_and_value, pairs))
+
+
+def _key_and_value(pair: str) -> tuple[str, Any]:
+    key, equals, value = pair.partition("=")
+    if not equals:
+        raise ConfigError(f"--option takes KEY=VALUE, got {pair!r}.")
+    try:
+        return key, yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"--option {pair!r}: the value is not YAML: {reason}.") from error

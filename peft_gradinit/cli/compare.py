@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..calibration import FILE_NAME, CalibrationResult
+from ..calibration import CalibrationResult
 from ..errors import ConfigError
 from ..plots import draw_angles
 from ..saved import (
@@ -107,7 +107,7 @@ def compare(
 
 
 def _compare_two(first: str, second: str, plot: Path | None) -> Listing:
-    kinds = [_is_calibration(path) for path in (first, second)]
+    kinds = [options.is_calibration(path) for path in (first, second)]
     if kinds[0] != kinds[1]:
         raise ConfigError(
             f"{first!r} is {_kind(kinds[0])} and {second!r} is {_kind(kinds[1])}; compare two of one "
@@ -163,11 +163,6 @@ def _of_intruders(lines: list[LayerIntruders]) -> Listing:
         "layers with intruders": sum(bool(line.positions) for line in lines),
     }
     return Listing("", columns, rows, facts)
-
-
-def _is_calibration(path: str) -> bool:
-    place = Path(path)
-    return (place.is_file() and place.suffix == ".safetensors") or (place / FILE_NAME).exists()
 
 
 def _kind(is_calibration: bool) -> str:

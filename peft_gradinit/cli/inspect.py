@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..calibration import FILE_NAME, CalibrationResult
+from ..calibration import CalibrationResult
 from ..errors import GradInitError
 from ..linalg import effective_rank
 from ..plots import draw_drift, draw_rank_map, draw_spectra
@@ -47,16 +47,12 @@ def inspect(
 
         peft-gradinit inspect out/calibration --plot out/pictures
     """
-    if _is_calibration(Path(path)):
+    if options.is_calibration(path):
         listing = _of_calibration(CalibrationResult.load(path), rank, plot)
     else:
         adapter = read_adapter(path)
         listing = _of_adapter(adapter, base, plot)
     listing.show(as_json)
-
-
-def _is_calibration(path: Path) -> bool:
-    return (path.is_file() and path.suffix == ".safetensors") or (path / FILE_NAME).exists()
 
 
 def _of_calibration(result: CalibrationResult, rank: int | None, plot: Path | None) -> Listing:

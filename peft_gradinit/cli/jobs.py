@@ -13,7 +13,7 @@ import torch
 from .. import __version__
 from ..calibration import FILE_NAME, CalibrationResult, Checkpoint
 from ..errors import DataError, OutputError
-from ..files import check_writable, whole_file
+from ..files import check_writable, write_json
 from ..recipes import (
     CalibrationSection,
     DataSection,
@@ -75,8 +75,7 @@ class Place:
         """Where and how often the pass of a job saves its sums."""
         if not self.resume:
             self.partial.unlink(missing_ok=True)
-        data = json.dumps([job.data.model_dump(), job.calibration.batch_size], sort_keys=True)
-        return Checkpoint(self.partial, data, self.save_every)
+        return Checkpoint(self.partial, job.identity(), self.save_every)
 
     def write(self, result: CalibrationResult, job: "Job") -> None:
         """Write the result, and what it was made from."""
@@ -89,8 +88,7 @@ class Place:
             "calibration": job.calibration.model_dump(),
             "facts": dataclasses.asdict(result.facts),
         }
-        with whole_file(self.folder / RECORD_NAME) as path:
-            path.write_text(json.dumps(record, indent=1) + "\n")
+        write_json(self.folder / RECORD_NAME, record)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +126,17 @@ class Job:
             rows, self.calibration, processor, progress=progress, checkpoint=place.checkpoint(self)
         )
         return run_calibration(model, self.config(), data)
+
+    def identity(self) -> str:
+        """Tells the sums of this job apart from those of others.
+
+        Of the model as well: fingerprints are the same for a float32 model and its bfloat16 copy.
+        Of a file that was changed in between, size and time.
+        """
+        path = Path(self.data.path)
+        stamp = [path.stat().st_size, path.stat().st_mtime_ns] if path.is_file() else None
+        model, data = self.model.model_dump(), self.data.model_dump()
+        return json.dumps([model, data, self.calibration.batch_size, stamp], sort_keys=True)
 
     def estimate(self, device: torch.device, n_processes: int = 1) -> Estimate:
         """What running it would cost; reads the data, if there are any, but no weights.

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from ..calibration import FILE_NAME
 from ..methods import METHODS
 
 MODEL, DATA, ADAPTER = "Model", "Data", "Adapter"
@@ -31,6 +32,12 @@ Plot = Annotated[
 Rank = Annotated[
     int | None, typer.Option(min=1, help="Truncate every layer to this rank, by its SVD.")
 ]
+
+
+def is_calibration(path: str) -> bool:
+    """Whether a path is of a calibration, file or folder; else it is taken for an adapter."""
+    place = Path(path)
+    return (place.is_file() and place.suffix == ".safetensors") or (place / FILE_NAME).exists()
 
 
 def method_names() -> list[str]:

@@ -10,7 +10,6 @@ import ast
 import functools
 import importlib.util
 import random
-from collections.abc import Iterable
 from pathlib import Path
 
 import datasets
@@ -131,13 +130,21 @@ def _rows() -> list[dict[str, str | int]]:
             "question": f"Which module is this docstring from?\n{text}",
         }
         for label, module in enumerate(MODULES)
-        for text in _docstrings_of(module)
+        for text in docstrings_of(module)
     ]
     random.Random(0).shuffle(rows)
     return rows
 
 
-def _docstrings_of(module: str) -> Iterable[str]:
+def docstrings_of(module: str) -> list[str]:
+    """Docstrings in the source of a module: its own, and those of its classes and functions.
+
+    Args:
+        module: one that is written in Python.
+
+    Returns:
+        Those of at least 60 characters, each once, sorted; none for other modules.
+    """
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:
         return []

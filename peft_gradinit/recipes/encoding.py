@@ -50,28 +50,29 @@ class Encoder:
             return dict(_EMPTY)
         return {name: values[: self.section.max_length] for name, values in encoded.items()}
 
-    def prompt(self, row: Mapping[str, Any]) -> str:
-        """The prompt alone, to generate an answer to.
+    def prompt(self, row: Mapping[str, Any]) -> list[int]:
+        """The prompt alone, to generate an answer to: the tokens that training has before it.
 
         Args:
             row: of the dataset.
 
         Returns:
-            Text.
+            Token ids, at most `max_length`.
         """
-        row = self._with_words(row)
-        prompt = self._value(row, self.section.prompt or "prompt")
+        prompt = self._value(self._with_words(row), self.section.prompt or "prompt")
         if isinstance(prompt, list):
-            return self.processor.apply_chat_template(
-                prompt, tokenize=False, add_generation_prompt=True, chat_template=self._template
-            )
-        return prompt
+            ids = self._chat_ids(prompt, add_generation_prompt=True)
+        elif self.task == "SEQ_2_SEQ_LM":
+            ids = list(self.processor(str(prompt))["input_ids"])
+        else:
+            ids = self._ids(str(prompt))
+        return ids[: self.section.max_length]
 
     def completion(self, row: Mapping[str, Any]) -> str | None:
         """What the row gives as the answer; `None` if the row is to be dropped."""
         text = self._value(self._with_words(row), self.section.completion or "completion")
         if isinstance(text, list):
-            text = text[-1]["content"]
+            text = _as_messages(text)[-1]["content"]
         return self._kept(str(text))
 
     def _encoder(self) -> Any:

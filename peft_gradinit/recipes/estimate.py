@@ -35,7 +35,7 @@ class Estimate:
         activation_bytes: what lives between forward and backward, roughly.
         result_bytes: of the file.
         summed_bytes: payload of the sums over processes, in all; 0 for one process.
-        agreed_bytes: payload of the broadcasts of oriented sketches, in all.
+        agreed_bytes: payload of the broadcasts of oriented test matrices, in all.
         broadcast_bytes: payload of the broadcasts of factors.
         flops: forward, input gradients and statistics, on all processes; attention's products of
             activations and the factorisations are left out.

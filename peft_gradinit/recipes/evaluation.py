@@ -12,8 +12,45 @@ from transformers import EvalPrediction, Trainer
 from ..errors import ConfigError
 from .data import Rows, columns_of
 from .encoding import Encoder
-from .metrics import compute
+from .metrics import check_metrics, compute
 from .schema import Recipe, Task
+
+CLASSIFIED = ("SEQ_CLS", "IMAGE_CLS")
+"""Tasks whose metrics compare classes; those of the others compare generated answers."""
+
+
+def check_evaluation(recipe: Recipe, task: Task, rows: Rows | None, processor: Any) -> None:
+    """Refuse an evaluation that could not be done, before anything is trained.
+
+    Args:
+        recipe: which metrics.
+        task: what the model is for.
+        rows: the evaluation rows as they are in the dataset; `None` if there are none.
+        processor: tokenizer or image processor.
+
+    Raises:
+        ConfigError: if there is nothing to evaluate on, a metric is unknown, or metrics of a
+            language model are asked for without generation.
+    """
+    asked = recipe.evaluation
+    if rows is None and (asked.metrics or asked.steps):
+        raise ConfigError(
+            f"evaluation asks for metrics={asked.metrics} and steps={asked.steps}, but there is "
+            "nothing to evaluate on; set data.eval_split or data.n_eval."
+        )
+    check_metrics(asked.metrics)
+    if rows is None or task in CLASSIFIED or not asked.metrics:
+        return
+    if asked.max_new_tokens is None:
+        raise ConfigError(
+            f"evaluation.metrics={asked.metrics} of a language model compare generated answers; set "
+            "evaluation.max_new_tokens."
+        )
+    encoder = Encoder(recipe.data, task, processor, columns_of(rows))
+    for row in rows.take(1):
+        first = cast("dict[str, Any]", row)
+        encoder.prompt(first)
+        encoder.completion(first)
 
 
 def evaluate_model(
@@ -30,20 +67,12 @@ def evaluate_model(
 
     Returns:
         `loss` and the metrics.
-
-    Raises:
-        ConfigError: if metrics of a language model are asked for without generation.
     """
     scores = {k.removeprefix("eval_"): v for k, v in trainer.evaluate().items()}
     kept = {"loss": float(scores["loss"])}
     metrics = recipe.evaluation.metrics
-    if task in ("SEQ_CLS", "IMAGE_CLS"):
+    if task in CLASSIFIED:
         return kept | {k: float(v) for k, v in scores.items() if k.startswith("metric_")}
-    if metrics and recipe.evaluation.max_new_tokens is None:
-        raise ConfigError(
-            f"evaluation.metrics={metrics} of a language model compare generated answers; set "
-            "evaluation.max_new_tokens."
-        )
     if metrics:
         encoder = Encoder(recipe.data, task, processor, columns_of(rows))
         model: Any = trainer.accelerator.unwrap_model(trainer.model)
@@ -95,7 +124,7 @@ def _answers(
     pairs = [(prompt, reference) for prompt, reference in pairs if reference is not None]
     found: list[tuple[str, str]] = []
     with PartialState().split_between_processes(pairs) as share:
-        mine = cast("list[tuple[str, str]]", share)
+        mine = cast("list[tuple[list[int], str]]", share)
         size = recipe.evaluation.batch_size
         for i in range(0, len(mine), size):
             part = mine[i : i + size]
@@ -109,18 +138,13 @@ def _answers(
 
 
 def _generated(
-    model: Any, recipe: Recipe, task: Task, prompts: list[str], tokenizer: Any
+    model: Any, recipe: Recipe, task: Task, prompts: list[list[int]], tokenizer: Any
 ) -> list[str]:
     """Continue prompts greedily; those of causal models are padded on the left."""
-    side, tokenizer.padding_side = tokenizer.padding_side, "left"
+    side = tokenizer.padding_side
+    tokenizer.padding_side = "left" if task == "CAUSAL_LM" else "right"
     try:
-        encoded = tokenizer(
-            prompts,
-            return_tensors="pt",
-            padding=True,
-            truncation=True,
-            max_length=recipe.data.max_length,
-        )
+        encoded = tokenizer.pad({"input_ids": prompts}, return_tensors="pt")
     finally:
         tokenizer.padding_side = side
     inputs = {k: encoded[k].to(model.device) for k in ("input_ids", "attention_mask")}

@@ -15,13 +15,13 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ..errors import ConfigError
 from ..export import export_adapter
-from ..files import check_writable, whole_file
+from ..files import check_writable, write_json
 from ..methods import METHODS
-from ..plots import draw_losses
+from ..plots import check_available, draw_losses
 from ..tuners import load_for_training
 from .collation import collator
 from .data import Rows, encode, labels_of, load_rows
-from .evaluation import class_metrics, evaluate_model
+from .evaluation import CLASSIFIED, check_evaluation, class_metrics, evaluate_model
 from .methods import adapter_config, calibration_of
 from .models import load_model, load_processor, task_of
 from .schema import Recipe, Task
@@ -50,7 +50,7 @@ class _Inputs:
 def finetune(recipe: Recipe) -> dict[str, Any]:
     """Run a recipe from the model to the evaluated adapter.
 
-    Writes into `recipe.output`: `adapter/`, one folder for each further export, `results.json`, and
+    Whatever can be checked is checked before a model is loaded. Writes into `recipe.output`: `adapter/`, one folder for each further export, `results.json`, and
     `loss.png` beside the losses of the baselines.
 
     Args:
@@ -61,12 +61,14 @@ def finetune(recipe: Recipe) -> dict[str, Any]:
     """
     output, state = Path(recipe.output), PartialState()
     check_writable(output)
+    check_available()
     transformers.set_seed(recipe.training.seed)
-    inputs = _inputs(recipe)
+    baselines = {folder: _baseline(folder) for folder in recipe.baselines}
+    checkpoint, inputs = _last_checkpoint(recipe), _inputs(recipe)
+    check_evaluation(recipe, inputs.task, inputs.evaluation_rows, inputs.processor)
     model = load_model(recipe.model, inputs.labels)
     if recipe.model.quantization is None:
         model.to(state.device)
-    checkpoint = _last_checkpoint(recipe)
     peft_model = _started(model, recipe, inputs, checkpoint, progress=state.is_main_process)
     trainer = _trainer(peft_model, recipe, inputs)
     trainer.train(resume_from_checkpoint=checkpoint)
@@ -77,6 +79,9 @@ def finetune(recipe: Recipe) -> dict[str, Any]:
     results = _results(trainer, recipe, peft_model, metrics)
     if state.is_main_process:
         _write(peft_model, recipe, inputs, results)
+        draw_losses(_curves(results, baselines), output / PICTURE)
+        if recipe.push is not None:
+            peft_model.push_to_hub(recipe.push.repo, private=recipe.push.private)
     state.wait_for_everyone()
     return results
 
@@ -107,7 +112,7 @@ def _started(
 
 
 def _trainer(model: PeftModel, recipe: Recipe, inputs: _Inputs) -> Trainer:
-    classifies = inputs.task in ("SEQ_CLS", "IMAGE_CLS")
+    classifies = inputs.task in CLASSIFIED
     trainer = Trainer(
         model=model,
         args=_arguments(recipe, evaluates=inputs.evaluation is not None),
@@ -206,36 +211,40 @@ def _write(model: PeftModel, recipe: Recipe, inputs: _Inputs, results: dict[str,
         if target != "peft" or recipe.export.rank is not None:
             rank = recipe.export.rank if target != "merged" else None
             export_adapter(model, output / target, target, rank, overwrite=True)
-    with whole_file(output / RESULTS) as path:
-        path.write_text(json.dumps(results, indent=1) + "\n")
-    draw_losses(_curves(recipe, results), output / PICTURE)
-    if recipe.push is not None:
-        model.push_to_hub(recipe.push.repo, private=recipe.push.private)
+    write_json(output / RESULTS, results)
 
 
-def _curves(recipe: Recipe, results: dict[str, Any]) -> dict[str, list[tuple[float, float]]]:
-    """The run's losses and those of its baselines, by name.
+def _baseline(folder: str) -> tuple[str, list[tuple[float, float]]]:
+    """What the run is drawn beside.
 
     Args:
-        recipe: its baselines.
-        results: of the run.
+        folder: output of another run.
 
     Returns:
-        Points by name.
+        Its method, and its losses by step.
 
     Raises:
-        ConfigError: if a baseline has no results.
+        ConfigError: if it has no results.
     """
-    curves = {results["method"]: [(s, v) for s, v in results["losses"]]}
-    for folder in recipe.baselines:
-        try:
-            content = json.loads((Path(folder) / RESULTS).read_text())
-            points = [(s, v) for s, v in content["losses"]]
-        except (OSError, ValueError, KeyError) as error:
-            raise ConfigError(
-                f"the baseline {folder!r} holds no readable {RESULTS}: {error}; run it first, or "
-                "leave it out."
-            ) from error
-        name = content["method"]
+    try:
+        content = json.loads((Path(folder) / RESULTS).read_text(encoding="utf-8"))
+        return content["method"], _points(content)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"the baseline {folder!r} holds no readable {RESULTS}: {error}; run it first, or leave "
+            "it out."
+        ) from error
+
+
+def _curves(
+    results: dict[str, Any], baselines: dict[str, tuple[str, list[tuple[float, float]]]]
+) -> dict[str, list[tuple[float, float]]]:
+    """The run's losses and those of its baselines, by name."""
+    curves = {results["method"]: _points(results)}
+    for folder, (name, points) in baselines.items():
         curves[name if name not in curves else f"{name} ({Path(folder).name})"] = points
     return curves
+
+
+def _points(results: dict[str, Any]) -> list[tuple[float, float]]:
+    return [(step, loss) for step, loss in results["losses"]]

@@ -99,12 +99,31 @@ def compute(names: list[str], predictions: Any, references: Any) -> dict[str, fl
     return found
 
 
-def _computed(name: str, predictions: Any, references: Any) -> dict[str, float]:
+def check_metrics(names: list[str]) -> None:
+    """Refuse metrics that are neither built in nor to be had from the Hub.
+
+    Args:
+        names: as for `compute`.
+    """
+    for name in names:
+        _metric(name)
+
+
+def _metric(name: str) -> Any:
     try:
-        metric = _BUILT_IN[name]() if name in _BUILT_IN else evaluate.load(name)
-        return metric.compute(predictions=predictions, references=references) or {}
+        return _BUILT_IN[name]() if name in _BUILT_IN else evaluate.load(name)
     except (OSError, ValueError, TypeError, ImportError) as error:
         raise ConfigError(
-            f"the metric {name!r} cannot be computed: {error}; built in are {sorted(_BUILT_IN)}, "
+            f"the metric {name!r} cannot be loaded: {error}; built in are {sorted(_BUILT_IN)}, "
             "others come from the Hub."
+        ) from error
+
+
+def _computed(name: str, predictions: Any, references: Any) -> dict[str, float]:
+    metric = _metric(name)
+    try:
+        return metric.compute(predictions=predictions, references=references) or {}
+    except (ValueError, TypeError) as error:
+        raise ConfigError(
+            f"the metric {name!r} cannot be computed: {error}; choose one for what this model gives."
         ) from error

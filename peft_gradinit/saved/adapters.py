@@ -18,8 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..directories import written_whole
 from ..errors import AdapterError
+from ..files import whole_folder
 from ..linalg import Factors
 
 PREFIX = "base_model.model."
@@ -40,7 +40,7 @@ class SavedAdapter:
         config: its `adapter_config.json`.
         layers: updates by module name in the base model, scaling included, float32.
         others: tensors of the file that are no LoRA factor of a linear layer (embeddings,
-            convolutions, biases, modules trained in full), by key.
+            convolutions, experts, biases, modules trained in full), by key.
     """
 
     directory: str
@@ -73,6 +73,20 @@ class SavedAdapter:
                 "weights; turn it into one with `peft-gradinit convert` first."
             )
 
+    def check_all_linear(self) -> None:
+        """Refuse an adapter of which more than the linear layers depends on rank and scaling.
+
+        Raises:
+            AdapterError: naming the first such tensor.
+        """
+        scaled = sorted(key for key in self.others if ".lora_" in key)
+        if scaled:
+            raise AdapterError(
+                f"{self.directory!r} adapts more than linear layers: {len(scaled)} tensors such as "
+                f"{scaled[0]} cannot be written at another rank and scaling; merge it into its base "
+                "model instead (`peft-gradinit export --target merged`)."
+            )
+
 
 def read_adapter(directory: str | os.PathLike[str]) -> SavedAdapter:
     """Read a LoRA adapter from a folder or, by name, from the Hub.
@@ -100,8 +114,10 @@ def read_adapter(directory: str | os.PathLike[str]) -> SavedAdapter:
     layers, others = {}, dict(tensors)
     for key in [k for k in tensors if k.endswith(_A) and tensors[k].dim() == 2]:
         stem = key.removesuffix(_A)
-        A, B = others.pop(key), others.pop(stem + _B, None)
         layer = stem.removeprefix(PREFIX)
+        if _is_of_parameter(layer, config):
+            continue
+        A, B = others.pop(key), others.pop(stem + _B, None)
         layers[layer] = _factors(name, layer, A, B, config)
     if not layers:
         raise AdapterError(
@@ -132,7 +148,8 @@ def write_adapter(
     Returns:
         The folder.
     """
-    with written_whole(directory, overwrite=overwrite, is_ours=_FILES.__contains__) as folder:
+    like.check_all_linear()
+    with whole_folder(directory, overwrite=overwrite, is_ours=_FILES.__contains__) as folder:
         tensors = dict(like.others)
         for name, update in layers.items():
             tensors[f"{PREFIX}{name}{_A}"] = update.A
@@ -189,6 +206,13 @@ def _factors(name: str, layer: str, A: Tensor, B: Tensor | None, config: LoraCon
             "adapter_config.json; restore the saved adapter."
         )
     return Factors(A.float(), B.float() * _scaling(config, layer, A.shape[0]))
+
+
+def _is_of_parameter(layer: str, config: LoraConfig) -> bool:
+    """Whether factors are of `target_parameters`, those of all experts in one pair of matrices."""
+    holder = layer.replace(".base_layer", "")  # one wrapper for each parameter of a module
+    of_parameters = (name.rpartition(".")[0] for name in config.target_parameters or ())
+    return any(holder == of or holder.endswith(f".{of}") for of in of_parameters)
 
 
 def _scaling(config: LoraConfig, layer: str, r: int) -> float:

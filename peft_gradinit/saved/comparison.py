@@ -74,13 +74,20 @@ def compare_calibrations(
         One entry for each layer that both have measured.
 
     Raises:
-        AdapterError: if there is none.
+        AdapterError: if there is none, or a layer is of another shape in the second.
     """
     names = [name for name in first.triplets if name in second.triplets]
     if not names:
         raise AdapterError(
             "the two calibrations have no layer in common; give calibrations of one model."
         )
+    for name in names:
+        shapes = [tuple(of.fingerprint.targets[name][:2]) for of in (first, second)]
+        if shapes[0] != shapes[1]:
+            raise AdapterError(
+                f"{name} is {shapes[0]} in the first calibration and {shapes[1]} in the second; give "
+                "calibrations of one model."
+            )
     return [_angles(name, first.triplets[name], second.triplets[name]) for name in names]
 
 

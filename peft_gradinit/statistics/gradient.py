@@ -6,6 +6,7 @@ answer does not depend on how the samples were batched. Two accumulators merge b
 """
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -70,8 +71,15 @@ class GradientStatistic(ABC):
         self.weight += other.weight
         self.n_calls += other.n_calls
 
+    can_orient: ClassVar[bool] = False
+    """Whether there is something to adapt to the data seen so far."""
+
     def orient(self) -> None:  # noqa: B027 optional for children
         """Adapt to the data seen so far; does nothing where nothing is to adapt."""
+
+    def oriented(self) -> list[Tensor]:
+        """What `orient` has made, which parts of the data that are summed later have to share."""
+        return []
 
     @abstractmethod
     def triplets(self, rank: int) -> TruncatedSVD:

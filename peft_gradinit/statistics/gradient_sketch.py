@@ -34,6 +34,7 @@ class SketchedGradient(GradientStatistic):
     layer's forward and input gradient.
     """
 
+    can_orient = True
     _Y: Tensor | None = None
     _Z: Tensor | None = None
     _V: Tensor | None = None
@@ -85,6 +86,9 @@ class SketchedGradient(GradientStatistic):
         self._Z = torch.cat([seen.Vh.T * seen.S, self._Z[:, n:]], dim=1)
         self._V = test.Omega[:, :n].contiguous()
         self._U = test.Psi[:, :n].contiguous()
+
+    def oriented(self) -> list[Tensor]:  # noqa: D102
+        return [t for t in (self._V, self._U) if t is not None]
 
     def triplets(self, rank: int) -> TruncatedSVD:  # noqa: D102
         if self._Y is None or self._Z is None:

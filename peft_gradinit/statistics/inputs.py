@@ -133,6 +133,10 @@ class InputStatistic(ABC):
     def orient(self) -> None:  # noqa: B027 optional for children
         """Adapt to the data seen so far; does nothing where nothing is to adapt."""
 
+    def oriented(self) -> list[Tensor]:
+        """What `orient` has made, which parts of the data that are summed later have to share."""
+        return [] if self._V is None else [self._V]
+
     def copy(self) -> "InputStatistic":
         """An independent accumulator with the same state; the test matrix is shared."""
         new = copy.copy(self)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError
+from ..files import write_json
 from .publishing import hub_id, saved
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def write_provenance(
         directory: an existing folder.
         config: the live config; its report and fingerprint are included if there are any.
     """
-    write_content(directory, {"format": FORMAT, **facts_of(config)})
+    write_json(Path(directory) / FILE_NAME, {"format": FORMAT, **facts_of(config)})
     saved(Path(directory))
 
 
@@ -57,22 +58,6 @@ def facts_of(config: Any) -> dict[str, Any]:
     }
 
 
-def write_content(directory: str | os.PathLike[str], content: dict[str, Any]) -> None:
-    """Write `gradinit.json`, whole or not at all.
-
-    Args:
-        directory: an existing folder.
-        content: for JSON.
-    """
-    path = Path(directory) / FILE_NAME
-    beside = path.with_name(f".{FILE_NAME}.{os.getpid()}.part")
-    try:
-        beside.write_text(json.dumps(content, indent=2, sort_keys=True), encoding="utf-8")
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
 def read_provenance(directory: str | os.PathLike[str]) -> dict[str, Any]:
     """Read what `write_provenance` wrote.
 
@@ -87,7 +72,7 @@ def read_provenance(directory: str | os.PathLike[str]) -> dict[str, Any]:
     """
     path = Path(directory) / FILE_NAME
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise DataError(
             f"{str(directory)!r} holds no {FILE_NAME}, so it was not saved from an adapter of this "

@@ -16,6 +16,8 @@ from peft import LoraConfig, PeftModel
 from peft.utils import CONFIG_NAME
 from torch import nn
 
+from ..files import write_json
+
 listeners: list[Callable[[Path, str | None], object]] = []
 """Called with a directory that an adapter was saved to, and the repository that it goes to if it is
 known; how parts of the package above this one add their files."""
@@ -113,7 +115,7 @@ def _leave_out_defaults(path: Path) -> None:
     known = {
         k: v for k, v in config.items() if k in _ALWAYS or k not in defaults or v != defaults[k]
     }
-    _write(path, known)
+    write_json(path, known)
 
 
 def _name_no_path(path: Path) -> None:
@@ -121,8 +123,4 @@ def _name_no_path(path: Path) -> None:
     name = config.get("base_model_name_or_path")
     if name != (known := hub_id(name)):
         config["base_model_name_or_path"] = known
-        _write(path, config)
-
-
-def _write(path: Path, config: dict[str, Any]) -> None:
-    path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+        write_json(path, config)

@@ -129,6 +129,7 @@ def load_for_training(
             )
         else:
             peft_model.load_adapter(str(directory), adapter_name, is_trainable=True)
+        _check_complete(peft_model, adapter_name, directory)
     peft_model.set_adapter(adapter_name)
     live = cast("GradInitConfig | SpectralConfig", peft_model.peft_config[adapter_name])
     live.fingerprint, live.init_report = fingerprint, report
@@ -170,6 +171,25 @@ def _check_weights(directory: str | os.PathLike[str]) -> None:
         ) from error
 
 
+def _check_complete(model: nn.Module, adapter_name: str, directory: str | os.PathLike[str]) -> None:
+    """Refuse weights that lack a layer, which would run without its adapter and not train.
+
+    Args:
+        model: with the weights loaded.
+        adapter_name: the adapter.
+        directory: where they are from, for the message.
+
+    Raises:
+        DataError: naming the first such layer.
+    """
+    lacking = [name for name, layer in model.named_modules() if is_pending(layer, adapter_name)]
+    if lacking:
+        raise DataError(
+            f"the weights in {str(directory)!r} lack {len(lacking)} layers that their gradinit.json "
+            f"describes ({lacking[0]}, …); restore the saved adapter."
+        )
+
+
 def _check_options(
     config_cls: type,
     values: dict[str, Any],
@@ -205,6 +225,8 @@ def _restored_config(
         config_cls = PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(values.pop("peft_type"))]
         _check_options(config_cls, values, content, directory)
         config = cast("GradInitConfig | SpectralConfig", config_cls(**values))
+    except DataError:
+        raise
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(
             f"the config in the gradinit.json of {str(directory)!r} cannot be restored: {error!r}; "

@@ -87,6 +87,8 @@ def test_probe_is_the_first_sequence_that_carries_loss(model):
 
 def test_statistics_are_oriented_after_8_and_24_sequences(model):
     class Spy(DenseGradient):
+        can_orient = True
+
         def orient(self):
             oriented.append(self.weight)
 

@@ -2,8 +2,8 @@
 
 import errno
 import json
-import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from peft import IA3Config, get_peft_model
+from safetensors import SafetensorError
 
 import peft_gradinit.saved.adapters as adapters
 import peft_gradinit.statistics.store as store
@@ -109,6 +110,9 @@ def test_foreign_adapters(run, workshop, tmp_path, line):
         (("calibrate", "BASE", "DATA", "OUT", "--estimator", "guess"), "estimator"),
         (("calibrate", "BASE", "DATA", "OUT", "--option", "tau"), "KEY=VALUE"),
         (("calibrate", "BASE", "DATA", "OUT", "--option", "scle=gd"), "did you mean 'scale'"),
+        (("calibrate", "BASE", "DATA", "OUT", "--option", "scale=[gd"), "the value is not YAML"),
+        (("calibrate", "BASE", "DATA", "OUT", "--device", "gpu"), "--device 'gpu' cannot be used"),
+        (("calibrate", "BASE", "DATA", "OUT", "--device", "cuda:99"), "--device 'cuda:99' cannot"),
         (("calibrate", "BASE", "DATA", "OUT"), "cannot load the tokenizer"),
         (("calibrate", "embedded:minlm", "DATA", "OUT"), "did you mean 'embedded:minilm'"),
         (("calibrate", "embedded:pico-llama", "BASE", "OUT"), "do not tell what to read"),
@@ -163,6 +167,16 @@ def test_a_calibration_and_an_adapter_are_not_compared(run, calibration, worksho
     failed(done, "is a calibration and", "is an adapter; compare two of one kind")
 
 
+def test_an_adapter_that_names_no_base_needs_one(run, workshop, tmp_path):
+    shutil.copytree(workshop / "lora", tmp_path / "lora")
+    config = tmp_path / "lora" / "adapter_config.json"
+    nameless = {**json.loads(config.read_text()), "base_model_name_or_path": None}
+    config.write_text(json.dumps(nameless))
+    done = run("export", tmp_path / "lora", tmp_path / "out")
+    failed(done, "does not name its base model; give --base")
+    assert not (tmp_path / "out").exists()
+
+
 def test_results_are_not_overwritten_by_chance(run, calibration, workshop, tmp_path):
     before = (calibration / "calibration.safetensors").read_bytes()
     failed(run(*calibrate_arguments(calibration, "--seed", 1)), "holds a calibration already")
@@ -202,16 +216,27 @@ def test_read_only_places(run, workshop, tmp_path, line):
     failed(run(*filled(line, workshop, tmp_path)), "/proc")
 
 
+FULL = "No space left on device"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, FULL),
+        SafetensorError(f"Error while serializing: {FULL} (os error 28)"),
+    ],
+    ids=["python", "rust"],
+)
 @pytest.mark.parametrize("line", OUTPUTS[:4], ids=lambda line: line[0] + " " + line[-2])
-def test_a_full_disk_leaves_nothing(run, workshop, tmp_path, line, monkeypatch):
+def test_a_full_disk_leaves_nothing(run, workshop, tmp_path, line, error, monkeypatch):
     def full(tensors, path, metadata=None):
         Path(path).write_bytes(b"half of it")
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        raise error
 
     for module in (store, adapters, sys.modules["peft_gradinit.export"]):
         monkeypatch.setattr(module, "save_file", full)
     monkeypatch.setattr("peft.peft_model.safe_save_file", full)
-    failed(run(*filled(line, workshop, tmp_path)), "No space left on device")
+    failed(run(*filled(line, workshop, tmp_path)), "cannot write", "the disk is full")
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
 
 

@@ -1,15 +1,18 @@
 """Rows of every kind of file and form, as tokens with the right loss."""
 
+import copy
 import json
 
 import datasets
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from peft_gradinit.errors import ConfigError, DataError
 from peft_gradinit.recipes import DataSection, encode, labels_of, load_rows
 from peft_gradinit.recipes.collation import collator
 from peft_gradinit.recipes.embedded import MODULES, pico_tokenizer
+from peft_gradinit.recipes.encoding import Encoder
 from peft_gradinit.recipes.packing import pack
 
 TEXTS = ["one two three", "four five six seven", "eight"]
@@ -236,3 +239,39 @@ def test_batches_are_padded_with_what_carries_no_loss():
     assert ((batch["labels"] == -100) == (batch["attention_mask"] == 0)).all()
     classes = encoded([{"text": t, "label": 1} for t in TEXTS], "SEQ_CLS")
     assert collator(TOKENIZER)(classes)["labels"].equal(torch.ones(3, dtype=torch.long))
+
+
+def with_ends(tokenizer):
+    """A tokenizer that puts a token before and one behind every text."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    return tokenizer
+
+
+SHAREGPT = [{"from": "human", "value": "hello"}, {"from": "gpt", "value": "good day"}]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "in", "completion": "out"},
+        {"prompt": CHAT[:1], "completion": CHAT[1:2]},
+        {"prompt": SHAREGPT[:1], "completion": SHAREGPT[1:]},
+    ],
+    ids=["text", "chat", "sharegpt"],
+)
+@pytest.mark.parametrize("tokenizer", [TOKENIZER, with_ends(TOKENIZER)], ids=["bare", "ends"])
+def test_answers_are_generated_to_the_prompt_of_training(row, tokenizer):
+    encoder = Encoder(section(), "CAUSAL_LM", tokenizer, list(row))
+    trained, prompt = encoder(row), encoder.prompt(row)
+    n = trained["labels"].count(-100)
+    assert prompt == trained["input_ids"][:n]
+    assert encoder.completion(row) in tokenizer.decode(trained["input_ids"][n:])
+
+
+def test_prompts_of_an_encoder_keep_their_end():
+    encoder = Encoder(section(max_length=4), "SEQ_2_SEQ_LM", with_ends(TOKENIZER), ["prompt"])
+    assert encoder.prompt({"prompt": "a"})[-1] == TOKENIZER.eos_token_id
+    assert len(encoder.prompt({"prompt": "a long one " * 9})) == 4

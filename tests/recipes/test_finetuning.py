@@ -17,9 +17,10 @@ from PIL import Image
 from transformers import T5Config, T5ForConditionalGeneration, ViTConfig, ViTForImageClassification
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from peft_gradinit.errors import ConfigError
+from peft_gradinit.errors import ConfigError, DataError
 from peft_gradinit.recipes import ModelSection, finetune, load_model, load_recipe
 from peft_gradinit.recipes.embedded import pico_tokenizer
+from peft_gradinit.recipes.evaluation import _generated
 from peft_gradinit.recipes.metrics import compute
 
 ROOT = Path(__file__).parent.parent.parent
@@ -100,13 +101,64 @@ def test_baselines_are_drawn_and_missing_ones_named(tmp_path):
     run(PICO, tmp_path / "lora", "method.name=lora", "method.options={}")
     results = run(PICO, tmp_path / "one", f"baselines=[{tmp_path / 'lora'}]")
     assert results["method"] == "lora_one"
-    with pytest.raises(ConfigError, match="holds no readable"):
-        run(PICO, tmp_path / "other", f"baselines=[{tmp_path / 'nothing'}]")
 
 
-def test_metrics_of_a_language_model_need_answers(tmp_path):
-    with pytest.raises(ConfigError, match=r"set evaluation\.max_new_tokens"):
-        run(PICO, tmp_path / "out", "evaluation.max_new_tokens=null")
+@pytest.mark.parametrize(
+    ("override", "error", "message"),
+    [
+        ("baselines=[nothing]", ConfigError, "'nothing' holds no readable"),
+        ("baselines=[DAMAGED]", ConfigError, "holds no readable"),
+        ("evaluation.max_new_tokens=null", ConfigError, r"set evaluation\.max_new_tokens"),
+        ("evaluation.metrics=[exact_mach]", ConfigError, "'exact_mach' cannot be loaded"),
+        ("data.eval_rename={module: m}", DataError, "no column 'module'"),
+    ],
+)
+def test_what_comes_after_training_is_checked_before(
+    override, error, message, tmp_path, monkeypatch
+):
+    """Nothing is lost to a slip that shows at the end: no model is loaded, nothing is written."""
+    monkeypatch.setattr("peft_gradinit.recipes.finetuning.load_model", None)
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "results.json").write_text('{"method": "lora", "losses": 3}')
+    with pytest.raises(error, match=message):
+        run(PICO, tmp_path / "out", override.replace("DAMAGED", str(tmp_path / "damaged")))
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_evaluation_without_rows_is_refused(tmp_path):
+    nothing = ("data.eval_split=null", "data.n_eval=null")
+    with pytest.raises(ConfigError, match=r"metrics=\['exact_match'\] .*nothing to evaluate on"):
+        run(PICO, tmp_path / "out", *nothing)
+    with pytest.raises(ConfigError, match=r"steps=1, .*nothing to evaluate on"):
+        run(PICO, tmp_path / "out", *nothing, "evaluation.metrics=[]", "evaluation.steps=1")
+
+
+def test_pictures_that_cannot_be_drawn_are_told_first(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ConfigError, match="pictures need matplotlib"):
+        run(PICO, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("task", "mask"),
+    [("CAUSAL_LM", [[0, 0, 1], [1, 1, 1]]), ("SEQ_2_SEQ_LM", [[1, 0, 0], [1, 1, 1]])],
+)
+def test_prompts_are_padded_where_the_model_does_not_see_it(task, mask):
+    """Left for causal models; right for encoders, whose positions are counted from the left."""
+    shown = []
+
+    class Model(torch.nn.Module):
+        device = torch.device("cpu")
+
+        def generate(self, input_ids, attention_mask, **_):
+            shown.append(attention_mask.tolist())
+            return input_ids
+
+    tokenizer = pico_tokenizer()
+    side = tokenizer.padding_side
+    _generated(Model(), load_recipe(PICO), task, [[7], [7, 8, 9]], tokenizer)
+    assert shown == [mask]
+    assert tokenizer.padding_side == side
 
 
 def test_a_saved_calibration_serves_a_recipe(tmp_path):
@@ -134,8 +186,10 @@ def test_metrics_are_those_of_scikit_learn():
     })
     assert compute(["matthews"], [1, 1], [0, 1]) == {"matthews": 0.0}
     assert compute(["exact_match"], ["a ", "b"], ["a", "c"]) == {"exact_match": 0.5}
-    with pytest.raises(ConfigError, match="'acuracy' cannot be computed"):
+    with pytest.raises(ConfigError, match="'acuracy' cannot be loaded"):
         compute(["acuracy"], [1], [1])
+    with pytest.raises(ConfigError, match="'accuracy' cannot be computed"):
+        compute(["accuracy"], ["a"], [1])
 
 
 def small_recipe(folder, data, **sections):

@@ -4,13 +4,14 @@ import json
 
 import pytest
 import torch
-from peft import IA3Config, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from peft_gradinit import SVFitConfig
 from peft_gradinit.errors import AdapterError
 from peft_gradinit.saved import read_adapter, relative_norm, write_adapter
 from tests.helpers import adapted, lora_ga, pico_llama, relative_error, train_steps
+from tests.moe.models import mixtral
 from tests.saved.adapters import logits_on_fresh_base, lora_config, saved_lora
 
 
@@ -100,3 +101,37 @@ def test_pissa_is_no_update_of_the_original(tmp_path):
     assert adapter.overwritten_by == "pissa"
     with pytest.raises(AdapterError, match="peft-gradinit convert"):
         adapter.check_untouched_base()
+
+
+@pytest.mark.parametrize(
+    ("options", "key"),
+    [
+        ({"target_modules": ["q_proj", "embed_tokens"]}, "lora_embedding_A"),
+        ({"lora_bias": True}, r"lora_B\.bias"),
+    ],
+)
+@pytest.mark.filterwarnings(
+    "ignore:Setting `save_embedding_layers`",
+    "ignore:`lora_bias=True` was passed",
+    "ignore:.* LoRA tensor.* have invalid shape",  # PEFT's, of the biases
+)
+def test_what_a_new_scaling_would_change_is_not_written(options, key, tmp_path):
+    adapter = read_adapter(saved_lora(tmp_path / "lora", **options))
+    with pytest.raises(AdapterError, match=rf"adapts more than linear layers: .*{key} cannot be"):
+        write_adapter(tmp_path / "new", adapter, adapter.layers)
+    assert not (tmp_path / "new").exists()
+
+
+def test_factors_of_experts_are_no_linear_layers(tmp_path):
+    config = LoraConfig(
+        r=2,
+        target_modules=["q_proj"],
+        target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+        task_type="CAUSAL_LM",
+    )
+    get_peft_model(mixtral(), config).save_pretrained(tmp_path / "moe")
+    adapter = read_adapter(tmp_path / "moe")
+    assert {name.rpartition(".")[2] for name in adapter.layers} == {"q_proj"}
+    assert len([key for key in adapter.others if ".experts." in key]) == 4 * len(adapter.layers)
+    with pytest.raises(AdapterError, match="adapts more than linear layers"):
+        write_adapter(tmp_path / "new", adapter, adapter.layers)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from peft import get_peft_model
 
 from peft_gradinit import calibrate
 from peft_gradinit.errors import AdapterError, ConfigError
@@ -100,3 +101,19 @@ def test_suggestions_keep_the_sum_and_follow_the_energy():
     assert kept >= lost
     with pytest.raises(ConfigError, match="between 1 and 8, got 9"):
         suggested_ranks(result, 9)
+
+
+def test_layers_of_other_shapes_are_named(tmp_path):
+    wide = pico_llama(intermediate_size=96)
+    model = get_peft_model(wide, lora_config())
+    model.save_pretrained(tmp_path / "wide")
+    adapters = read_adapter(saved_lora(tmp_path / "lora")), read_adapter(tmp_path / "wide")
+    name = r"layers\.0\.mlp\.down_proj is \(48, 112\) in "
+    with pytest.raises(AdapterError, match=name + r".* and \(48, 96\) in .*one base model"):
+        compare_adapters(*adapters)
+    calibrations = [
+        calibrate(base, lora_ga(target_modules=["down_proj"]), quiet(token_batches()))
+        for base in (pico_llama(), pico_llama(intermediate_size=96))
+    ]
+    with pytest.raises(AdapterError, match=name + r"the first .* \(48, 96\) in the second"):
+        compare_calibrations(*calibrations)

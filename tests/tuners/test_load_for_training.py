@@ -104,7 +104,7 @@ def test_adapter_made_in_float32_is_accepted_on_the_bfloat16_copy_of_its_base(tm
         ('{"format": "peft_gradinit.adapter/1"}', r"cannot be restored: KeyError\('config'\)"),
         (
             '{"format": "peft_gradinit.adapter/1", "config": {"peft_type": "LORA_GA", "new": 1}}',
-            r"does not know here: \['new'\]; they were written by peft_gradinit \?, peft \?",
+            r"^the gradinit.json of .* has options .*\['new'\]; they were written by .* \?: update",
         ),
         (
             '{"format": "peft_gradinit.adapter/1", "config": {"peft_type": "NEW"}}',
@@ -145,10 +145,46 @@ def test_checkpoint_loads_into_a_deferred_adapter_which_then_trains(tmp_path):
     assert train_steps(fresh) == train_steps(peft_model)
 
 
+def rewrite(folder, change):
+    file = folder / "adapter_model.safetensors"
+    kept = {key: change(key, value) for key, value in load_file(file).items()}
+    save_file({k: v.contiguous() for k, v in kept.items() if v is not None}, file)
+
+
+def without_a_layer(key, value):
+    return None if "layers.1.self_attn" in key else value
+
+
+def narrowed(key, value):
+    return value[:, :-1] if "lora_A" in key else value
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (without_a_layer, DataError, r"lack 4 layers .*layers\.1\.self_attn\.q_proj, …\); restore"),
+        (narrowed, RuntimeError, "size mismatch"),
+    ],
+)
+def test_weights_that_do_not_fit_leave_the_model_as_it_was(change, error, message, tmp_path):
+    trained().save_pretrained(tmp_path)
+    rewrite(tmp_path, change)
+    live = trained(config=lora_ga(r=2))
+    before, output = {n: p.requires_grad for n, p in live.named_parameters()}, logits(live)
+    with pytest.raises(error, match=message):
+        load_for_training(live, tmp_path, "loaded")
+    assert list(live.peft_config) == live.active_adapters == ["default"]
+    assert {n: p.requires_grad for n, p in live.named_parameters()} == before
+    assert torch.equal(logits(live), output)
+    bare = pico_llama()
+    with pytest.raises(error, match=message):
+        load_for_training(bare, tmp_path)
+    assert not any("lora" in name for name, _ in bare.named_modules())
+
+
 def test_file_lacking_a_layer_leaves_that_layer_waiting(tmp_path):
     trained().save_pretrained(tmp_path)
-    file = tmp_path / "adapter_model.safetensors"
-    save_file({k: v for k, v in load_file(file).items() if "layers.1.self_attn" not in k}, file)
+    rewrite(tmp_path, without_a_layer)
     fresh = adapted(pico_llama(), lora_ga(calibration="deferred"))
     fresh.load_adapter(tmp_path, "default", is_trainable=True)
     with pytest.raises(RuntimeError, match="has no start yet"):
