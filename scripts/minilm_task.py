@@ -69,6 +69,8 @@ def docstrings(module_name: str) -> list[str]:
         for member in vars(importlib.import_module(name)).values():
             own = [member, *vars(member).values()] if inspect.isclass(member) else [member]
             for thing in own:
+                if inspect.ismodule(thing):  # which are there depends on what was imported before
+                    continue
                 doc = getattr(thing, "__doc__", None)
                 text = inspect.cleandoc(doc) if isinstance(doc, str) else ""
                 home = getattr(thing, "__module__", None) or name
