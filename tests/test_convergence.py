@@ -85,3 +85,66 @@ def test_steps_to_a_loss_are_interpolated(aim, steps):
 
 def test_steps_to_a_loss_counts_the_first_time():
     assert steps_to([[0, 4.0], [10, 2.0], [20, 3.0], [30, 1.0]], 2.5) == 7.5
+
+
+TINY = {
+    "task": "digits",
+    "pretraining": {
+        "model": {
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 8,
+            "patch_size": 4,
+            "num_channels": 1,
+            "num_labels": 10,
+        },
+        "steps": 30,
+        "batch_size": 32,
+        "learning_rate": 1e-2,
+    },
+    "training": {"steps": 10, "batch_size": 16, "warmup_steps": 1, "evaluations": 5},
+    "adapter": {"r": 2, "lora_alpha": 4},
+    "n_calibration": 32,
+    "n_test": 60,
+}
+
+
+def bench(command, folder):
+    """Run the script on the tiny task with plain LoRA and LoRA-GA."""
+    options = ["--tasks", "tiny.yaml", "--methods", "lora", "lora_ga", "--jobs", "2"]
+    script = SCRIPTS / "bench_convergence.py"
+    done = subprocess.run(
+        [sys.executable, str(script), command, *options],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_study_goes_on_where_it_was_and_reports_itself(tmp_path):
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+    assert "is not over" in bench("report", tmp_path)
+    printed = bench("run", tmp_path)
+    assert "digits lora_ga lr" in printed
+    results = sorted(tmp_path.glob("out/convergence/results/digits/*/*/lr*.json"))
+    assert {"lora", "lora_ga"} == {p.parent.name for p in results}
+    seeds = {(r["seed"], r["steps"]) for r in (json.loads(p.read_text()) for p in results)}
+    assert seeds == {(s, n) for s in (0, 1, 2) for n in (4, 6, 8, 10)}
+    results[0].unlink()
+    again = bench("run", tmp_path)
+    assert again.count("digits lora") == 1  # what was lost, and nothing else
+    assert results[0].exists()
+    bench("costs", tmp_path)
+    report = bench("report", tmp_path)
+    rows = [line for line in report.splitlines() if line.startswith("| ")]
+    assert [r.split(" | ")[0] for r in rows] == ["|", "| LoRA", "| **LoRA-GA**"]
+    assert all(row.count(" | ") == 10 for row in rows)
+    for name in ("digits_rates.png", "digits_curves.png"):
+        assert (tmp_path / "out/convergence" / name).read_bytes().startswith(b"\x89PNG")
