@@ -6,7 +6,9 @@ Prints as JSON the relative errors of PEFT's and Transformers' way to load, ever
 logged as a warning, and the keys of the config that was downloaded. Warnings end the process.
 """
 
-import tests.hub.blocked  # isort: split
+import tests.hub.blocked  # noqa: F401 before all others
+
+# isort: split
 
 import json
 import logging

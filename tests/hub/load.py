@@ -3,7 +3,9 @@
 python load.py <directory with want.pt and ids.pt>
 """
 
-import tests.hub.blocked  # isort: split
+import tests.hub.blocked  # noqa: F401 before all others
+
+# isort: split
 
 import sys
 from pathlib import Path
