@@ -5,7 +5,7 @@
     python scripts/bench_convergence.py report    # table and pictures from what there is
 
 Results are kept in `out/convergence/results`, one JSON a run, apart for different settings
-(`configs/convergence/`). `--tasks` and `--methods` choose among them; a task may be the path of a file
+(`scripts/convergence/configs/`). `--tasks` and `--methods` choose among them; a task may be the path of a file
 with settings of your own.
 """
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .layouts import plain_name
 from .offloading import check_loaded
-from .storage import parameter_hash
+from .storage import is_hqq, parameter_hash
 
 
 def model_fingerprint(model: nn.Module, skip: tuple[str, ...]) -> dict[str, str]:
@@ -41,7 +41,8 @@ def weight_hash(module: nn.Module) -> str:
     Returns:
         16 hexadecimal digits.
     """
-    name = "weight" if hasattr(module, "weight") else "W_q"  # HQQ's layers have no `weight`
+    # HQQ's layers have no `weight`, or an empty one that older Transformers give them.
+    name = "W_q" if is_hqq(module) else "weight"
     stored = stored_weight(module) if name == "weight" else getattr(module, name)
     return parameter_hash(module, name, stored)
 

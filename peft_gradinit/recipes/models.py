@@ -148,7 +148,7 @@ def load_processor(section: ModelSection) -> Any:
         A tokenizer with a padding token, or an image processor.
 
     Raises:
-        ConfigError: if there is none.
+        ConfigError: if there is none, or a tokenizer that knows no words.
     """
     if section.name == embedded.PICO_LLAMA and section.tokenizer is None:
         return embedded.pico_tokenizer()
@@ -158,9 +158,26 @@ def load_processor(section: ModelSection) -> Any:
         processor = auto.from_pretrained(_location(name), revision=section.revision)
     except _FAILURES as error:
         raise ConfigError(_unloadable("tokenizer or image processor of", name, error)) from error
-    if auto is AutoTokenizer and processor.pad_token is None:
-        processor.pad_token = processor.eos_token
+    if auto is AutoTokenizer:
+        _check_vocabulary(name, processor)
+        if processor.pad_token is None:
+            processor.pad_token = processor.eos_token
     return processor
+
+
+def _check_vocabulary(name: str, tokenizer: Any) -> None:
+    """Refuse the empty tokenizer that some versions of Transformers make where there are no files.
+
+    Args:
+        name: of the model or the tokenizer, for the error.
+        tokenizer: what was loaded.
+
+    Raises:
+        ConfigError: if it has special tokens only.
+    """
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        reason = f"{type(tokenizer).__name__} knows special tokens only."
+        raise ConfigError(_unloadable("tokenizer or image processor of", name, ValueError(reason)))
 
 
 def _head(task: Task, section: ModelSection, labels: list[str] | None) -> dict[str, Any]:

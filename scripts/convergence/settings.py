@@ -1,4 +1,4 @@
-"""What a task's file in `configs/convergence/` says."""
+"""What a task's file in `configs/` beside this one says."""
 
 import hashlib
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
-FOLDER = Path(__file__).parents[2] / "configs" / "convergence"
+FOLDER = Path(__file__).parent / "configs"
 
 
 class Section(BaseModel):

@@ -12,11 +12,12 @@ import torch
 from huggingface_hub import ModelCard
 
 from tests.exports import EXACT
+from tests.hub import processes
 from tests.hub.server import TOKEN, Hub
 
 pytestmark = pytest.mark.slow
 
-HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
+HERE = Path(__file__).parent
 METHODS = ("lora_ga", "lora_one", "eva", "svfit")
 TITLES = {"lora_ga": "LoRA-GA", "lora_one": "LoRA-One", "eva": "EVA", "svfit": "SVFit"}
 LOADED = (
@@ -32,23 +33,8 @@ LOADED = (
 )
 
 
-def run(script, directory, hub, name):
-    """A script with a Hugging Face home of its own."""
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {
-        **os.environ,
-        "HF_ENDPOINT": hub.endpoint,
-        "HF_HOME": str(directory / name),
-        "HF_TOKEN": TOKEN,
-        "HF_HUB_OFFLINE": "0",
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "PYTHONPATH": os.pathsep.join(paths),
-    }
-    command = [sys.executable, str(HERE / script), str(directory)]
-    done = subprocess.run(
-        command, env=environment, cwd=directory, capture_output=True, text=True, check=False
-    )
+def run(script, directory, hub, home):
+    done = processes.run([HERE / script, directory], directory, hub, home)
     assert done.returncode == 0, done.stderr
 
 

@@ -148,8 +148,10 @@ def test_fingerprints_tell_quantised_weights_apart(quantized):
 
 
 @every_backend
-def test_a_hash_is_of_the_codes_and_the_scales(backend, quantized):
+def test_a_hash_is_of_the_codes_and_the_scales(backend, quantized, monkeypatch):
     layer = quantized().model.layers[0].mlp.up_proj
+    if backend == "hqq":  # older Transformers give HQQ's layers an empty weight
+        monkeypatch.setattr(type(layer), "weight", torch.empty(0), raising=False)
     before = weight_hash(layer)
     if backend == "hqq":
         scales = layer.meta["scale"]

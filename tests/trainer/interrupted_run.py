@@ -4,8 +4,10 @@ Prints the losses that it logged, as JSON, if it comes to its end.
 """
 
 import argparse
+import ctypes
 import json
 import os
+import resource
 import signal
 import sys
 
@@ -58,12 +60,41 @@ class KillAfter(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def kill_at_file(part):
-    """End the process when it is about to write a file whose path has this part."""
+def kill_beyond(n_bytes):
+    """End the process within the write that makes a file longer than this; the file is left so.
+
+    The kernel writes up to the limit, then sends SIGXFSZ. Libraries write from C++ and Rust, so the
+    handler is one for C: the write never returns.
+    """
+    ctypes.CDLL(None).signal(signal.SIGXFSZ, _KILL)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, n_bytes))
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_int)
+def _KILL(_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class KillInCheckpoint(TrainerCallback):
+    """Ends the process within the checkpoint of a step, in the first file of more than `n_bytes`."""
+
+    def __init__(self, step, n_bytes):
+        self.step, self.n_bytes = step, n_bytes
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            kill_beyond(self.n_bytes)
+
+
+N_BYTES = 50
+
+
+def kill_in_file(part):
+    """End the process when it has written `N_BYTES` of a file whose path has this part."""
 
     def hook(event, arguments):
         if event == "open" and part in str(arguments[0]) and "w" in str(arguments[1]):
-            os.kill(os.getpid(), signal.SIGKILL)
+            kill_beyond(N_BYTES)
 
     sys.addaudithook(hook)
 
@@ -73,14 +104,14 @@ def main():
     parser.add_argument("method", choices=METHODS)
     parser.add_argument("directory")
     parser.add_argument("--kill-after", type=int)
-    parser.add_argument("--kill-at-file")
+    parser.add_argument("--kill-in-file")
     parser.add_argument("--resume", action="store_true")
     options = parser.parse_args()
     trainer = make_trainer(options.method, options.directory)
     if options.kill_after:
         trainer.add_callback(KillAfter(options.kill_after))
-    if options.kill_at_file:
-        kill_at_file(options.kill_at_file)
+    if options.kill_in_file:
+        kill_in_file(options.kill_in_file)
     trainer.train(resume_from_checkpoint=options.resume)
     sys.stdout.write(json.dumps(losses_of(trainer)) + "\n")
 
