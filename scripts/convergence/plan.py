@@ -18,8 +18,8 @@ Losses = Mapping[float, float]
 
 
 def rate(first: float, half_steps: int) -> float:
-    """A rate of the grid, which is the same whatever way it was reached."""
-    return float(f"{first * RATIO ** (half_steps / 2):.3g}")
+    """A rate of the grid (1, 1.8, 3.2 and 5.6 times powers of ten), the same whatever way it is reached."""
+    return float(f"{first * RATIO ** (half_steps / 2):.2g}")
 
 
 def next_rates(first: float, losses: Losses) -> list[float]:

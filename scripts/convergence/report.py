@@ -14,9 +14,8 @@ import matplotlib.pyplot as plt
 
 from .methods import METHODS
 from .plan import SEEDS, best_rate, next_rates, steps_to, usable_range
-from .study import Study, final_loss
+from .study import BASELINE, Study, final_loss
 
-BASELINE = "lora"
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 """Quantiles of Student's t for a 95 % interval of the mean, by the number of runs."""
 COLUMNS = {

@@ -19,8 +19,10 @@ from .settings import Settings, load_settings
 from .tasks import TASKS, Task
 from .training import Key, run
 
+BASELINE = "lora"
 HORIZONS = (0.4, 0.6, 0.8)
-"""Shorter runs, of a schedule of their own: what a user would do who is in a hurry."""
+"""Shorter runs of our types and of the baseline, with a schedule of their own: what a user would do
+who is in a hurry."""
 
 
 class Study:
@@ -74,7 +76,8 @@ class Study:
         if rates:
             return [Key(self.settings.task, method, lr, SEEDS[0], self.steps) for lr in rates]
         lr = best_rate(losses)
-        lengths = [self.steps, *(round(self.steps * h) for h in HORIZONS)]
+        horizons = HORIZONS if METHODS[method].ours or method == BASELINE else ()
+        lengths = [self.steps, *(round(self.steps * h) for h in horizons)]
         keys = [Key(self.settings.task, method, lr, s, n) for n in lengths for s in SEEDS]
         return [key for key in keys if not self.path_of(key).exists()]
 
