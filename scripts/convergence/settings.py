@@ -57,6 +57,7 @@ class Settings(Section):
     Attributes:
         adapter: `r` and `lora_alpha` of all low-rank methods; the scaling is rsLoRA's, but LoRA's own.
         n_calibration: sequences or images that starts are computed from, of the training data.
+        search_seeds: how many seeds the search for the learning rate averages over.
     """
 
     task: Literal["docstrings", "topics", "digits"]
@@ -65,6 +66,7 @@ class Settings(Section):
     adapter: dict[str, int] = Field(default_factory=lambda: {"r": 8, "lora_alpha": 16})
     n_calibration: int
     n_test: int
+    search_seeds: int = 1
 
 
 def load_settings(name: str) -> Settings:

@@ -63,18 +63,24 @@ class Study:
         return [json.loads(path.read_text(encoding="utf-8")) for path in files]
 
     def search(self, method: str) -> dict[float, float]:
-        """Final loss by learning rate, of the first seed and full length."""
-        chosen = [
-            r for r in self.runs(method) if r["seed"] == SEEDS[0] and r["steps"] == self.steps
-        ]
-        return {r["lr"]: final_loss(r) for r in chosen}
+        """Mean final loss by learning rate, of whole runs with the seeds of the search."""
+        seeds = SEEDS[: self.settings.search_seeds]
+        losses: dict[float, list[float]] = {}
+        for result in self.runs(method):
+            if result["seed"] in seeds and result["steps"] == self.steps:
+                losses.setdefault(result["lr"], []).append(final_loss(result))
+        return {lr: sum(of) / len(of) for lr, of in losses.items() if len(of) == len(seeds)}
 
     def pending(self, method: str) -> list[Key]:
         """Runs that a method needs next: the search first, then seeds and shorter runs."""
         losses = self.search(method)
         rates = next_rates(METHODS[method].first_rate, losses)
         if rates:
-            return [Key(self.settings.task, method, lr, SEEDS[0], self.steps) for lr in rates]
+            seeds = SEEDS[: self.settings.search_seeds]
+            keys = [
+                Key(self.settings.task, method, lr, s, self.steps) for lr in rates for s in seeds
+            ]
+            return [key for key in keys if not self.path_of(key).exists()]
         lr = best_rate(losses)
         horizons = HORIZONS if METHODS[method].ours or method == BASELINE else ()
         lengths = [self.steps, *(round(self.steps * h) for h in horizons)]

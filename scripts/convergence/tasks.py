@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from minilm_task import load_model, load_task
 from sklearn.datasets import load_digits
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -40,6 +40,7 @@ class Task:
         train: rows to train on, `labels` among them.
         test: rows to test on.
         source: rows of the pretraining distribution that the model has not seen, if known.
+        source_head: the classifier of the pretraining, if the task has another.
         settings: the task's file.
         adapter: `target_modules`, `task_type` and `modules_to_save` for PEFT.
     """
@@ -51,6 +52,7 @@ class Task:
     source: Rows | None
     settings: Settings
     adapter: dict[str, object] = field(default_factory=dict)
+    source_head: nn.Module | None = None
 
 
 def docstrings(settings: Settings) -> Task:
@@ -108,12 +110,20 @@ def digits(settings: Settings) -> Task:
         lambda options: ViTForImageClassification(ViTConfig(**options)),
         draw,
     )
+
+    def load() -> ViTForImageClassification:
+        model = ViTForImageClassification.from_pretrained(folder)
+        torch.manual_seed(0)
+        model.classifier.reset_parameters()  # the old one is sure that no digit is even
+        return model
+
     return Task(
         title="ViT (0.2 M) of odd digits: even digits",
-        load_model=lambda: ViTForImageClassification.from_pretrained(folder),
+        load_model=load,
         train=train,
         test=test,
         source=odd_test,
+        source_head=ViTForImageClassification.from_pretrained(folder).classifier,
         settings=settings,
         adapter={
             "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"],

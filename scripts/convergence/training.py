@@ -51,7 +51,7 @@ def run(key: Key, task: Task, method: Method | None = None) -> dict:
     training = task.settings.training
     torch.manual_seed(key.seed)
     model = task.load_model()
-    before = None if task.source is None else evaluate(model, task.source)[0]
+    before = source_loss(model, task)
     order = sample_order(size(task.train), training.batch_size * key.steps, key.seed)
     batches = calibration_batches(task, key.seed)
     started = time.perf_counter()
@@ -59,13 +59,12 @@ def run(key: Key, task: Task, method: Method | None = None) -> dict:
     start_seconds = time.perf_counter() - started
     optimizer = method.optimizer(model, key.lr, training.head_learning_rate)
     curve, losses = train(model, optimizer, task, order.view(key.steps, -1))
-    source = None if task.source is None else evaluate(model, task.source)[0]
     n_calibrated = task.settings.n_calibration if method.reads_data else 0
     return {
         **asdict(key),
         "curve": curve,
         "train_losses": losses,
-        "source_loss": [before, source],
+        "source_loss": [before, source_loss(model, task)],
         "start_seconds": start_seconds,
         "start_steps": n_calibrated / training.batch_size,
         "n_trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
@@ -112,6 +111,21 @@ def train(model: nn.Module, optimizer, task: Task, order: torch.Tensor):
             curve.append([step, *evaluate(model, task.test)])
             model.train()
     return curve, losses
+
+
+def source_loss(model: nn.Module, task: Task) -> float | None:
+    """Loss on the pretraining distribution, with the classifier of the pretraining, if it is known."""
+    if task.source is None:
+        return None
+    if task.source_head is None:
+        return evaluate(model, task.source)[0]
+    head = task.source_head
+    classifier = next(m for n, m in model.named_modules() if n.endswith("classifier"))
+    hook = classifier.register_forward_hook(lambda _, inputs, output: head(inputs[0]))
+    try:
+        return evaluate(model, task.source)[0]
+    finally:
+        hook.remove()
 
 
 @torch.no_grad()
