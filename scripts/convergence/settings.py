@@ -56,16 +56,19 @@ class Settings(Section):
 
     Attributes:
         adapter: `r` and `lora_alpha` of all low-rank methods; the scaling is rsLoRA's, but LoRA's own.
+        recipe: with `task: recipe`, a file of `configs/`, whose model and data are taken.
+        n_test: held-out rows; a recipe says itself what is held out.
         n_calibration: sequences or images that starts are computed from, of the training data.
         search_seeds: how many seeds the search for the learning rate averages over.
     """
 
-    task: Literal["docstrings", "topics", "digits"]
+    task: Literal["docstrings", "topics", "digits", "recipe"]
+    recipe: Path | None = None
     pretraining: Pretraining = Pretraining()
     training: Training
     adapter: dict[str, int] = Field(default_factory=lambda: {"r": 8, "lora_alpha": 16})
     n_calibration: int
-    n_test: int
+    n_test: int = 0
     search_seeds: int = 1
 
 

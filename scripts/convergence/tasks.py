@@ -1,4 +1,4 @@
-"""Three tasks with a pretrained model and real data, nothing downloaded.
+"""Three tasks with a pretrained model and real data, nothing downloaded; and those of recipes.
 
 A task is a model, rows to train and test on, and rows of what the model was pretrained on, to see
 what it forgets.
@@ -21,6 +21,17 @@ from transformers import (
     ViTConfig,
     ViTForImageClassification,
 )
+
+from peft_gradinit.recipes import (
+    encode,
+    labels_of,
+    load_processor,
+    load_recipe,
+    load_rows,
+    task_of,
+)
+from peft_gradinit.recipes import load_model as load_model_of
+from peft_gradinit.recipes.collation import collator
 
 from .pretraining import Rows, pretrained
 from .settings import Settings
@@ -132,7 +143,35 @@ def digits(settings: Settings) -> Task:
     )
 
 
+def of_recipe(settings: Settings) -> Task:
+    """The model and the data of a recipe, which may be on a hub."""
+    if settings.recipe is None:
+        raise SystemExit("'task: recipe' needs 'recipe: FILE', one of configs/ or of your own")
+    recipe = load_recipe(settings.recipe)
+    kind, processor = task_of(recipe.model), load_processor(recipe.model)
+    rows, held_out = load_rows(recipe.data), load_rows(recipe.data, evaluation=True)
+    labels = labels_of(rows, recipe.data)
+
+    def as_one_batch(rows) -> Rows:
+        return collator(processor)(list(encode(rows, recipe.data, kind, processor)))
+
+    def load() -> PreTrainedModel:
+        torch.manual_seed(0)
+        return load_model_of(recipe.model, labels)
+
+    return Task(
+        title=recipe.title,
+        load_model=load,
+        train=as_one_batch(rows),
+        test=as_one_batch(held_out),
+        source=None,
+        settings=settings,
+        adapter={"target_modules": recipe.method.target_modules, "task_type": kind},
+    )
+
+
 TASKS: dict[str, Callable[[Settings], Task]] = {
+    "recipe": of_recipe,
     "docstrings": docstrings,
     "topics": topics,
     "digits": digits,
@@ -147,11 +186,13 @@ def size(rows: Rows) -> int:
 def select(rows: Rows, indices: Tensor) -> Rows:
     """A batch; columns that are all padding are cut off."""
     batch = _rows(rows, indices)
-    if "attention_mask" in batch:
-        longest = int(batch["attention_mask"].sum(1).max())
-        for name in PADDING:
-            batch[name] = batch[name][:, :longest]
-    return batch
+    if "attention_mask" not in batch:
+        return batch
+    padded = batch["attention_mask"].shape
+    longest = int(batch["attention_mask"].sum(1).max())
+    return {
+        n: column[:, :longest] if column.shape == padded else column for n, column in batch.items()
+    }
 
 
 def _rows(rows: Rows, indices: Tensor) -> Rows:

@@ -14,6 +14,8 @@ from .tasks import Task, select, size
 
 CALIBRATION_BATCH = 16
 EVALUATION_BATCH = 64
+IGNORED = -100
+"""Label of tokens that carry no loss."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,8 @@ def evaluate(model: nn.Module, rows: Rows) -> tuple[float, float]:
         logits, labels = output.logits, batch["labels"]
         if labels.ndim == 2:
             logits, labels = logits[:, :-1], labels[:, 1:]
-        right += int((logits.argmax(-1) == labels).sum())
-        loss += output.loss.item() * labels.numel()
-        n += labels.numel()
+        counted = labels != IGNORED
+        right += int(((logits.argmax(-1) == labels) & counted).sum())
+        loss += output.loss.item() * int(counted.sum())
+        n += int(counted.sum())
     return loss / n, right / n
