@@ -7,7 +7,6 @@ import math
 from collections.abc import Mapping
 from itertools import pairwise
 
-RATIO = 10**0.5
 TOLERANCE = 0.02
 """Rates whose loss is within 2 % of the best are the usable range."""
 MAX_STEPS_FROM_FIRST = 4
@@ -17,9 +16,12 @@ Losses = Mapping[float, float]
 """Final test loss by learning rate; infinite where a run diverged."""
 
 
-def rate(first: float, half_steps: int) -> float:
-    """A rate of the grid (1, 1.8, 3.2 and 5.6 times powers of ten), the same whatever way it is reached."""
-    return float(f"{first * RATIO ** (half_steps / 2):.2g}")
+def rate(first: float, quarters: int) -> float:
+    """A rate of the grid, some quarters of a decade from the first.
+
+    The grid is 1, 1.8, 3.2 and 5.6 times powers of ten, so a rate is the same whatever way led to it.
+    """
+    return float(f"{10 ** ((round(4 * math.log10(first)) + quarters) / 4):.2g}")
 
 
 def next_rates(first: float, losses: Losses) -> list[float]:
@@ -50,8 +52,8 @@ def next_rates(first: float, losses: Losses) -> list[float]:
     if wider:
         return wider
     best = min(tried, key=lambda k: losses[rate(first, 2 * k)])
-    between = [2 * best + half for half in (-1, 1) if best + half in tried]
-    return [lr for lr in (rate(first, half) for half in between) if lr not in losses]
+    between = [2 * best + side for side in (-1, 1) if best + side in tried]
+    return [lr for lr in (rate(first, quarters) for quarters in between) if lr not in losses]
 
 
 def best_rate(losses: Losses) -> float:
