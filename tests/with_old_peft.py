@@ -1,6 +1,6 @@
 """Load adapters with an old PEFT: python with_old_peft.py FOLDER ADAPTER…
 
-Knows nothing of this package or of its tests. FOLDER holds the base as `config.json` and
+Knows nothing of this package. FOLDER holds the base as `config.json` and
 `base.safetensors`, and `ids`. Prints as JSON the version of PEFT and everything that was logged as a
 warning; leaves the logits in every adapter's folder. Python warnings end the process.
 """
@@ -14,28 +14,17 @@ for newer in ("bitsandbytes", "hqq", "optimum", "torchao"):  # an old PEFT would
 # isort: split
 
 import json
-import logging
 import warnings
 from pathlib import Path
 
 import peft
 import torch
+from logged import Collector
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 FOLDER, ADAPTERS = Path(sys.argv[1]), sys.argv[2:]
-
-
-class Collector(logging.Handler):
-    """Keeps what libraries log as warnings."""
-
-    def __init__(self):
-        super().__init__(logging.WARNING)
-        self.messages = []
-
-    def emit(self, record):
-        self.messages.append(f"{record.name}: {record.getMessage()}")
 
 
 def base():
@@ -47,9 +36,7 @@ def base():
 
 def main():
     assert not any(name.startswith("peft_gradinit") for name in sys.modules)
-    collector = Collector()
-    for library in ("transformers", "peft"):  # and not what else lies in this environment
-        logging.getLogger(library).addHandler(collector)
+    collector = Collector("transformers", "peft")
     for folder in ADAPTERS:
         model = base()
         with warnings.catch_warnings():

@@ -1,6 +1,5 @@
 """What a start and a step cost: each method in a process of its own, nothing beside it."""
 
-import json
 import multiprocessing
 import resource
 import statistics
@@ -9,6 +8,8 @@ from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 
 import torch
+
+from peft_gradinit.files import write_json
 
 from .methods import METHODS
 from .study import Study, load_task, prepare_process
@@ -30,7 +31,7 @@ def measure_costs(studies: list[Study], methods: Iterable[str]) -> None:
                 found[method] = pool.submit(_measure, study.task, method).result()
             print(f"{study.settings.task} {method}: {found[method]}", flush=True)
         study.folder.mkdir(parents=True, exist_ok=True)
-        (study.folder / "costs.json").write_text(json.dumps(found), encoding="utf-8")
+        write_json(study.folder / "costs.json", found)
 
 
 def _measure(task_name: str, name: str) -> dict[str, float]:

@@ -18,18 +18,18 @@ from .study import BASELINE, Study, final_loss
 
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 """Quantiles of Student's t for a 95 % interval of the mean, by the number of runs."""
-COLUMNS = {
-    "best rate": "learning rate",
-    "usable": "rates within 2 %",
-    "loss": "test loss",
-    "accuracy": "accuracy",
-    "reach": "steps to LoRA's loss",
-    "shorter": "shortest run that ends there",
-    "seconds": "seconds to LoRA's loss",
-    "forgetting": "loss on old data",
-    "step": "step",
-    "memory": "memory",
-}
+COLUMNS = (
+    "learning rate",
+    "rates within 2 %",
+    "test loss",
+    "accuracy",
+    "steps to LoRA's loss",
+    "shortest run that ends there",
+    "seconds to LoRA's loss",
+    "loss on old data",
+    "step",
+    "memory",
+)
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Summary:
             never.
         shorter: `{steps of the run: mean final loss}`, calibration included in the steps.
         forgetting: growth of the loss on the pretraining distribution, of every seed.
-        start_seconds: of every seed.
+        start_steps: what the calibration counts.
     """
 
     lr: float
@@ -55,7 +55,7 @@ class Summary:
     reach: list[float]
     shorter: dict[float, float]
     forgetting: list[float]
-    start_seconds: list[float]
+    start_steps: float
 
 
 def summarise(study: Study, method: str, aim: float | None) -> Summary | None:
@@ -90,7 +90,7 @@ def summarise(study: Study, method: str, aim: float | None) -> Summary | None:
         forgetting=[
             r["source_loss"][1] - r["source_loss"][0] for r in whole if r["source_loss"][0]
         ],
-        start_seconds=[r["start_seconds"] for r in whole],
+        start_steps=whole[0]["start_steps"],
     )
 
 
@@ -121,7 +121,7 @@ def interval(values: list[float], digits: int = 3) -> str:
 def table(study: Study, found: dict[str, Summary]) -> str:
     """One task as a Markdown table."""
     costs = _costs(study)
-    head = "| | " + " | ".join(COLUMNS.values()) + " |"
+    head = "| | " + " | ".join(COLUMNS) + " |"
     rows = [head, "|---" * (len(COLUMNS) + 1) + "|"]
     for method, summary in found.items():
         name = METHODS[method].title
@@ -140,7 +140,7 @@ def _cells(
     if cost and of_lora:
         step = f"{cost['step_seconds'] / of_lora['step_seconds']:.2f}"
         memory = f"{cost['training_mib'] / of_lora['training_mib']:.2f}"
-        n_trained = reach - (reach and _start_steps(study, method))
+        n_trained = reach - summary.start_steps
         if math.isfinite(reach):
             seconds = f"{cost['start_seconds'] + n_trained * cost['step_seconds']:.1f}"
     aim = statistics.mean(baseline.losses)
@@ -181,17 +181,13 @@ def _share(steps: float, whole: int) -> str:
     return f"{steps:.0f} ({steps / whole:.0%})" if math.isfinite(steps) else "-"
 
 
-def _start_steps(study: Study, method: str) -> float:
-    return next(r["start_steps"] for r in study.runs(method))
-
-
 def _costs(study: Study) -> dict:
     path = study.folder / "costs.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def write_report(studies: list[Study], methods: Iterable[str], folder: Path) -> str:
-    """Write `report.md`, `results.json` and two pictures a task; return the Markdown."""
+    """Write `report.md` and two pictures a task; return the Markdown."""
     parts = []
     methods = list(methods)
     for study in studies:
@@ -215,13 +211,14 @@ def write_report(studies: list[Study], methods: Iterable[str], folder: Path) -> 
 def draw_rates(study: Study, found: dict[str, Summary], path: Path) -> None:
     """Final loss against the learning rate: how much a method depends on it."""
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    best = min(statistics.mean(s.losses) for s in found.values())
-    worst = max(statistics.mean(s.losses) for s in found.values())
+    losses = [loss for m in found for loss in study.search(m).values() if math.isfinite(loss)]
     for method in found:
         points = sorted((lr, loss) for lr, loss in study.search(method).items())
         axes.plot(*zip(*points, strict=True), **_style(method))
     axes.set(xscale="log", xlabel="learning rate", ylabel="test loss after the last step")
-    axes.set_ylim(best - 0.1 * (worst - best), worst + 0.6 * (worst - best))
+    best = min(losses)
+    top = min(max(losses), 1.5 * best)  # rates that are far too low or high would hide the others
+    axes.set_ylim(best - 0.05 * (top - best), top)
     axes.legend(fontsize=7, ncols=2)
     axes.grid(alpha=0.3, which="both", lw=0.4)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -259,12 +256,12 @@ def draw_curves(study: Study, found: dict[str, Summary], path: Path) -> None:
 
 def _style(method: str) -> dict:
     """Ours are thick and solid, the others thin and dashed; one colour a method everywhere."""
-    colours = plt.get_cmap("tab20").colors
-    index = list(METHODS).index(method)
     ours = METHODS[method].ours
+    alike = [m for m in METHODS if METHODS[m].ours == ours]
+    colours = plt.get_cmap("tab10" if ours else "tab20b").colors
     return {
         "label": METHODS[method].title,
-        "color": colours[index % len(colours)],
+        "color": colours[alike.index(method) * (1 if ours else 2)],
         "lw": 2.0 if ours else 1.1,
         "ls": "-" if ours else "--",
         "marker": "o",

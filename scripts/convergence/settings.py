@@ -15,6 +15,11 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    @property
+    def key(self) -> str:
+        """Tells settings apart."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:12]
+
 
 class Pretraining(Section):
     """How the model came to be that is fine-tuned, if it is made here.
@@ -29,11 +34,6 @@ class Pretraining(Section):
     learning_rate: float = 1e-3
     warmup_steps: int = 0
     seed: int = 0
-
-    @property
-    def key(self) -> str:
-        """Tells recipes apart."""
-        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:12]
 
 
 class Training(Section):
@@ -55,7 +55,8 @@ class Settings(Section):
     """One task.
 
     Attributes:
-        adapter: `r` and `lora_alpha` of all low-rank methods; the scaling is rsLoRA's, but LoRA's own.
+        adapter: `r` and `lora_alpha` of all low-rank methods; scaled as rsLoRA does, save for plain
+            LoRA.
         recipe: with `task: recipe`, a file of `configs/`, whose model and data are taken.
         n_test: held-out rows; a recipe says itself what is held out.
         n_calibration: sequences or images that starts are computed from, of the training data.

@@ -1,11 +1,10 @@
 """A study: the runs that its plan asks for, on disk, made by several processes."""
 
 import functools
-import hashlib
+import itertools
 import json
 import math
 import multiprocessing
-import os
 import warnings
 from collections.abc import Iterable
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -13,9 +12,11 @@ from pathlib import Path
 
 import torch
 
+from peft_gradinit.files import write_json
+
 from .methods import METHODS
 from .plan import SEEDS, best_rate, next_rates
-from .settings import Settings, load_settings
+from .settings import load_settings
 from .tasks import TASKS, Task
 from .training import Key, run
 
@@ -36,7 +37,7 @@ class Study:
     def __init__(self, folder: Path, task: str):
         self.task = task
         self.settings = load_settings(task)
-        self.folder = folder / self.settings.task / _hash(self.settings)
+        self.folder = folder / self.settings.task / self.settings.key
         self.steps = self.settings.training.steps
 
     def path_of(self, key: Key) -> Path:
@@ -44,18 +45,11 @@ class Study:
         name = f"lr{key.lr:.3g}-seed{key.seed}-steps{key.steps}.json"
         return self.folder / key.method / name
 
-    def load(self, key: Key) -> dict | None:
-        """A finished run, or nothing."""
-        path = self.path_of(key)
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-
     def save(self, key: Key, result: dict) -> None:
         """Keep a run, whole or not at all."""
         path = self.path_of(key)
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(f".{os.getpid()}.part")
-        unfinished.write_text(json.dumps(result), encoding="utf-8")
-        unfinished.replace(path)
+        write_json(path, result)
 
     def runs(self, method: str) -> list[dict]:
         """All finished runs of a method."""
@@ -74,17 +68,16 @@ class Study:
     def pending(self, method: str) -> list[Key]:
         """Runs that a method needs next: the search first, then seeds and shorter runs."""
         losses = self.search(method)
-        rates = next_rates(METHODS[method].first_rate, losses)
+        rates, seeds = next_rates(METHODS[method].first_rate, losses), SEEDS
+        lengths = [self.steps]
         if rates:
             seeds = SEEDS[: self.settings.search_seeds]
-            keys = [
-                Key(self.settings.task, method, lr, s, self.steps) for lr in rates for s in seeds
-            ]
-            return [key for key in keys if not self.path_of(key).exists()]
-        lr = best_rate(losses)
-        horizons = HORIZONS if METHODS[method].ours or method == BASELINE else ()
-        lengths = [self.steps, *(round(self.steps * h) for h in horizons)]
-        keys = [Key(self.settings.task, method, lr, s, n) for n in lengths for s in SEEDS]
+        else:
+            rates = [best_rate(losses)]
+            if METHODS[method].ours or method == BASELINE:
+                lengths += [round(self.steps * horizon) for horizon in HORIZONS]
+        wanted = itertools.product(rates, lengths, seeds)
+        keys = [Key(self.settings.task, method, lr, seed, n) for lr, n, seed in wanted]
         return [key for key in keys if not self.path_of(key).exists()]
 
 
@@ -149,7 +142,3 @@ def load_task(name: str) -> Task:
 
 def _run(task: str, key: Key) -> dict:
     return run(key, load_task(task))
-
-
-def _hash(settings: Settings) -> str:
-    return hashlib.sha256(settings.model_dump_json().encode()).hexdigest()[:12]

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import get_cosine_schedule_with_warmup
 
-from .methods import METHODS, Method
+from .methods import METHODS
 from .pretraining import Rows
 from .tasks import Task, select, size
 
@@ -37,19 +37,18 @@ class Key:
     steps: int
 
 
-def run(key: Key, task: Task, method: Method | None = None) -> dict:
+def run(key: Key, task: Task) -> dict:
     """Fine-tune once.
 
     Args:
         key: which run.
         task: that of `key.task`.
-        method: that of `key.method`.
 
     Returns:
         The key, the curve `[step, test loss, test accuracy]`, training losses, the loss on the
         pretraining distribution before and after, costs. A run that diverged has infinite losses.
     """
-    method = method or METHODS[key.method]
+    method = METHODS[key.method]
     training = task.settings.training
     torch.manual_seed(key.seed)
     model = task.load_model()

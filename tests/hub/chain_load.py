@@ -11,7 +11,6 @@ import tests.hub.blocked  # noqa: F401 before all others
 # isort: split
 
 import json
-import logging
 import sys
 import warnings
 from pathlib import Path
@@ -21,18 +20,9 @@ from huggingface_hub import hf_hub_download
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from tests.logged import Collector
+
 BASE, NAME, WANT, IDS = sys.argv[1:]
-
-
-class Collector(logging.Handler):
-    """Keeps what libraries log as warnings, which they do not show as Python warnings."""
-
-    def __init__(self):
-        super().__init__(logging.WARNING)
-        self.messages = []
-
-    def emit(self, record):
-        self.messages.append(f"{record.name}: {record.getMessage()}")
 
 
 def by_peft():
@@ -57,9 +47,7 @@ def main():
     warnings.simplefilter("error")
     # What PEFT asks of any model, adapter or not.
     warnings.filterwarnings("ignore", ".*gradient_checkpointing.*", FutureWarning)
-    collector = Collector()
-    for library in (None, "transformers", "peft", "huggingface_hub", "accelerate", "torch"):
-        logging.getLogger(library).addHandler(collector)
+    collector = Collector(None, "transformers", "peft", "huggingface_hub", "accelerate", "torch")
     errors = [error(by_peft()), error(by_transformers())]
     config = Path(hf_hub_download(NAME, "adapter_config.json", local_files_only=True))
     result = {
