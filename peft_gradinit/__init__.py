@@ -9,7 +9,14 @@ from .errors import GradInitError
 from .export import ExportReport, export_adapter
 from .methods import EvaConfig, LoraGAConfig, LoraOneConfig, SVFitConfig
 from .trainer import CalibrationCallback
-from .tuners import InitReport, calibrate, initialize, load_for_training
+from .tuners import (
+    InitReport,
+    LearningRate,
+    calibrate,
+    initialize,
+    load_for_training,
+    suggest_learning_rate,
+)
 
 __version__ = "0.1.0"
 
@@ -21,6 +28,7 @@ __all__ = [
     "ExportReport",
     "GradInitError",
     "InitReport",
+    "LearningRate",
     "LoraGAConfig",
     "LoraOneConfig",
     "SVFitConfig",
@@ -28,4 +36,5 @@ __all__ = [
     "export_adapter",
     "initialize",
     "load_for_training",
+    "suggest_learning_rate",
 ]

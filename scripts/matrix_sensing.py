@@ -76,8 +76,8 @@ def starts(problem: Problem, seed: int) -> dict[str, tuple[Tensor, Tensor, Tenso
     A = (2 * torch.rand(RANK, DIMENSION, generator=generator).double() - 1) * bound
     none = torch.zeros_like(problem.delta)
     length = DIMENSION**0.25 / GAMMA**0.5
-    A_ga, B_ga = lora_ga_factors(triplets, direction="ArB2r", length=length)
-    A_swapped, B_swapped = lora_ga_factors(triplets, direction="A2rBr", length=length)
+    A_ga, B_ga = lora_ga_factors(triplets, direction="ArB2r", lengths=(length, length))
+    A_swapped, B_swapped = lora_ga_factors(triplets, direction="A2rBr", lengths=(length, length))
     spectral = lora_one_factors(triplets.truncate(RANK), gamma=1 / triplets.S[0].item())
     return {
         "LoRA": (A, torch.zeros(DIMENSION, RANK).double(), none),

@@ -29,6 +29,7 @@ stays what it was, `s B0 A0` is taken out of it.
 5. `out` is the layer's number of outputs, also for `Conv1D`, which stores the transpose.
 6. `2r > min(out, in)` lowers the layer's rank with a warning.
 7. `stable_gamma` is 16, the default of the authors' library; their README's commands use 64.
+8. `scale="lora"` and `rank_allocation` are not of the paper; the README shows what they gave.
 
 At initialisation the function is unchanged up to rounding; singular values of `G` are not used, so
 the scale of the loss does not matter.
@@ -50,9 +51,12 @@ from ..statistics import Fingerprint
 from ..tuners import GradInitConfig, Target, is_finite_number
 
 Direction = Literal["ArB2r", "A2rBr", "ArBr", "random"]
-Scale = Literal["stable", "gd", "unit", "weight_svd"]
+Scale = Literal["stable", "gd", "unit", "weight_svd", "lora"]
 _DIRECTIONS = ("ArB2r", "A2rBr", "ArBr", "random")
-_SCALES = ("stable", "gd", "unit", "weight_svd")
+_SCALES = ("stable", "gd", "unit", "weight_svd", "lora")
+LORA_LENGTHS = (3**-0.5, 0.1)
+"""Of rows of `A0` and columns of `B0` with `scale="lora"`: the first as PEFT draws it, uniform in
+`+-1 / sqrt(in)`; the second, about what two of Adam's steps give, turns `A` to the gradient at once."""
 
 
 @dataclass
@@ -68,7 +72,9 @@ class LoraGAConfig(GradInitConfig):
             `"ArBr"`: `A0` from even, `B0` from odd ones; `"random"`: disjoint random halves.
         scale: length of the columns. `"stable"` (default): both factors times
             `out^(1/4) / sqrt(stable_gamma)`; `"gd"`: both divided by the adapter's scaling;
-            `"unit"`: 1; `"weight_svd"`: both times the mean of `sqrt(sigma_i(W) / s)`, `i <= r`.
+            `"unit"`: 1; `"weight_svd"`: both times the mean of `sqrt(sigma_i(W) / s)`, `i <= r`;
+            `"lora"`, not of the paper: as long as plain LoRA's, rows of `A0` `1 / sqrt(3)` and columns
+            of `B0` 0.1, so that plain LoRA's learning rate fits.
         stable_gamma: the paper's gamma; larger starts smaller. 16, as in the authors' library.
 
     Raises:
@@ -128,7 +134,7 @@ class LoraGAConfig(GradInitConfig):
         return lora_ga_factors(
             triplets.truncate(2 * target.r),
             direction=self.direction,
-            length=_lengths(
+            lengths=_lengths(
                 self.scale,
                 r=target.r,
                 out_features=triplets.U.shape[0],
@@ -144,7 +150,7 @@ def lora_ga_factors(
     triplets: TruncatedSVD,
     *,
     direction: Direction = "ArB2r",
-    length: float,
+    lengths: tuple[float, float],
     generator: torch.Generator | None = None,
 ) -> tuple[Float[Tensor, "r in"], Float[Tensor, "out r"]]:
     """Compute the start from the leading `2r` triplets of the gradient.
@@ -152,7 +158,7 @@ def lora_ga_factors(
     Args:
         triplets: `2r` of them, `U (out, 2r)`, `Vh (2r, in)`.
         direction: see `LoraGAConfig`.
-        length: norm of each row of `A0` and each column of `B0`.
+        lengths: norm of each row of `A0`, and of each column of `B0`.
         generator: draws the halves for `direction="random"`; on the CPU.
 
     Returns:
@@ -169,7 +175,8 @@ def lora_ga_factors(
         raise ShapeError(f"LoRA-GA splits 2r triplets into two halves, but got {n} of them.")
     for_A, for_B = _split(n // 2, direction, generator)
     device = triplets.U.device
-    return length * triplets.Vh[for_A.to(device)], length * triplets.U[:, for_B.to(device)]
+    of_A, of_B = lengths
+    return of_A * triplets.Vh[for_A.to(device)], of_B * triplets.U[:, for_B.to(device)]
 
 
 def _split(
@@ -194,12 +201,15 @@ def _lengths(
     gamma: float,
     scaling: float,
     weight_singular_values: Tensor | None = None,
-) -> float:
-    """Length of the singular vectors in both factors."""
+) -> tuple[float, float]:
+    """Lengths of the singular vectors in `A0` and in `B0`."""
+    if scale == "lora":
+        return LORA_LENGTHS
+    length = 1.0
     if scale == "stable":
-        return out_features**0.25 / gamma**0.5
-    if scale == "gd":
-        return 1 / scaling
-    if scale == "weight_svd" and weight_singular_values is not None:
-        return (weight_singular_values[:r] / scaling).sqrt().mean().item()
-    return 1.0
+        length = out_features**0.25 / gamma**0.5
+    elif scale == "gd":
+        length = 1 / scaling
+    elif weight_singular_values is not None:
+        length = (weight_singular_values[:r] / scaling).sqrt().mean().item()
+    return length, length

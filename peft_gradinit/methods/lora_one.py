@@ -18,7 +18,7 @@ rsLoRA, `s = alpha / r^(1/2)`, as the paper reads.
 
 1. Eval mode and token weighting, as in LoRA-GA (departures 3 and 4 there).
 2. The loss after the built-in step is measured on the calibration batches. A step that raises it is
-   halved, with a warning, until it does not (`check_step`).
+   halved, with a warning, while that lowers the loss (`check_step`).
 3. The negative sign is carried by `B0`; the authors decompose `-G`. The product is the same.
 4. `Conv1D`, tied and quantised layers work, since the base weight is neither read nor written.
 

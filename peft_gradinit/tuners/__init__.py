@@ -2,6 +2,7 @@
 
 from .allocation import RankAllocation
 from .config import GradInitConfig
+from .guidance import LearningRate, suggest_learning_rate
 from .model import GradInitModel
 from .numbers import is_finite_number
 from .pending import waiting_adapters
@@ -19,6 +20,7 @@ __all__ = [
     "GradInitConfig",
     "GradInitModel",
     "InitReport",
+    "LearningRate",
     "ModuleReport",
     "RankAllocation",
     "SVFitModel",
@@ -35,5 +37,6 @@ __all__ = [
     "planned_targets",
     "read_provenance",
     "register",
+    "suggest_learning_rate",
     "waiting_adapters",
 ]

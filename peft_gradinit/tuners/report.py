@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..calibration import PassFacts
+from .guidance import LearningRate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +25,8 @@ class ModuleReport:
             triplets used, 0 to 1.
         start_norm: `|s B0 A0|_F / |W|_F`.
         fallback: why the start is not the method's, or why the rank was lowered; empty if neither.
+        learning_rate: to begin with for AdamW, from the factors' lengths; `None` for plain starts, and in
+            reports of version 0.1.
     """
 
     name: str
@@ -33,6 +36,7 @@ class ModuleReport:
     captured_energy: float | None
     start_norm: float
     fallback: str
+    learning_rate: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +95,12 @@ class InitReport:
         """The rank of every module, by full name; `json.dumps` takes it."""
         return {line.name: line.r for line in self.modules}
 
+    @property
+    def learning_rate(self) -> LearningRate | None:
+        """Where to begin, the median of the modules' rates; `None` if none is known."""
+        rates = [m.learning_rate for m in self.modules if m.learning_rate is not None]
+        return LearningRate.around(statistics.median(rates)) if rates else None
+
     def to_dict(self) -> dict[str, Any]:
         """The report as plain dicts and lists, for JSON."""
         return dataclasses.asdict(self)
@@ -107,7 +117,7 @@ class InitReport:
         )
 
     def summary(self) -> str:
-        """Two lines about the whole."""
+        """A few lines about the whole."""
         facts = self.facts
         drift = "not measured" if self.drift is None else f"{self.drift:.1e}"
         loss = "" if facts.loss is None else f", loss {facts.loss:.4f}"
@@ -118,6 +128,7 @@ class InitReport:
             f"time {facts.seconds:.2f} s, statistics {facts.state_bytes / 2**20:.1f} MiB, peak memory "
             f"+{facts.peak_bytes / 2**20:.0f} MiB, drift of the output {drift}"
             + (f"\n{self._step()}" if self.step else "")
+            + (f"\nlearning rate to begin with {self.learning_rate}" if self.learning_rate else "")
         )
 
     def _step(self) -> str:

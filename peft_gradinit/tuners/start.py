@@ -18,6 +18,7 @@ from ..calibration import (
     whole_modules,
 )
 from ..errors import CalibrationError, ConfigError, FingerprintError
+from ..linalg import rate_of_start
 from ..statistics import Fingerprint
 from .allocation import allocated, offered_rank
 from .config import GradInitConfig
@@ -255,7 +256,7 @@ def _rank_note(target: Target, config: GradInitConfig) -> str:
 
 
 def check_step(method: str, loss_before: float, loss_at: Callable[[float], float]) -> StepCheck:
-    """Halve a step until it does not raise the loss.
+    """Halve a step that raises the loss until halving no longer helps.
 
     Args:
         method: name for the warning.
@@ -267,9 +268,8 @@ def check_step(method: str, loss_before: float, loss_at: Callable[[float], float
     """
     scale, loss = 1.0, loss_at(1.0)
     full = loss
-    while not loss <= loss_before and scale > SMALLEST_STEP:
-        scale /= 2
-        loss = loss_at(scale)
+    if not full <= loss_before:
+        scale, loss = _best_halving(loss_before, full, loss_at)
     if scale < 1:
         warnings.warn(
             f"the step that {method} starts with would raise the loss on the calibration data from "
@@ -278,6 +278,20 @@ def check_step(method: str, loss_before: float, loss_at: Callable[[float], float
             stacklevel=2,
         )
     return StepCheck(loss_before, loss, scale)
+
+
+def _best_halving(
+    loss_before: float, full: float, loss_at: Callable[[float], float]
+) -> tuple[float, float]:
+    """Scale and loss of the best of the halvings, which is the last one measured."""
+    scale, loss = 1.0, full
+    while scale > SMALLEST_STEP:
+        previous, scale = loss, scale / 2
+        loss = loss_at(scale)
+        if previous <= loss_before and not loss < previous:
+            # One too far: a step that barely lowers the loss on the calibration data overfits them.
+            return 2 * scale, loss_at(2 * scale)
+    return scale, loss
 
 
 def _factors(
@@ -310,7 +324,8 @@ def _line(
     used = result.triplets[target.name].S[: config.n_triplets(target.r)]
     captured = used.double().square().sum().item()
     A0, B0 = factors
-    start = _scaling(target, config) * frobenius_of_product(B0, A0)
+    scaling = _scaling(target, config)
+    start = scaling * frobenius_of_product(B0, A0)
     norm = torch.linalg.matrix_norm(target.weight()).item()
     return ModuleReport(
         name=target.name,
@@ -320,4 +335,5 @@ def _line(
         captured_energy=min(1.0, captured / result.energy[target.name]),
         start_norm=start / norm if norm else math.inf,
         fallback=note,
+        learning_rate=rate_of_start(A0, B0, scaling) if scaling else None,
     )

@@ -102,9 +102,9 @@ def test_random_direction_uses_disjoint_halves_that_the_seed_decides():
 
 
 @pytest.mark.parametrize("use_rslora", [False, True])
-@pytest.mark.parametrize("scale", ["stable", "gd", "unit", "weight_svd"])
+@pytest.mark.parametrize("scale", ["stable", "gd", "unit", "weight_svd", "lora"])
 @pytest.mark.parametrize("make", MODELS)
-def test_both_factors_have_the_length_of_the_scale(make, scale, use_rslora):
+def test_factors_have_the_lengths_of_the_scale(make, scale, use_rslora):
     config = dense(scale=scale, use_rslora=use_rslora, stable_gamma=64)
     peft_model = adapted(make(), config)
     s = 6 / math.sqrt(R) if use_rslora else 6 / R
@@ -112,15 +112,17 @@ def test_both_factors_have_the_length_of_the_scale(make, scale, use_rslora):
         weight = make().get_submodule(name).weight
         weight = weight.T if B0.shape[0] != weight.shape[0] else weight
         sigma = torch.linalg.svdvals(weight)[:R]
-        want = {
+        want_A = want_B = {
             "stable": B0.shape[0] ** 0.25 / 8,
             "gd": 1 / s,
             "unit": 1.0,
             "weight_svd": (sigma / s).sqrt().mean().item(),
+            "lora": 3**-0.5,
         }[scale]
+        want_B = 0.1 if scale == "lora" else want_B
         # 1e-5: norms of float32 singular vectors
-        assert A0.norm(dim=1).tolist() == pytest.approx([want] * R, rel=1e-5)
-        assert B0.norm(dim=0).tolist() == pytest.approx([want] * R, rel=1e-5)
+        assert A0.norm(dim=1).tolist() == pytest.approx([want_A] * R, rel=1e-5)
+        assert B0.norm(dim=0).tolist() == pytest.approx([want_B] * R, rel=1e-5)
 
 
 def test_scaling_uses_the_patterns_of_the_layer():
@@ -218,7 +220,7 @@ def test_first_step_direction_is_the_best_rank_2r_approximation_for_equal_singul
     G = matrix_with_spectrum(30, 20, torch.ones(2 * R))
     generator = torch.Generator().manual_seed(0)
     svd = truncated_svd(G, 2 * R)
-    A0, B0 = lora_ga_factors(svd, direction=direction, length=1.7, generator=generator)
+    A0, B0 = lora_ga_factors(svd, direction=direction, lengths=(1.7, 1.7), generator=generator)
     step = B0 @ (B0.T @ G) + (G @ A0.T) @ A0
     assert relative_error(step, 1.7**2 * G) <= 1e-12  # float64
 
@@ -227,7 +229,7 @@ def test_first_step_direction_is_the_best_rank_2r_approximation_for_equal_singul
 def test_odd_or_no_triplets_are_refused(n):
     svd = TruncatedSVD(torch.zeros(5, n), torch.zeros(n), torch.zeros(n, 4))
     with pytest.raises(ShapeError, match=f"got {n} of them"):
-        lora_ga_factors(svd, length=1.0)
+        lora_ga_factors(svd, lengths=(1.0, 1.0))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """LoRA-One's own claims: the best rank-r normalised step, which lowers the loss."""
 
 import math
+import warnings
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from peft_gradinit.errors import ConfigError
 from peft_gradinit.linalg import TruncatedSVD
 from peft_gradinit.methods import lora_one_factors
 from peft_gradinit.tuners import model as model_module
+from peft_gradinit.tuners.start import check_step
 from tests.docstrings import MODULES, labelled_docstrings
 from tests.helpers import (
     autograd_gradients,
@@ -140,6 +142,25 @@ def test_a_harmful_step_is_scaled_back_with_a_warning_and_reported():
         )
         want = (2 * (B @ A).norm() / layer.base_layer.weight.norm()).item()
         assert line.start_norm == pytest.approx(want, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("best", "taken"), [(1.0, 1.0), (0.4, 0.5), (0.1, 0.125), (0.01, 2**-7), (1e-9, 2**-8)]
+)
+def test_of_the_halvings_of_a_harmful_step_the_best_is_taken(best, taken):
+    at = []
+
+    def loss_at(scale):
+        at.append(scale)
+        return 1 + (scale / best - 1) ** 2
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        step = check_step("LoRA-One", 2.0, loss_at)
+    assert step.scale == taken == at[-1]  # what was measured last is what is left in the layers
+    assert step.loss_after == loss_at(taken)
+    harmful = 1 + (1 / best - 1) ** 2 > 2
+    assert [f"scaled by {taken:g}" in str(w.message) for w in caught] == [True] * harmful
 
 
 def test_the_check_can_be_switched_off():

@@ -102,7 +102,7 @@ def test_lora_ga_starts_every_expert_from_its_own_gradient(make, use_rslora):
         parameter = name.rpartition("[")[0]
         svd = truncated_svd(as_out_in(whole[parameter], weight), 2 * R)
         length = svd.U.shape[0] ** 0.25 / 4
-        want_A, want_B = lora_ga_factors(svd, length=length)
+        want_A, want_B = lora_ga_factors(svd, lengths=(length, length))
         A, A0, B, B0 = halves(layers[parameter], weight.index)
         assert torch.equal(A, A0)
         assert torch.equal(B, B0)

@@ -17,11 +17,12 @@ def report_of(peft_model):
 
 def test_report_prints_a_summary_and_one_line_a_module():
     text = str(report_of(adapted(pico_llama(), lora_ga(target_modules=["q_proj"]))))
-    summary, timing, blank, header, *lines = text.splitlines()
+    summary, timing, rate, blank, header, *lines = text.splitlines()
     assert summary.startswith("LoRA-GA: 2 modules from 12 sequences (")
     assert "ended by end of data), loss 4." in summary
     assert timing.startswith("time ")
     assert "drift of the output " in timing
+    assert rate.startswith("learning rate to begin with ")
     assert blank == ""
     assert header.split() == ["module", "method", "r", "energy", "|sB0A0|/|W|", "note"]
     assert [line.split()[:3] for line in lines] == [

@@ -1,0 +1,112 @@
+"""Which learning rate to begin with."""
+
+import json
+import math
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from peft_gradinit import (
+    EvaConfig,
+    InitReport,
+    LearningRate,
+    LoraOneConfig,
+    SVFitConfig,
+    suggest_learning_rate,
+)
+from peft_gradinit.errors import ConfigError
+from tests.helpers import adapted, lora_ga, pico_gpt2, pico_llama, quiet, token_batches
+from tests.moe.models import qwen3_moe
+
+COMMON = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "o_proj"]}
+PLAIN = 1 / (4 * math.sqrt(48 * 8))  # width 48, alpha 8
+"""What plain LoRA is told on these layers."""
+
+
+def with_config(kind, **options):
+    calibration = (
+        {} if kind in (LoraConfig, SVFitConfig) else {"calibration": quiet(token_batches())}
+    )
+    return get_peft_model(pico_llama(), kind(**COMMON, **calibration, **options))
+
+
+@pytest.mark.parametrize("kind", [LoraConfig, LoraOneConfig])
+def test_starts_that_are_no_longer_than_plain_loras_get_its_rate(kind):
+    rate = suggest_learning_rate(with_config(kind))
+    assert rate.suggested == pytest.approx(PLAIN, rel=1e-3)
+    assert (rate.low, rate.high) == pytest.approx((PLAIN / 2, PLAIN * 2), rel=1e-3)
+
+
+def test_orthonormal_rows_get_a_rate_that_is_lower_by_their_length_squared():
+    rate = suggest_learning_rate(with_config(EvaConfig, rho=1.0)).suggested
+    assert rate == pytest.approx(PLAIN / 3, rel=1e-3)
+
+
+def test_lora_ga_gets_a_lower_rate_the_longer_it_starts():
+    rates = [
+        suggest_learning_rate(adapted(pico_llama(), lora_ga(**COMMON, **options))).suggested
+        for options in ({"stable_gamma": 4}, {"stable_gamma": 16}, {"scale": "lora"})
+    ]
+    assert rates[0] == pytest.approx(rates[1] / 4, rel=1e-5)
+    assert rates[1] < rates[2]
+    # its B of length 0.1 adds 3 % to the square of the move of plain LoRA's start
+    assert rates[2] == pytest.approx(PLAIN / (1 + 3 * 0.1**2), rel=1e-3)
+
+
+def test_svfit_gets_the_rate_of_its_numbers():
+    config = SVFitConfig(r=4, target_modules=["q_proj"])
+    rate = suggest_learning_rate(get_peft_model(pico_llama(), config)).suggested
+    assert rate == pytest.approx(2 / math.sqrt(3) / (4 * math.sqrt(2 * 4)), rel=1e-5)
+
+
+def test_the_report_says_it_and_keeps_it():
+    peft_model = adapted(pico_gpt2())
+    report = peft_model.base_model.init_report["default"]
+    rate = suggest_learning_rate(peft_model)
+    assert report.learning_rate == rate
+    assert f"learning rate to begin with {rate}" in report.summary()
+    assert str(rate) == f"{rate[0]:.1e} ({rate[0] / 2:.1e} to {2 * rate[0]:.1e})"
+    again = InitReport.from_dict(json.loads(json.dumps(report.to_dict())))
+    assert again.learning_rate == rate
+
+
+def test_reports_of_before_have_none():
+    values = adapted(pico_llama()).base_model.init_report["default"].to_dict()
+    for line in values["modules"]:
+        del line["learning_rate"]
+    report = InitReport.from_dict(values)
+    assert report.learning_rate is None
+    assert "learning rate" not in report.summary()
+
+
+def test_names_choose_the_adapter():
+    model = with_config(LoraConfig)
+    model.add_adapter("wide", LoraConfig(**{**COMMON, "lora_alpha": 32}))
+    assert suggest_learning_rate(model, "wide").suggested == pytest.approx(PLAIN / 2)
+
+
+def test_experts_count_by_their_own_rank():
+    model = qwen3_moe()
+    model.set_experts_implementation("eager")
+    config = LoraConfig(
+        r=4, lora_alpha=8, target_modules=[], target_parameters=["mlp.experts.gate_up_proj"]
+    )
+    want = 1 / (4 * math.sqrt(model.config.hidden_size * 8))
+    assert suggest_learning_rate(get_peft_model(model, config)).suggested == pytest.approx(want)
+
+
+def test_a_model_without_the_adapter_is_an_error():
+    with pytest.raises(ConfigError, match="adapter named 'other'"):
+        suggest_learning_rate(with_config(LoraConfig), "other")
+
+
+def test_nothing_of_the_model_changes():
+    model = with_config(LoraConfig)
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    suggest_learning_rate(model)
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+def test_a_rate_is_a_number_with_a_range():
+    assert LearningRate.around(1e-3) == (1e-3, 5e-4, 2e-3)
