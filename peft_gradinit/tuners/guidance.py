@@ -1,7 +1,7 @@
 """Which learning rate to begin with: read off an adapter's start, shapes and scaling."""
 
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from peft.tuners.lora import LoraLayer
@@ -30,8 +30,19 @@ class LearningRate(NamedTuple):
     high: float
 
     @classmethod
-    def around(cls, rate: float) -> "LearningRate":
-        """A rate and the range to search."""
+    def of_layers(cls, layers: Iterable[tuple[float | None, int]]) -> "LearningRate | None":
+        """One rate for all layers: the median over their ranks, since layers of high rank do most.
+
+        Args:
+            layers: rate and rank of each; layers without a rate are left out.
+
+        Returns:
+            The rate and the range to search; `None` if no layer has a rate.
+        """
+        rates = [rate for rate, r in layers if rate is not None for _ in range(r)]
+        if not rates:
+            return None
+        rate = statistics.median(rates)
         return cls(rate, rate / FACTOR, rate * FACTOR)
 
     def __str__(self) -> str:
@@ -59,21 +70,22 @@ def suggest_learning_rate(peft_model: nn.Module, adapter_name: str = "default") 
     report = getattr(tuner, "init_report", {}).get(adapter_name)
     if report is not None and report.learning_rate is not None:
         return report.learning_rate
-    rates = list(_rates_of_shapes(peft_model, adapter_name))
-    if not rates:
+    rate = LearningRate.of_layers(_rates_of_shapes(peft_model, adapter_name))
+    if rate is None:
         raise ConfigError(
             f"no layer of the model has a LoRA or SVFit adapter named {adapter_name!r} on a matrix, so "
             "there is nothing to suggest a learning rate for."
         )
-    return LearningRate.around(statistics.median(rates))
+    return rate
 
 
-def _rates_of_shapes(model: nn.Module, adapter_name: str) -> Iterator[float]:
+def _rates_of_shapes(model: nn.Module, adapter_name: str) -> Iterator[tuple[float, int]]:
     for layer in model.modules():
         if isinstance(layer, SVFitLinear) and adapter_name in layer.r:
-            yield spectral_rate(layer.out_features, layer.in_features, layer.r[adapter_name])
+            r = layer.r[adapter_name]
+            yield spectral_rate(layer.out_features, layer.in_features, r), r
         elif isinstance(layer, LoraLayer) and adapter_name in layer.lora_A:
             lora_A, scaling = layer.lora_A[adapter_name], layer.scaling[adapter_name]
             if isinstance(lora_A, nn.Linear) and scaling:
                 r = lora_A.out_features // n_experts(layer)
-                yield lora_rate(lora_A.in_features, r, scaling)
+                yield lora_rate(lora_A.in_features, r, scaling), r

@@ -97,9 +97,8 @@ class InitReport:
 
     @property
     def learning_rate(self) -> LearningRate | None:
-        """Where to begin, the median of the modules' rates; `None` if none is known."""
-        rates = [m.learning_rate for m in self.modules if m.learning_rate is not None]
-        return LearningRate.around(statistics.median(rates)) if rates else None
+        """Where to begin, the median over the ranks of all modules; `None` if none is known."""
+        return LearningRate.of_layers((m.learning_rate, m.r) for m in self.modules)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain dicts and lists, for JSON."""

@@ -108,5 +108,7 @@ def test_nothing_of_the_model_changes():
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
 
 
-def test_a_rate_is_a_number_with_a_range():
-    assert LearningRate.around(1e-3) == (1e-3, 5e-4, 2e-3)
+def test_layers_of_high_rank_count_more():
+    layers = [(1e-2, 1), (1e-3, 8), (1e-2, 2), (None, 100)]
+    assert LearningRate.of_layers(layers) == (1e-3, 5e-4, 2e-3)
+    assert LearningRate.of_layers([(None, 4), (1e-3, 0)]) is None
