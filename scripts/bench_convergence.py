@@ -3,10 +3,12 @@
     python scripts/bench_convergence.py run       # hours; goes on where it was if it is interrupted
     python scripts/bench_convergence.py costs     # step time and memory, one method at a time
     python scripts/bench_convergence.py report    # table and pictures from what there is
+    python scripts/bench_convergence.py publish   # the same into scripts/convergence/measured and the README
 
 Results are kept in `out/convergence/results`, one JSON a run, apart for different settings
 (`scripts/convergence/configs/`). `--tasks` and `--methods` choose among them; a task may be the path of a file
-with settings of your own.
+with settings of your own. `--device cuda` trains on a GPU; take few
+`--jobs` then.
 """
 
 import argparse
@@ -19,22 +21,30 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from convergence.costs import measure_costs
 from convergence.methods import METHODS
-from convergence.report import write_report
+from convergence.report import overview, write_report
 from convergence.settings import FOLDER
 from convergence.study import Study, carry_out, load_task, prepare_process
+from convergence.summary import TaskSummary, load, save, summarise_task
 
 OUT = Path("out/convergence")
+MEASURED = Path(__file__).parent / "convergence" / "measured"
+README = Path(__file__).parents[1] / "README.md"
+BEGIN, END = (
+    "<!-- convergence: made by bench_convergence.py publish -->",
+    "<!-- convergence: end -->",
+)
 
 
 def main() -> None:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("command", choices=("run", "costs", "report"))
+    parser.add_argument("command", choices=("run", "costs", "report", "publish"))
     parser.add_argument(
         "--tasks", nargs="+", default=sorted(p.stem for p in FOLDER.glob("*.yaml")), metavar="TASK"
     )
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="M")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes side by side")
+    parser.add_argument("--device", default="cpu", help="where to train: cpu, cuda, cuda:1, …")
     parser.add_argument("--out", type=Path, default=OUT, help="folder of results and report")
     options = parser.parse_args()
     studies = [Study(options.out / "results", task) for task in options.tasks]
@@ -42,11 +52,32 @@ def main() -> None:
     if options.command == "run":
         for study in studies:
             load_task(study.task)  # pretrains its model, once, before the others ask for it
-        carry_out(studies, options.methods, options.jobs)
+        carry_out(studies, options.methods, options.jobs, options.device)
     elif options.command == "costs":
-        measure_costs(studies, options.methods)
-    else:
-        sys.stdout.write(write_report(studies, options.methods, options.out) + "\n")
+        measure_costs(studies, options.methods, options.jobs, options.device)
+    elif tasks := _summaries(studies, options):
+        publish = options.command == "publish"
+        out = MEASURED if publish else options.out
+        summaries = out if publish else out / "summaries"
+        for task in tasks:
+            save(task, summaries)
+        kept = [task for task in load(summaries) if task.task in {t.task for t in tasks}]
+        sys.stdout.write(write_report(kept, out) + "\n")
+        if publish:
+            _write_into_readme(overview(kept))
+
+
+def _summaries(studies: list[Study], options: argparse.Namespace) -> list[TaskSummary]:
+    found = {s.settings.task: summarise_task(s, options.methods) for s in studies}
+    for name in (n for n, summary in found.items() if summary is None):
+        print(f"{name}: the search for LoRA's learning rate is not over.")
+    return [summary for summary in found.values() if summary is not None]
+
+
+def _write_into_readme(table: str) -> None:
+    before, rest = README.read_text(encoding="utf-8").split(BEGIN)
+    _, after = rest.split(END)
+    README.write_text(f"{before}{BEGIN}\n\n{table}\n\n{END}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

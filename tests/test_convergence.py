@@ -13,6 +13,7 @@ import yaml
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
+from convergence.methods import METHODS  # noqa: E402
 from convergence.plan import (  # noqa: E402
     MAX_STEPS_FROM_FIRST,
     best_rate,
@@ -21,6 +22,12 @@ from convergence.plan import (  # noqa: E402
     steps_to,
     usable_range,
 )
+from convergence.report import COLUMNS, markdown, overview  # noqa: E402
+from convergence.study import REFERENCES  # noqa: E402
+from convergence.summary import load, save  # noqa: E402
+
+README = SCRIPTS.parent / "README.md"
+MEASURED = SCRIPTS / "convergence" / "measured"
 
 
 def searched(first, loss_of):
@@ -133,8 +140,9 @@ def test_study_goes_on_where_it_was_and_reports_itself(tmp_path):
     assert "digits lora_ga lr" in printed
     results = sorted(tmp_path.glob("out/convergence/results/digits/*/*/lr*.json"))
     assert {"lora", "lora_ga"} == {p.parent.name for p in results}
-    seeds = {(r["seed"], r["steps"]) for r in (json.loads(p.read_text()) for p in results)}
-    assert seeds == {(s, n) for s in (0, 1, 2) for n in (4, 6, 8, 10)}
+    runs = [json.loads(p.read_text()) for p in results]
+    of_lora = {(r["seed"], r["steps"]) for r in runs if r["method"] == "lora"}
+    assert of_lora == {(s, n) for s in (0, 1, 2) for n in (6, 10)}
     results[0].unlink()
     again = bench("run", tmp_path)
     assert again.count("digits lora") == 1  # what was lost, and nothing else
@@ -143,6 +151,34 @@ def test_study_goes_on_where_it_was_and_reports_itself(tmp_path):
     report = bench("report", tmp_path)
     rows = [line for line in report.splitlines() if line.startswith("| ")]
     assert [r.split(" | ")[0] for r in rows] == ["|", "| LoRA", "| **LoRA-GA**"]
-    assert all(row.count(" | ") == 10 for row in rows)
-    for name in ("digits_rates.png", "digits_curves.png"):
+    assert all(row.count(" | ") == len(COLUMNS) for row in rows)
+    (kept,) = load(tmp_path / "out/convergence/summaries")
+    assert markdown([kept]) in report
+    assert {len(summary.suggested_losses) for summary in kept.methods.values()} == {3}
+    for name in ("rates.png", "curves.png"):
         assert (tmp_path / "out/convergence" / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_published_tables_are_those_of_the_published_figures():
+    tasks = load(MEASURED)
+    assert [t.task for t in tasks] == ["digits", "docstrings", "topics"]
+    assert overview(tasks) in README.read_text(encoding="utf-8")
+    report = (MEASURED / "report.md").read_text(encoding="utf-8")
+    assert report == markdown(tasks) + "\n"
+
+
+def test_published_figures_have_every_method_with_all_seeds():
+    for task in load(MEASURED):
+        assert list(task.in_order()) == list(METHODS)
+        for method, summary in task.methods.items():
+            n = len(summary.losses)
+            assert n == len(summary.accuracies) == len(summary.reach) >= 3
+            assert len(summary.short_losses) in ((n,) if method in REFERENCES else (0, n))
+            assert len(summary.suggested_losses) == (n if METHODS[method].suggests else 0)
+            assert bool(summary.costs) == bool(task.methods["lora"].costs)
+
+
+def test_summaries_survive_their_files(tmp_path):
+    for task in load(MEASURED):
+        save(task, tmp_path)
+    assert load(tmp_path) == load(MEASURED)

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 from packaging.version import Version
+from transformers import TrainingArguments
 
 import peft_gradinit
 from peft_gradinit import GradInitError, InitReport, LoraGAConfig
 from peft_gradinit.methods import METHODS
-from tests.helpers import pico_llama, token_batches
+from tests.helpers import adapted, pico_llama, token_batches
 from tests.trainer.trl_runs import texts, tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -46,6 +47,16 @@ def test_readme_example_for_trl_runs_on_a_cpu(tmp_path, monkeypatch):
     exec(code, names)
     assert names["trainer"].state.global_step > 0
     assert names["trainer"].model.base_model.init_report["default"].facts.n_tokens > 100
+
+
+def test_readme_example_of_a_learning_rate_runs_as_printed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    section = README[README.index("### Which learning rate") :]
+    code = re.search(r"```python\n(.*?)```", section, flags=re.DOTALL).group(1)
+    names = {"model": adapted(pico_llama()), "TrainingArguments": TrainingArguments}
+    exec(code, names)
+    rate, args = names["rate"], names["args"]
+    assert rate.low < args.learning_rate == rate.suggested < rate.high
 
 
 def test_readme_options_are_those_of_the_config():

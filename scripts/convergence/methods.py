@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import peft
+import peft.tuners.lora.eva as peft_eva_module
 import torch
 from peft import LoraConfig, PeftConfig, get_peft_model
 from peft.optimizers import create_loraplus_optimizer, create_riemannian_optimizer
@@ -32,6 +33,7 @@ Steps = Callable[[nn.Module, float, float], torch.optim.Optimizer]
 """`(model, learning rate of the adapter, of the head)`."""
 LORAPLUS_RATIO = 16.0
 """The ratio that the LoRA+ paper recommends (https://arxiv.org/abs/2402.12354)."""
+BY_GRADIENT = {"rank_allocation": "gradient_energy", "rho": 4.0}
 
 
 def adamw(model: nn.Module, lr: float, head_lr: float) -> torch.optim.Optimizer:
@@ -115,23 +117,47 @@ def svfit(**options: Any) -> Start:
 
 
 def peft_eva(model: PreTrainedModel, task: Task, batches: list[Rows]) -> nn.Module:
-    """PEFT's own EVA."""
-    config = LoraConfig(
-        **_adapter(task), init_lora_weights="eva", eva_config=peft.EvaConfig(rho=2.0)
-    )
+    """PEFT's own EVA, told what its defaults for language models get wrong elsewhere."""
+    labels_of_tokens = batches[0]["labels"].ndim == 2
+    eva_config = peft.EvaConfig(rho=2.0, use_label_mask=labels_of_tokens)
+    config = LoraConfig(**_adapter(task), init_lora_weights="eva", eva_config=eva_config)
     adapted = get_peft_model(model, config)
+    has_tokens = "input_ids" in batches[0]
     repeated = batches * 50  # its loop has no budget of its own, and needs many forwards
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="the following layers were initialized")
-        peft.initialize_lora_eva_weights(adapted, repeated, show_progress_bar=False)
+        peft.initialize_lora_eva_weights(
+            adapted, repeated, show_progress_bar=False, **(OF_TEXT if has_tokens else OF_IMAGES)
+        )
     return adapted
 
 
+def _all_positions(layer_input: Any, model_input: Any, layer_name: str) -> torch.Tensor:
+    del model_input, layer_name
+    x = layer_input if isinstance(layer_input, torch.Tensor) else layer_input[0]
+    return x.flatten(0, -2).contiguous()
+
+
+def _of_tokens(layer_input: Any, model_input: Any, layer_name: str) -> torch.Tensor:
+    x = layer_input if isinstance(layer_input, torch.Tensor) else layer_input[0]
+    if x.dim() == 2:  # behind a pooler
+        return x.contiguous()
+    return peft_eva_module.prepare_layer_inputs_fn_language_modeling(x, model_input, layer_name)
+
+
+OF_TEXT = {"prepare_layer_inputs_fn": _of_tokens}
+OF_IMAGES = {"prepare_model_inputs_fn": None, "prepare_layer_inputs_fn": _all_positions}
+"""PEFT's EVA takes every batch for text and every layer's input for a sequence."""
+
+
 def peft_lora_ga(model: PreTrainedModel, task: Task, batches: list[Rows]) -> nn.Module:
-    """PEFT's own LoRA-GA, with its defaults."""
-    config = LoraConfig(
-        **_adapter(task), init_lora_weights="lora_ga", lora_ga_config=peft.LoraGAConfig()
-    )
+    """PEFT's own LoRA-GA, with its defaults; it does not know `"all-linear"`."""
+    layers = {n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    names = [n for n in sorted(layers) if n not in ("classifier", "score", "lm_head")]
+    named = _adapter(task)
+    if named["target_modules"] == "all-linear":
+        named["target_modules"] = names
+    config = LoraConfig(**named, init_lora_weights="lora_ga", lora_ga_config=peft.LoraGAConfig())
 
     def train_step() -> None:
         for batch in batches:
@@ -152,6 +178,7 @@ class Method:
         optimizer: makes the optimiser.
         reads_data: calibration batches count as steps.
         ours: one of this package's types.
+        suggests: the package suggests a learning rate for it; of ours, where the optimiser is AdamW.
     """
 
     title: str
@@ -160,11 +187,12 @@ class Method:
     optimizer: Steps = adamw
     reads_data: bool = False
     ours: bool = False
+    suggests: bool = False
 
 
 METHODS: dict[str, Method] = {
     "full": Method("full fine-tuning", full, 1e-3),
-    "lora": Method("LoRA", plain(use_rslora=False), 3.2e-3),
+    "lora": Method("LoRA", plain(use_rslora=False), 3.2e-3, suggests=True),
     "rslora": Method("rsLoRA", plain(), 3.2e-3),
     "loraplus": Method("LoRA+", plain(), 1e-3, loraplus),
     "riemannian": Method("LoRA, Riemannian", plain(), 3.2e-3, riemannian),
@@ -172,8 +200,28 @@ METHODS: dict[str, Method] = {
     "olora": Method("OLoRA", plain(init_lora_weights="olora"), 1e-3),
     "peft_eva": Method("EVA (PEFT)", peft_eva, 1e-3, reads_data=True),
     "peft_lora_ga": Method("LoRA-GA (PEFT)", peft_lora_ga, 1e-3, reads_data=True),
-    "lora_ga": Method("LoRA-GA", calibrated(LoraGAConfig), 1e-3, reads_data=True, ours=True),
-    "lora_one": Method("LoRA-One", calibrated(LoraOneConfig), 3.2e-3, reads_data=True, ours=True),
+    "lora_ga": Method(
+        "LoRA-GA", calibrated(LoraGAConfig), 1e-3, reads_data=True, ours=True, suggests=True
+    ),
+    "lora_ga_ranks": Method(
+        "LoRA-GA, ranks by gradient",
+        calibrated(LoraGAConfig, **BY_GRADIENT),
+        3.2e-4,
+        reads_data=True,
+        ours=True,
+        suggests=True,
+    ),
+    "lora_ga_ranks_as_lora": Method(
+        "LoRA-GA, ranks by gradient, LoRA's length",
+        calibrated(LoraGAConfig, scale="lora", use_rslora=False, **BY_GRADIENT),
+        1.8e-3,
+        reads_data=True,
+        ours=True,
+        suggests=True,
+    ),
+    "lora_one": Method(
+        "LoRA-One", calibrated(LoraOneConfig), 3.2e-3, reads_data=True, ours=True, suggests=True
+    ),
     "lora_one_riemannian": Method(
         "LoRA-One, Riemannian",
         calibrated(LoraOneConfig),
@@ -182,6 +230,6 @@ METHODS: dict[str, Method] = {
         reads_data=True,
         ours=True,
     ),
-    "eva": Method("EVA", calibrated(EvaConfig), 1e-3, reads_data=True, ours=True),
-    "svfit": Method("SVFit", svfit(), 3.2e-2, ours=True),
+    "eva": Method("EVA", calibrated(EvaConfig), 1e-3, reads_data=True, ours=True, suggests=True),
+    "svfit": Method("SVFit", svfit(), 3.2e-2, ours=True, suggests=True),
 }

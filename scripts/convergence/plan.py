@@ -10,7 +10,6 @@ from itertools import pairwise
 TOLERANCE = 0.02
 """Rates whose loss is within 2 % of the best are the usable range."""
 MAX_STEPS_FROM_FIRST = 4
-SEEDS = (0, 1, 2)
 
 Losses = Mapping[float, float]
 """Final test loss by learning rate; infinite where a run diverged."""

@@ -1,20 +1,18 @@
-"""The table and the pictures of a study, from its results alone."""
+"""The table and the pictures of a study, from its summaries."""
 
-import json
 import math
 import statistics
-from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib as mpl
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
 
 from .methods import METHODS
-from .plan import SEEDS, best_rate, next_rates, steps_to, usable_range
-from .study import BASELINE, Study, final_loss
+from .study import BASELINE, SHORTER
+from .summary import Summary, TaskSummary
 
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 """Quantiles of Student's t for a 95 % interval of the mean, by the number of runs."""
@@ -24,89 +22,15 @@ COLUMNS = (
     "test loss",
     "accuracy",
     "steps to LoRA's loss",
-    "shortest run that ends there",
+    f"loss of {SHORTER:.0%} of the steps",
+    "suggested rate: loss",
     "seconds to LoRA's loss",
     "loss on old data",
     "step",
     "memory",
 )
-
-
-@dataclass(frozen=True)
-class Summary:
-    """One method on one task, at its best learning rate.
-
-    Attributes:
-        lr: the best of the search.
-        usable: lowest and highest rate within 2 % of the best.
-        losses: final test loss of every seed.
-        accuracies: of every seed.
-        reach: steps until tuned LoRA's mean final loss, of every seed, calibration included; infinite if
-            never.
-        shorter: `{steps of the run: mean final loss}`, calibration included in the steps.
-        forgetting: growth of the loss on the pretraining distribution, of every seed.
-        start_steps: what the calibration counts.
-    """
-
-    lr: float
-    usable: tuple[float, float]
-    losses: list[float]
-    accuracies: list[float]
-    reach: list[float]
-    shorter: dict[float, float]
-    forgetting: list[float]
-    start_steps: float
-
-
-def summarise(study: Study, method: str, aim: float | None) -> Summary | None:
-    """Summarise what there is; nothing if the search of the method is not over.
-
-    Args:
-        study: of the task.
-        method: its name.
-        aim: tuned LoRA's mean final loss.
-    """
-    search = study.search(method)
-    if next_rates(METHODS[method].first_rate, search):
-        return None
-    lr = best_rate(search)
-    at_best = [r for r in study.runs(method) if r["lr"] == lr]
-    whole = sorted((r for r in at_best if r["steps"] == study.steps), key=lambda r: r["seed"])
-    aim = statistics.mean(map(final_loss, whole)) if aim is None else aim
-    lengths = sorted({r["steps"] for r in at_best})
-    return Summary(
-        lr=lr,
-        usable=usable_range(search),
-        losses=[final_loss(r) for r in whole],
-        accuracies=[r["curve"][-1][2] for r in whole],
-        reach=[_reach(r, aim) for r in whole],
-        shorter={
-            n + whole[0]["start_steps"]: statistics.mean(
-                final_loss(r) for r in at_best if r["steps"] == n
-            )
-            for n in lengths
-            if sum(r["steps"] == n for r in at_best) == len(SEEDS)
-        },
-        forgetting=[
-            r["source_loss"][1] - r["source_loss"][0] for r in whole if r["source_loss"][0]
-        ],
-        start_steps=whole[0]["start_steps"],
-    )
-
-
-def summaries(study: Study, methods: Iterable[str]) -> dict[str, Summary]:
-    """All methods whose search is over, LoRA among them."""
-    baseline = summarise(study, BASELINE, None)
-    if baseline is None:
-        return {}
-    aim = statistics.mean(baseline.losses)
-    found = {m: summarise(study, m, aim) for m in methods}
-    return {m: s for m, s in found.items() if s is not None}
-
-
-def _reach(run: dict, aim: float) -> float:
-    steps = steps_to(run["curve"], aim)
-    return math.inf if steps is None else steps + run["start_steps"]
+OVERVIEW_COLUMNS = ("loss", "range", f"{SHORTER:.0%} of the steps", "suggested rate")
+LEGEND_SIZE = 7
 
 
 def interval(values: list[float], digits: int = 3) -> str:
@@ -118,140 +42,169 @@ def interval(values: list[float], digits: int = 3) -> str:
     return f"{mean:.{digits}f} ± {half:.{digits}f}"
 
 
-def table(study: Study, found: dict[str, Summary]) -> str:
+def table(task: TaskSummary) -> str:
     """One task as a Markdown table."""
-    costs = _costs(study)
-    head = "| | " + " | ".join(COLUMNS) + " |"
-    rows = [head, "|---" * (len(COLUMNS) + 1) + "|"]
-    for method, summary in found.items():
+    rows = ["| | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+    for method, summary in task.in_order().items():
         name = METHODS[method].title
-        cells = _cells(study, summary, costs, method, found[BASELINE])
-        rows.append(f"| {f'**{name}**' if METHODS[method].ours else name} | {' | '.join(cells)} |")
+        name = f"**{name}**" if METHODS[method].ours else name
+        rows.append(f"| {name} | {' | '.join(_cells(task, summary))} |")
     return "\n".join(rows)
 
 
-def _cells(
-    study: Study, summary: Summary, costs: dict, method: str, baseline: Summary
-) -> list[str]:
+def _cells(task: TaskSummary, summary: Summary) -> list[str]:
     low, high = summary.usable
-    reach = statistics.median(summary.reach)
-    cost, of_lora = costs.get(method), costs.get(BASELINE)
-    seconds = step = memory = "-"
-    if cost and of_lora:
-        step = f"{cost['step_seconds'] / of_lora['step_seconds']:.2f}"
-        memory = f"{cost['training_mib'] / of_lora['training_mib']:.2f}"
-        n_trained = reach - summary.start_steps
-        if math.isfinite(reach):
-            seconds = f"{cost['start_seconds'] + n_trained * cost['step_seconds']:.1f}"
-    aim = statistics.mean(baseline.losses)
     return [
         f"{summary.lr:g}",
-        f"{low:.1e} to {high:.1e} ({high / low:.1f})",
+        f"{low:.1e} to {high:.1e} ({summary.breadth:.1f})",
         interval(summary.losses),
         interval(summary.accuracies),
-        _share(reach, study.steps),
-        _share(shortest(summary.shorter, aim), study.steps),
-        seconds,
+        _steps_to_aim(summary, task.steps),
+        _next_to(summary.short_loss, task.aim),
+        f"{summary.suggested_lr:g}: {_next_to(summary.suggested_loss, task.aim)}"
+        if summary.suggested_losses
+        else "-",
+        _seconds_to_aim(summary),
         f"{statistics.mean(summary.forgetting):+.2f}" if summary.forgetting else "-",
-        step,
-        memory,
+        *(_cost(summary, task, name) for name in ("step_seconds", "training_mib")),
     ]
 
 
-def shortest(lengths: dict[float, float], aim: float) -> float:
-    """Length of the shortest run that would end at the aim, between two lengths linearly.
-
-    Args:
-        lengths: final loss by length.
-        aim: a loss.
-
-    Returns:
-        Steps; infinite if none does; the least that was tried if all do.
-    """
-    curve = sorted(lengths.items())
-    if not curve:
-        return math.inf
-    if curve[0][1] <= aim:
-        return curve[0][0]
-    steps = steps_to([list(point) for point in curve], aim)
-    return math.inf if steps is None else steps
+def median_reach(summary: Summary) -> float:
+    """Median over the seeds of the steps to LoRA's loss; infinite if most seeds never get there."""
+    return statistics.median(math.inf if n is None else n for n in summary.reach)
 
 
-def _share(steps: float, whole: int) -> str:
+def _steps_to_aim(summary: Summary, whole: int) -> str:
+    steps = median_reach(summary)
     return f"{steps:.0f} ({steps / whole:.0%})" if math.isfinite(steps) else "-"
 
 
-def _costs(study: Study) -> dict:
-    path = study.folder / "costs.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+def _next_to(loss: float | None, aim: float) -> str:
+    return "-" if loss is None else f"{loss:.3f} ({loss / aim - 1:+.1%})"
 
 
-def write_report(studies: list[Study], methods: Iterable[str], folder: Path) -> str:
-    """Write `report.md` and two pictures a task; return the Markdown."""
-    parts = []
-    methods = list(methods)
-    for study in studies:
-        found = summaries(study, methods)
-        name = study.settings.task
-        if not found:
-            parts.append(f"### {name}\n\nThe search for LoRA's learning rate is not over.")
-            continue
-        training = study.settings.training
-        r = study.settings.adapter["r"]
-        about = f"{training.steps} steps of {training.batch_size}, r {r}, {len(SEEDS)} seeds"
-        parts.append(f"### {name}: {about}\n\n{table(study, found)}")
-        draw_rates(study, found, folder / f"{name}_rates.png")
-        draw_curves(study, found, folder / f"{name}_curves.png")
-    text = "\n\n".join(parts)
+def _seconds_to_aim(summary: Summary) -> str:
+    steps, costs = median_reach(summary), summary.costs
+    if not costs or not math.isfinite(steps):
+        return "-"
+    trained = steps - summary.start_steps
+    return f"{costs['start_seconds'] + trained * costs['step_seconds']:.1f}"
+
+
+def _cost(summary: Summary, task: TaskSummary, name: str) -> str:
+    of_lora = task.methods[BASELINE].costs
+    return f"{summary.costs[name] / of_lora[name]:.2f}" if summary.costs and of_lora else "-"
+
+
+def aims(task: TaskSummary) -> str:
+    """What became of the two aims, in two lines."""
+    ours = {m: s for m, s in task.in_order().items() if METHODS[m].ours}
+    baseline, lines = task.methods[BASELINE], []
+    short = {m: s.short_loss for m, s in ours.items() if s.short_loss is not None}
+    if short:
+        best, final = min(short, key=lambda m: short[m]), min(ours, key=lambda m: ours[m].loss)
+        lines.append(
+            f"Speed: of ours, the best run of {SHORTER:.0%} of the steps ({METHODS[best].title}) ends "
+            f"at {_next_to(short[best], task.aim)} of LoRA's {task.aim:.3f}, the best whole run "
+            f"({METHODS[final].title}) at {_next_to(ours[final].loss, task.aim)}."
+        )
+    known = [
+        f"{METHODS[m].title} {s.suggested_loss / task.aim - 1:+.1%}"
+        for m, s in {BASELINE: baseline, **ours}.items()
+        if s.suggested_loss is not None
+    ]
+    widest = max(ours, key=lambda m: ours[m].breadth, default=None)
+    if widest is not None:
+        lines.append(
+            f"Ease: at the suggested rate {', '.join(known)}; widest usable range "
+            f"{ours[widest].breadth:.1f} ({METHODS[widest].title}), LoRA's {baseline.breadth:.1f}."
+        )
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def overview(tasks: list[TaskSummary]) -> str:
+    """The methods on all tasks as one Markdown table; for the README."""
+    columns = [f"{t.task}: {of}" for t in tasks for of in OVERVIEW_COLUMNS]
+    rows = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for method, info in METHODS.items():
+        found = [(t, t.methods[method]) for t in tasks if method in t.methods]
+        if len(found) == len(tasks):
+            cells = [cell for task, summary in found for cell in _short_cells(task, summary)]
+            name = f"**{info.title}**" if info.ours else info.title
+            rows.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def _short_cells(task: TaskSummary, summary: Summary) -> list[str]:
+    def relative(loss: float | None) -> str:
+        return "" if loss is None else f"{loss / task.aim - 1:+.1%}"
+
+    return [
+        f"{interval(summary.losses)} at {summary.lr:.1e}",
+        f"{summary.breadth:.1f}",
+        relative(summary.short_loss),
+        relative(summary.suggested_loss),
+    ]
+
+
+def markdown(tasks: list[TaskSummary]) -> str:
+    """The tables of all tasks."""
+    return "\n\n".join(f"**{t.task}**, {t.about}:\n\n{table(t)}\n\n{aims(t)}" for t in tasks)
+
+
+def write_report(tasks: list[TaskSummary], folder: Path) -> str:
+    """Write `report.md` and the pictures; return the Markdown.
+
+    Args:
+        tasks: the summaries.
+        folder: to write to.
+
+    Returns:
+        What `report.md` says.
+    """
+    text = markdown(tasks)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "report.md").write_text(text + "\n", encoding="utf-8")
+    for name, draw in (("rates", draw_rates), ("curves", draw_curves)):
+        size = (6 * len(tasks), 5)
+        figure, axes = plt.subplots(
+            1, len(tasks), figsize=size, layout="constrained", squeeze=False
+        )
+        for task, panel in zip(tasks, axes[0], strict=True):
+            draw(task, panel)
+            panel.set_title(f"{task.task}: {task.about}", fontsize=9)
+            panel.grid(alpha=0.3, which="both", lw=0.4)
+        handles, labels = axes[0][0].get_legend_handles_labels()
+        figure.legend(handles, labels, fontsize=LEGEND_SIZE, ncols=9, loc="outside lower center")
+        figure.savefig(folder / f"{name}.png", dpi=90)
+        plt.close(figure)
     return text
 
 
-def draw_rates(study: Study, found: dict[str, Summary], path: Path) -> None:
+def draw_rates(task: TaskSummary, axes: Axes) -> None:
     """Final loss against the learning rate: how much a method depends on it."""
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    losses = [loss for m in found for loss in study.search(m).values() if math.isfinite(loss)]
-    for method in found:
-        points = sorted((lr, loss) for lr, loss in study.search(method).items())
+    for method, summary in task.in_order().items():
+        points = [(lr, loss) for lr, loss in summary.search.items() if loss is not None]
         axes.plot(*zip(*points, strict=True), **_style(method))
-    axes.set(xscale="log", xlabel="learning rate", ylabel="test loss after the last step")
-    best = min(losses)
-    top = min(max(losses), 1.5 * best)  # rates that are far too low or high would hide the others
-    axes.set_ylim(best - 0.05 * (top - best), top)
-    axes.legend(fontsize=7, ncols=2)
-    axes.grid(alpha=0.3, which="both", lw=0.4)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+        if summary.suggested_losses:
+            rate, loss = summary.suggested_lr, summary.suggested_loss
+            axes.plot(rate, loss, "*", color=_style(method)["color"], markersize=11, mec="k")
+    best = min(loss for s in task.methods.values() for loss in s.search.values() if loss)
+    axes.set(xscale="log", xlabel="learning rate (stars: suggested)", ylabel="test loss at the end")
+    # Rates that are far too low or high would hide the others.
+    axes.set_ylim(best * 0.99, task.aim + 4 * (task.aim - best))
 
 
-def draw_curves(study: Study, found: dict[str, Summary], path: Path) -> None:
+def draw_curves(task: TaskSummary, axes: Axes) -> None:
     """Test loss against the steps, calibration included, each at its best learning rate."""
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    tops = []
-    for method, summary in found.items():
-        runs = [
-            r for r in study.runs(method) if r["lr"] == summary.lr and r["steps"] == study.steps
-        ]
-        steps = [point[0] + runs[0]["start_steps"] for point in runs[0]["curve"]]
-        means = [
-            statistics.mean(p[1] for p in points)
-            for points in zip(*(r["curve"] for r in runs), strict=True)
-        ]
-        axes.plot(steps, means, **_style(method))
-        tops.append(means[max(1, len(means) // 10)])
-    aim = statistics.mean(found[BASELINE].losses)
-    axes.axhline(aim, color="0.6", lw=0.8, ls=":")
-    axes.axvline(0.6 * study.steps, color="0.6", lw=0.8, ls=":")
-    low = min(statistics.mean(s.losses) for s in found.values())
-    axes.set_ylim(low - 0.05 * (max(tops) - low), max(tops))
+    for method, summary in task.in_order().items():
+        axes.plot(*zip(*summary.curve, strict=True), **_style(method))
+    axes.axhline(task.aim, color="0.6", lw=0.8, ls=":")
+    axes.axvline(SHORTER * task.steps, color="0.6", lw=0.8, ls=":")
+    best = min(s.loss for s in task.methods.values())
+    axes.set_ylim(best * 0.99, task.aim + 5 * (task.aim - best))
     axes.set(xlabel="steps, calibration included", ylabel="test loss")
-    axes.legend(fontsize=7, ncols=2)
-    axes.grid(alpha=0.3, lw=0.4)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 def _style(method: str) -> dict:

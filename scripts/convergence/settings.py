@@ -61,6 +61,7 @@ class Settings(Section):
         n_test: held-out rows; a recipe says itself what is held out.
         n_calibration: sequences or images that starts are computed from, of the training data.
         search_seeds: how many seeds the search for the learning rate averages over.
+        seeds: how many seeds the best rate is run with.
     """
 
     task: Literal["docstrings", "topics", "digits", "recipe"]
@@ -71,6 +72,7 @@ class Settings(Section):
     n_calibration: int
     n_test: int = 0
     search_seeds: int = 1
+    seeds: int = 3
 
 
 def load_settings(name: str) -> Settings:

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import multiprocessing
+import statistics
 import warnings
 from collections.abc import Iterable
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -15,15 +16,16 @@ import torch
 from peft_gradinit.files import write_json
 
 from .methods import METHODS
-from .plan import SEEDS, best_rate, next_rates
+from .plan import TOLERANCE, Losses, best_rate, next_rates, rate
 from .settings import load_settings
-from .tasks import TASKS, Task
-from .training import Key, run
+from .tasks import TASKS, Task, on_device
+from .training import Key, run, start_steps
 
 BASELINE = "lora"
-HORIZONS = (0.4, 0.6, 0.8)
-"""Shorter runs of our types and of the baseline, with a schedule of their own: what a user would do
-who is in a hurry."""
+REFERENCES = (BASELINE, "full")
+SHORTER = 0.6
+"""Shorter runs, calibration included, of the references and of those of our types that end near the
+baseline, with a schedule of their own: what a user would do who is in a hurry."""
 
 
 class Study:
@@ -39,6 +41,10 @@ class Study:
         self.settings = load_settings(task)
         self.folder = folder / self.settings.task / self.settings.key
         self.steps = self.settings.training.steps
+
+    def shorter(self, method: str) -> int:
+        """Steps of a method's shorter runs: what calibrating leaves of 60 %."""
+        return round(self.steps * SHORTER - start_steps(METHODS[method], self.settings))
 
     def path_of(self, key: Key) -> Path:
         """Where a run is kept."""
@@ -57,28 +63,41 @@ class Study:
         return [json.loads(path.read_text(encoding="utf-8")) for path in files]
 
     def search(self, method: str) -> dict[float, float]:
-        """Mean final loss by learning rate, of whole runs with the seeds of the search."""
-        seeds = SEEDS[: self.settings.search_seeds]
+        """Mean final loss by learning rate of the grid, of whole runs with the seeds of the search."""
+        seeds = range(self.settings.search_seeds)
         losses: dict[float, list[float]] = {}
         for result in self.runs(method):
-            if result["seed"] in seeds and result["steps"] == self.steps:
+            searched = result["seed"] in seeds and rate(result["lr"], 0) == result["lr"]
+            if searched and result["steps"] == self.steps:
                 losses.setdefault(result["lr"], []).append(final_loss(result))
         return {lr: sum(of) / len(of) for lr, of in losses.items() if len(of) == len(seeds)}
 
+    def suggested(self, method: str) -> float | None:
+        """The rate that the package suggests for a method, to two digits, if it does."""
+        rates = [r["suggested_lr"] for r in self.runs(method) if r.get("suggested_lr")]
+        return float(f"{statistics.median(rates):.2g}") if rates else None
+
     def pending(self, method: str) -> list[Key]:
-        """Runs that a method needs next: the search first, then seeds and shorter runs."""
+        """Runs that a method needs next: the search, then seeds, the suggested rate, shorter runs."""
         losses = self.search(method)
-        rates, seeds = next_rates(METHODS[method].first_rate, losses), SEEDS
-        lengths = [self.steps]
+        rates = next_rates(METHODS[method].first_rate, losses)
         if rates:
-            seeds = SEEDS[: self.settings.search_seeds]
+            wanted = itertools.product(rates, [self.steps], range(self.settings.search_seeds))
         else:
-            rates = [best_rate(losses)]
-            if METHODS[method].ours or method == BASELINE:
-                lengths += [round(self.steps * horizon) for horizon in HORIZONS]
-        wanted = itertools.product(rates, lengths, seeds)
+            best, seeds = best_rate(losses), range(self.settings.seeds)
+            kinds = [(best, self.steps)]
+            if (suggested := self.suggested(method)) is not None:
+                kinds.append((suggested, self.steps))
+            if method in REFERENCES or (METHODS[method].ours and self._is_near_baseline(losses)):
+                kinds.append((best, self.shorter(method)))
+            wanted = [(lr, n, seed) for lr, n in kinds for seed in seeds]
         keys = [Key(self.settings.task, method, lr, seed, n) for lr, n, seed in wanted]
         return [key for key in keys if not self.path_of(key).exists()]
+
+    def _is_near_baseline(self, losses: Losses) -> bool:
+        """Whether a method ends near plain LoRA; one that does not is not run for fewer steps."""
+        of_baseline = min(self.search(BASELINE).values(), default=math.inf)
+        return min(losses.values()) <= of_baseline * (1 + TOLERANCE)
 
 
 def final_loss(result: dict) -> float:
@@ -87,31 +106,42 @@ def final_loss(result: dict) -> float:
     return loss if loss is not None and math.isfinite(loss) else math.inf
 
 
-def carry_out(studies: list[Study], methods: Iterable[str], n_processes: int) -> None:
+def carry_out(
+    studies: list[Study], methods: Iterable[str], n_processes: int, device: str = "cpu"
+) -> None:
     """Run what is pending until nothing is.
 
     Args:
         studies: one for each task.
         methods: names.
         n_processes: side by side, each with one thread.
+        device: where they train.
     """
     methods = list(methods)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(n_processes, context, initializer=prepare_process) as pool:
-        running = {}
+        running, failed = {}, set()
         while True:
             wanted = [
-                (study, key) for study in studies for m in methods for key in study.pending(m)
+                (study, key)
+                for study in studies
+                for m in methods
+                if (study.task, m) not in failed
+                for key in study.pending(m)
             ]
             for study, key in wanted:
                 if key not in running.values() and len(running) < 2 * n_processes:
-                    running[pool.submit(_run, study.task, key)] = key
+                    running[pool.submit(_run, study.task, key, device)] = key
             if not running:
-                return
+                break
             done, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
                 key = running.pop(future)
                 study = next(s for s in studies if s.settings.task == key.task)
+                if error := future.exception():
+                    failed.add((study.task, key.method))  # the other methods go on
+                    print(f"{key.task} {key.method} failed: {error!r}", flush=True)
+                    continue
                 result = future.result()
                 study.save(key, result)
                 print(
@@ -119,6 +149,8 @@ def carry_out(studies: list[Study], methods: Iterable[str], n_processes: int) ->
                     f"{final_loss(result):.4f}",
                     flush=True,
                 )
+    if failed:
+        raise SystemExit(f"failed: {sorted(failed)}")
 
 
 def prepare_process() -> None:
@@ -134,11 +166,11 @@ def prepare_process() -> None:
 
 
 @functools.cache
-def load_task(name: str) -> Task:
+def load_task(name: str, device: str = "cpu") -> Task:
     """A task; its data are read once in a process."""
     settings = load_settings(name)
-    return TASKS[settings.task](settings)
+    return on_device(TASKS[settings.task](settings), device)
 
 
-def _run(task: str, key: Key) -> dict:
-    return run(key, load_task(task))
+def _run(task: str, key: Key, device: str) -> dict:
+    return run(key, load_task(task, device))

@@ -7,7 +7,7 @@ what it forgets.
 import pydoc_data.topics
 import sysconfig
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -178,6 +178,22 @@ TASKS: dict[str, Callable[[Settings], Task]] = {
 }
 
 
+def on_device(task: Task, device: str) -> Task:
+    """The task with its rows and models there."""
+
+    def moved(rows: Rows) -> Rows:
+        return {name: column.to(device) for name, column in rows.items()}
+
+    return replace(
+        task,
+        load_model=lambda: task.load_model().to(device),
+        train=moved(task.train),
+        test=moved(task.test),
+        source=None if task.source is None else moved(task.source),
+        source_head=None if task.source_head is None else task.source_head.to(device),
+    )
+
+
 def size(rows: Rows) -> int:
     """How many rows."""
     return len(rows["labels"])
@@ -196,7 +212,7 @@ def select(rows: Rows, indices: Tensor) -> Rows:
 
 
 def _rows(rows: Rows, indices: Tensor) -> Rows:
-    return {name: column[indices] for name, column in rows.items()}
+    return {name: column[indices.to(column.device)] for name, column in rows.items()}
 
 
 def _split(rows: Rows, n_test: int) -> tuple[Rows, Rows]:

@@ -8,8 +8,11 @@ import torch
 from torch import nn
 from transformers import get_cosine_schedule_with_warmup
 
-from .methods import METHODS
+from peft_gradinit import suggest_learning_rate
+
+from .methods import METHODS, Method
 from .pretraining import Rows
+from .settings import Settings
 from .tasks import Task, select, size
 
 CALIBRATION_BATCH = 16
@@ -46,7 +49,8 @@ def run(key: Key, task: Task) -> dict:
 
     Returns:
         The key, the curve `[step, test loss, test accuracy]`, training losses, the loss on the
-        pretraining distribution before and after, costs. A run that diverged has infinite losses.
+        pretraining distribution before and after, costs, the rate that the package suggests. A run that
+        diverged has infinite losses.
     """
     method = METHODS[key.method]
     training = task.settings.training
@@ -58,18 +62,24 @@ def run(key: Key, task: Task) -> dict:
     started = time.perf_counter()
     model = method.start(model, task, batches)
     start_seconds = time.perf_counter() - started
+    suggested = suggest_learning_rate(model).suggested if method.suggests else None
     optimizer = method.optimizer(model, key.lr, training.head_learning_rate)
     curve, losses = train(model, optimizer, task, order.view(key.steps, -1))
-    n_calibrated = task.settings.n_calibration if method.reads_data else 0
     return {
         **asdict(key),
         "curve": curve,
         "train_losses": losses,
         "source_loss": [before, source_loss(model, task)],
         "start_seconds": start_seconds,
-        "start_steps": n_calibrated / training.batch_size,
+        "suggested_lr": suggested,
+        "start_steps": start_steps(method, task.settings),
         "n_trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
     }
+
+
+def start_steps(method: Method, settings: Settings) -> float:
+    """How many training steps read as many rows as the calibration does."""
+    return settings.n_calibration / settings.training.batch_size if method.reads_data else 0.0
 
 
 def sample_order(n: int, n_samples: int, seed: int) -> torch.Tensor:

@@ -1,0 +1,195 @@
+"""The figures of a study, from its results alone; small enough to be kept."""
+
+import dataclasses
+import json
+import math
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from peft_gradinit.files import write_json
+
+from .methods import METHODS
+from .plan import best_rate, next_rates, steps_to, usable_range
+from .study import BASELINE, Study, final_loss
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One method on one task, at its best learning rate.
+
+    Attributes:
+        lr: the best of the search.
+        search: mean final loss by learning rate; `None` where runs diverged.
+        usable: lowest and highest rate within 2 % of the best.
+        losses: final test loss of every seed.
+        accuracies: of every seed.
+        reach: steps until tuned LoRA's mean final loss, of every seed, calibration included; `None`
+            if never.
+        short_losses: of every seed, final loss of runs of 60 % of the steps, calibration included.
+        suggested_lr: the rate that the package suggests, if it does.
+        suggested_losses: final loss there, of every seed.
+        forgetting: growth of the loss on the pretraining distribution, of every seed.
+        start_steps: what the calibration counts.
+        n_trained: parameters.
+        curve: `[step, mean test loss]`, calibration included.
+        costs: of `costs`, if measured.
+    """
+
+    lr: float
+    search: dict[float, float | None]
+    usable: tuple[float, float]
+    losses: list[float]
+    accuracies: list[float]
+    reach: list[float | None]
+    short_losses: list[float]
+    suggested_lr: float | None
+    suggested_losses: list[float]
+    forgetting: list[float]
+    start_steps: float
+    n_trained: int
+    curve: list[list[float]]
+    costs: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def loss(self) -> float:
+        """Mean final loss."""
+        return statistics.mean(self.losses)
+
+    @property
+    def short_loss(self) -> float | None:
+        """Mean final loss of the shorter runs."""
+        return statistics.mean(self.short_losses) if self.short_losses else None
+
+    @property
+    def suggested_loss(self) -> float | None:
+        """Mean final loss at the suggested rate."""
+        return statistics.mean(self.suggested_losses) if self.suggested_losses else None
+
+    @property
+    def breadth(self) -> float:
+        """How many times the highest usable rate is the lowest."""
+        return self.usable[1] / self.usable[0]
+
+
+@dataclass(frozen=True)
+class TaskSummary:
+    """All methods of a task.
+
+    Attributes:
+        task: name of the settings.
+        about: steps, rank and seeds, for people.
+        steps: of a run.
+        methods: by name; LoRA is among them.
+    """
+
+    task: str
+    about: str
+    steps: int
+    methods: dict[str, Summary]
+
+    def in_order(self) -> dict[str, Summary]:
+        """The methods in the order of the table of methods."""
+        return {m: self.methods[m] for m in METHODS if m in self.methods}
+
+    @property
+    def aim(self) -> float:
+        """Tuned LoRA's mean final loss."""
+        return self.methods[BASELINE].loss
+
+
+def summarise_task(study: Study, methods: Iterable[str]) -> TaskSummary | None:
+    """Summarise the methods whose runs are done; nothing if LoRA's are not.
+
+    Args:
+        study: of the task.
+        methods: names.
+    """
+    baseline = _summarise(study, BASELINE, math.inf)
+    if baseline is None:
+        return None
+    found = {m: _summarise(study, m, baseline.loss) for m in methods}
+    settings = study.settings
+    return TaskSummary(
+        task=settings.task,
+        about=(
+            f"{study.steps} steps of {settings.training.batch_size}, r {settings.adapter['r']}, "
+            f"{settings.seeds} seeds"
+        ),
+        steps=study.steps,
+        methods={BASELINE: baseline} | {m: s for m, s in found.items() if s is not None},
+    )
+
+
+def _summarise(study: Study, method: str, aim: float) -> Summary | None:
+    search = study.search(method)
+    if next_rates(METHODS[method].first_rate, search):
+        return None
+    lr, suggested, runs = best_rate(search), study.suggested(method), study.runs(method)
+    whole = _chosen(runs, lr, study.steps)
+    if len(whole) < study.settings.seeds:
+        return None
+    aim = statistics.mean(map(final_loss, whole)) if math.isinf(aim) else aim
+    before = whole[0]["start_steps"]
+    return Summary(
+        lr=lr,
+        search={lr: loss if math.isfinite(loss) else None for lr, loss in sorted(search.items())},
+        usable=usable_range(search),
+        losses=list(map(final_loss, whole)),
+        accuracies=[r["curve"][-1][2] for r in whole],
+        reach=[_reach(r, aim) for r in whole],
+        short_losses=[final_loss(r) for r in _chosen(runs, lr, study.shorter(method))],
+        suggested_lr=suggested,
+        suggested_losses=[final_loss(r) for r in _chosen(runs, suggested, study.steps)],
+        forgetting=[
+            r["source_loss"][1] - r["source_loss"][0] for r in whole if r["source_loss"][0]
+        ],
+        start_steps=before,
+        n_trained=whole[0]["n_trainable"],
+        curve=[
+            [points[0][0] + before, statistics.mean(p[1] for p in points)]
+            for points in zip(*(r["curve"] for r in whole), strict=True)
+        ],
+        costs=_costs(study).get(method, {}),
+    )
+
+
+def _chosen(runs: list[dict], lr: float | None, steps: int) -> list[dict]:
+    chosen = [r for r in runs if r["lr"] == lr and r["steps"] == steps]
+    return sorted(chosen, key=lambda r: r["seed"])
+
+
+def _reach(run: dict, aim: float) -> float | None:
+    steps = steps_to(run["curve"], aim)
+    return None if steps is None else steps + run["start_steps"]
+
+
+def _costs(study: Study) -> dict:
+    path = study.folder / "costs.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def save(summary: TaskSummary, folder: Path) -> None:
+    """Keep a summary, numbers of six digits."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(dataclasses.asdict(summary))
+    write_json(folder / f"{summary.task}.json", json.loads(text, parse_float=_short))
+
+
+def _short(number: str) -> float:
+    return float(f"{float(number):.6g}")
+
+
+def load(folder: Path) -> list[TaskSummary]:
+    """The summaries that were kept in a folder, by task."""
+    texts = [p.read_text(encoding="utf-8") for p in sorted(folder.glob("*.json"))]
+    return [_from_dict(json.loads(text)) for text in texts]
+
+
+def _from_dict(values: dict) -> TaskSummary:
+    methods = {}
+    for name, of in values["methods"].items():
+        search = {float(lr): loss for lr, loss in of["search"].items()}
+        methods[name] = Summary(**{**of, "search": search, "usable": tuple(of["usable"])})
+    return TaskSummary(**{**values, "methods": methods})
