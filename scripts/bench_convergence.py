@@ -1,14 +1,13 @@
 """Does it converge faster? Every start and its rivals, each at its own best learning rate.
 
     python scripts/bench_convergence.py run       # hours; goes on where it was if it is interrupted
-    python scripts/bench_convergence.py costs     # step time and memory, one method at a time
+    python scripts/bench_convergence.py costs     # step time and memory, each method in a process of its own
     python scripts/bench_convergence.py report    # table and pictures from what there is
     python scripts/bench_convergence.py publish   # the same into scripts/convergence/measured and the README
 
 Results are kept in `out/convergence/results`, one JSON a run, apart for different settings
 (`scripts/convergence/configs/`). `--tasks` and `--methods` choose among them; a task may be the path of a file
-with settings of your own. `--device cuda` trains on a GPU; take few
-`--jobs` then.
+with settings of your own. `--device cuda` trains on a GPU; take few `--jobs` then.
 """
 
 import argparse

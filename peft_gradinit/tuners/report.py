@@ -118,6 +118,7 @@ class InitReport:
     def summary(self) -> str:
         """A few lines about the whole."""
         facts = self.facts
+        rate = self.learning_rate
         drift = "not measured" if self.drift is None else f"{self.drift:.1e}"
         loss = "" if facts.loss is None else f", loss {facts.loss:.4f}"
         return (
@@ -127,7 +128,7 @@ class InitReport:
             f"time {facts.seconds:.2f} s, statistics {facts.state_bytes / 2**20:.1f} MiB, peak memory "
             f"+{facts.peak_bytes / 2**20:.0f} MiB, drift of the output {drift}"
             + (f"\n{self._step()}" if self.step else "")
-            + (f"\nlearning rate to begin with {self.learning_rate}" if self.learning_rate else "")
+            + (f"\nlearning rate to begin with {rate}" if rate else "")
         )
 
     def _step(self) -> str:

@@ -289,7 +289,7 @@ def _best_halving(
         previous, scale = loss, scale / 2
         loss = loss_at(scale)
         if previous <= loss_before and not loss < previous:
-            # One too far: a step that barely lowers the loss on the calibration data overfits them.
+            # One too far; measuring the one before again leaves it in the layers.
             return 2 * scale, loss_at(2 * scale)
     return scale, loss
 

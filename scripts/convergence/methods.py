@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import peft
-import peft.tuners.lora.eva as peft_eva_module
 import torch
 from peft import LoraConfig, PeftConfig, get_peft_model
 from peft.optimizers import create_loraplus_optimizer, create_riemannian_optimizer
+from peft.tuners.lora.eva import prepare_layer_inputs_fn_language_modeling
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -142,7 +142,7 @@ def _of_tokens(layer_input: Any, model_input: Any, layer_name: str) -> torch.Ten
     x = layer_input if isinstance(layer_input, torch.Tensor) else layer_input[0]
     if x.dim() == 2:  # behind a pooler
         return x.contiguous()
-    return peft_eva_module.prepare_layer_inputs_fn_language_modeling(x, model_input, layer_name)
+    return prepare_layer_inputs_fn_language_modeling(x, model_input, layer_name)
 
 
 OF_TEXT = {"prepare_layer_inputs_fn": _of_tokens}
@@ -152,11 +152,11 @@ OF_IMAGES = {"prepare_model_inputs_fn": None, "prepare_layer_inputs_fn": _all_po
 
 def peft_lora_ga(model: PreTrainedModel, task: Task, batches: list[Rows]) -> nn.Module:
     """PEFT's own LoRA-GA, with its defaults; it does not know `"all-linear"`."""
-    layers = {n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-    names = [n for n in sorted(layers) if n not in ("classifier", "score", "lm_head")]
     named = _adapter(task)
     if named["target_modules"] == "all-linear":
-        named["target_modules"] = names
+        layers = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+        heads = ("classifier", "score", "lm_head")
+        named["target_modules"] = [n for n in layers if n not in heads]
     config = LoraConfig(**named, init_lora_weights="lora_ga", lora_ga_config=peft.LoraGAConfig())
 
     def train_step() -> None:
