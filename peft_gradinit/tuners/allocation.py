@@ -106,8 +106,8 @@ def allocated(
         config: `rank_allocation` and its limits.
 
     Returns:
-        The targets with their new ranks, at the scaling that they had; rank 0 for those that lose
-        their adapter.
+        The targets with their new ranks and what the method makes of their `lora_alpha`; rank 0 for
+        those that lose their adapter.
     """
     if not config.allocates_ranks:
         return dict(targets)
@@ -150,9 +150,6 @@ def without_empty(config: "GradInitConfig", targets: Mapping[str, Target]) -> No
 
 
 def _with_rank(target: Target, r: int, config: "GradInitConfig") -> Target:
-    if r == target.r or not config.adjusts_scaling:
-        return dataclasses.replace(target, r=r)
-    ratio = r / target.r
-    return dataclasses.replace(
-        target, r=r, alpha=target.alpha * (math.sqrt(ratio) if config.use_rslora else ratio)
-    )
+    if r == target.r:
+        return target
+    return dataclasses.replace(target, r=r, alpha=target.alpha * config.allocated_alpha(r / target.r))

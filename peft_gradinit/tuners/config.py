@@ -156,10 +156,13 @@ class GradInitConfig(LoraConfig, abc.ABC):
         """Whether the layers' ranks are decided from what was measured."""
         return self.rank_allocation != "uniform" and self.rho > 1
 
-    @property
-    def adjusts_scaling(self) -> bool:
-        """Whether a layer keeps its scaling when an allocation changes its rank."""
-        return True
+    def same_scaling(self, times: float) -> float:
+        """By how much `lora_alpha` grows with `times` the rank, so that the scaling stays."""
+        return math.sqrt(times) if self.use_rslora else times
+
+    def allocated_alpha(self, times: float) -> float:
+        """By how much `lora_alpha` of a layer grows to which an allocation gives `times` its rank."""
+        return self.same_scaling(times)
 
     @abc.abstractmethod
     def rank_limit(self, shape: tuple[int, int]) -> int:
@@ -203,7 +206,7 @@ class GradInitConfig(LoraConfig, abc.ABC):
         """
         plain = plain_config(self)
         if self.anchored:
-            growth = math.sqrt(2) if self.use_rslora else 2
+            growth = self.same_scaling(2)
             plain.r = 2 * self.r
             plain.lora_alpha = growth * self.lora_alpha  # pyright: ignore[reportAttributeAccessIssue]
             plain.rank_pattern = {k: 2 * v for k, v in (self.rank_pattern or {}).items()}

@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import math
 import re
 import warnings
 from collections.abc import Mapping
@@ -170,7 +169,7 @@ def _target(
             "exclude_modules, or take it out of target_parameters."
         )
     if r != requested:
-        alpha *= math.sqrt(r / requested) if config.use_rslora else r / requested
+        alpha *= config.same_scaling(r / requested)
     return Target(name, base, shape, r, requested, alpha)
 
 

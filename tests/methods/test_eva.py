@@ -182,16 +182,35 @@ def test_at_rho_one_or_uniform_every_layer_keeps_its_rank(options):
 
 @pytest.mark.parametrize("use_rslora", [False, True])
 @pytest.mark.parametrize("adjust", [True, False])
-def test_scalings_stay_when_ranks_change_unless_switched_off(use_rslora, adjust):
+def test_lora_alpha_changes_with_the_rank_unless_switched_off(use_rslora, adjust):
     peft_model = adapted_by_eva(use_rslora=use_rslora, adjust_scaling_factors=adjust)
     changed = 0
     for layer in eva_layers(peft_model).values():
         r = layer.r["default"]
-        own = 8 / (math.sqrt(r) if use_rslora else r)
-        as_asked = 8 / (2 if use_rslora else 4)
-        assert layer.scaling["default"] == pytest.approx(as_asked if adjust else own)
+        alpha = 8 * r / 4 if adjust else 8
+        want = alpha / (math.sqrt(r) if use_rslora else r)
+        assert layer.scaling["default"] == pytest.approx(want)
         changed += r != 4
     assert changed
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+@pytest.mark.parametrize("adjust", [True, False])
+def test_scalings_are_those_of_pefts_eva_of_the_same_ranks(use_rslora, adjust):
+    ours = adapted_by_eva(use_rslora=use_rslora, adjust_scaling_factors=adjust)
+    rows = {n: m.lora_A["default"].weight for n, m in eva_layers(ours).items()}
+    config = peft.LoraConfig(
+        **TARGETS,
+        use_rslora=use_rslora,
+        init_lora_weights="eva",
+        eva_config=peft.EvaConfig(adjust_scaling_factors=adjust),
+    )
+    theirs = get_peft_model(pico_llama(), config, low_cpu_mem_usage=True)
+    given = {f"base_model.model.{name}": A for name, A in rows.items()}
+    peft.initialize_lora_eva_weights(theirs, eva_state_dict=given)
+
+    want = {n: m.scaling["default"] for n, m in eva_layers(theirs).items()}
+    assert {n: m.scaling["default"] for n, m in eva_layers(ours).items()} == pytest.approx(want)
 
 
 def narrow(model):

@@ -142,9 +142,9 @@ def test_energy_and_explained_variance_are_different_questions(method):
     assert sum(explained.values()) == sum(energy.values())
 
 
-@every_method
+@pytest.mark.parametrize("method", GRADIENT_METHODS, ids=lambda m: m.method)
 @pytest.mark.parametrize("use_rslora", [False, True])
-def test_scalings_stay(method, use_rslora):
+def test_scalings_stay_where_gradients_share_the_ranks(method, use_rslora):
     peft_model = allocated(method, use_rslora=use_rslora)
     for module in peft_model.modules():
         if "default" in getattr(module, "lora_A", {}):
