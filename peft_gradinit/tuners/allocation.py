@@ -152,4 +152,6 @@ def without_empty(config: "GradInitConfig", targets: Mapping[str, Target]) -> No
 def _with_rank(target: Target, r: int, config: "GradInitConfig") -> Target:
     if r == target.r:
         return target
-    return dataclasses.replace(target, r=r, alpha=target.alpha * config.allocated_alpha(r / target.r))
+    return dataclasses.replace(
+        target, r=r, alpha=target.alpha * config.allocated_alpha(r / target.r)
+    )
