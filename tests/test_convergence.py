@@ -17,6 +17,7 @@ from convergence.methods import METHODS  # noqa: E402
 from convergence.plan import (  # noqa: E402
     MAX_STEPS_FROM_FIRST,
     best_rate,
+    neighbouring_rates,
     next_rates,
     rate,
     steps_to,
@@ -74,6 +75,24 @@ def test_search_goes_away_from_rates_that_diverge():
 
 def test_search_in_which_everything_diverges_ends():
     assert searched(1e-3, lambda lr: math.inf)
+
+
+@pytest.mark.parametrize("first", [3.2e-4, 1e-3, 3.2e-3])
+def test_search_among_neighbours_ends_between_two_worse_rates(first):
+    losses = {}
+    while rates := neighbouring_rates(first, losses):
+        assert not losses.keys() & set(rates)
+        losses |= {lr: parabola(1e-3)(lr) for lr in rates}
+    assert best_rate(losses) == 1e-3
+    assert {rate(1e-3, -1), rate(1e-3, 1), first} <= set(losses)
+    assert len(losses) <= 5
+
+
+def test_search_among_neighbours_ends_where_everything_diverges():
+    losses = {}
+    while rates := neighbouring_rates(1e-3, losses):
+        losses |= dict.fromkeys(rates, math.inf)
+    assert len(losses) == 3
 
 
 def test_rates_of_the_grid_do_not_depend_on_the_way():

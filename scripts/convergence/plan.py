@@ -55,6 +55,19 @@ def next_rates(first: float, losses: Losses) -> list[float]:
     return [lr for lr in (rate(first, quarters) for quarters in between) if lr not in losses]
 
 
+def neighbouring_rates(first: float, losses: Losses) -> list[float]:
+    """Rates to try next from one that is almost right; empty when the best has both neighbours.
+
+    Args:
+        first: a rate of the grid, where the search begins.
+        losses: what was found.
+    """
+    if first not in losses:
+        return [first]
+    best = best_rate(losses)
+    return [lr for lr in (rate(best, -1), rate(best, 1)) if lr not in losses]
+
+
 def best_rate(losses: Losses) -> float:
     """The rate with the least loss."""
     return min(losses, key=lambda lr: losses[lr])

@@ -60,10 +60,8 @@ def _cells(task: TaskSummary, summary: Summary) -> list[str]:
         interval(summary.losses),
         interval(summary.accuracies),
         _steps_to_aim(summary, task.steps),
-        _next_to(summary.short_loss, task.aim),
-        f"{summary.suggested_lr:g}: {_next_to(summary.suggested_loss, task.aim)}"
-        if summary.suggested_losses
-        else "-",
+        _at_rate(summary.short_lr, summary.short_loss, task.aim),
+        _at_rate(summary.suggested_lr, summary.suggested_loss, task.aim),
         _seconds_to_aim(summary),
         f"{statistics.mean(summary.forgetting):+.2f}" if summary.forgetting else "-",
         *(_cost(summary, task, name) for name in ("step_seconds", "training_mib")),
@@ -80,8 +78,12 @@ def _steps_to_aim(summary: Summary, whole: int) -> str:
     return f"{steps:.0f} ({steps / whole:.0%})" if math.isfinite(steps) else "-"
 
 
-def _next_to(loss: float | None, aim: float) -> str:
-    return "-" if loss is None else f"{loss:.3f} ({loss / aim - 1:+.1%})"
+def _next_to(loss: float, aim: float) -> str:
+    return f"{loss:.3f} ({loss / aim - 1:+.1%})"
+
+
+def _at_rate(lr: float | None, loss: float | None, aim: float) -> str:
+    return "-" if loss is None else f"{lr:g}: {_next_to(loss, aim)}"
 
 
 def _seconds_to_aim(summary: Summary) -> str:

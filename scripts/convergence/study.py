@@ -16,7 +16,7 @@ import torch
 from peft_gradinit.files import write_json
 
 from .methods import METHODS
-from .plan import TOLERANCE, Losses, best_rate, next_rates, rate
+from .plan import TOLERANCE, Losses, best_rate, neighbouring_rates, next_rates, rate
 from .settings import load_settings
 from .tasks import TASKS, Task, on_device
 from .training import Key, run, start_steps
@@ -25,7 +25,7 @@ BASELINE = "lora"
 REFERENCES = (BASELINE, "full")
 SHORTER = 0.6
 """Shorter runs, calibration included, of the references and of those of our types that end near the
-baseline, with a schedule of their own: what a user would do who is in a hurry."""
+baseline, with a schedule and a best rate of their own: what a user would do who is in a hurry."""
 
 
 class Study:
@@ -62,13 +62,18 @@ class Study:
         files = sorted((self.folder / method).glob("*.json"))
         return [json.loads(path.read_text(encoding="utf-8")) for path in files]
 
-    def search(self, method: str) -> dict[float, float]:
-        """Mean final loss by learning rate of the grid, of whole runs with the seeds of the search."""
+    def search(self, method: str, steps: int | None = None) -> dict[float, float]:
+        """Mean final loss by learning rate of the grid, of runs with the seeds of the search.
+
+        Args:
+            method: name.
+            steps: of the runs. Default: of whole runs.
+        """
         seeds = range(self.settings.search_seeds)
         losses: dict[float, list[float]] = {}
         for result in self.runs(method):
             searched = result["seed"] in seeds and rate(result["lr"], 0) == result["lr"]
-            if searched and result["steps"] == self.steps:
+            if searched and result["steps"] == (steps or self.steps):
                 losses.setdefault(result["lr"], []).append(final_loss(result))
         return {lr: sum(of) / len(of) for lr, of in losses.items() if len(of) == len(seeds)}
 
@@ -82,16 +87,24 @@ class Study:
         losses = self.search(method)
         rates = next_rates(METHODS[method].first_rate, losses)
         if rates:
-            wanted = itertools.product(rates, [self.steps], range(self.settings.search_seeds))
-        else:
-            best, seeds = best_rate(losses), range(self.settings.seeds)
-            kinds = [(best, self.steps)]
-            if (suggested := self.suggested(method)) is not None:
-                kinds.append((suggested, self.steps))
-            if method in REFERENCES or (METHODS[method].ours and self._is_near_baseline(losses)):
-                kinds.append((best, self.shorter(method)))
-            wanted = [(lr, n, seed) for lr, n in kinds for seed in seeds]
-        keys = [Key(self.settings.task, method, lr, seed, n) for lr, n, seed in wanted]
+            return self._missing(method, rates, self.steps, self.settings.search_seeds)
+        suggested = self.suggested(method)
+        rates = [best_rate(losses)] + ([] if suggested is None else [suggested])
+        wanted = self._missing(method, rates, self.steps, self.settings.seeds)
+        if method in REFERENCES or (METHODS[method].ours and self._is_near_baseline(losses)):
+            wanted += self._pending_shorter(method, best_rate(losses))
+        return wanted
+
+    def _pending_shorter(self, method: str, first: float) -> list[Key]:
+        steps = self.shorter(method)
+        losses = self.search(method, steps)
+        if rates := neighbouring_rates(first, losses):
+            return self._missing(method, rates, steps, self.settings.search_seeds)
+        return self._missing(method, [best_rate(losses)], steps, self.settings.seeds)
+
+    def _missing(self, method: str, rates: list[float], steps: int, n_seeds: int) -> list[Key]:
+        seeds = itertools.product(rates, range(n_seeds))
+        keys = [Key(self.settings.task, method, lr, seed, steps) for lr, seed in seeds]
         return [key for key in keys if not self.path_of(key).exists()]
 
     def _is_near_baseline(self, losses: Losses) -> bool:

@@ -27,7 +27,8 @@ class Summary:
         accuracies: of every seed.
         reach: steps until tuned LoRA's mean final loss, of every seed, calibration included; `None`
             if never.
-        short_losses: of every seed, final loss of runs of 60 % of the steps, calibration included.
+        short_lr: the best rate of runs of 60 % of the steps, calibration included.
+        short_losses: their final loss, of every seed.
         suggested_lr: the rate that the package suggests, if it does.
         suggested_losses: final loss there, of every seed.
         forgetting: growth of the loss on the pretraining distribution, of every seed.
@@ -43,6 +44,7 @@ class Summary:
     losses: list[float]
     accuracies: list[float]
     reach: list[float | None]
+    short_lr: float | None
     short_losses: list[float]
     suggested_lr: float | None
     suggested_losses: list[float]
@@ -127,6 +129,8 @@ def _summarise(study: Study, method: str, aim: float) -> Summary | None:
     if next_rates(METHODS[method].first_rate, search):
         return None
     lr, suggested, runs = best_rate(search), study.suggested(method), study.runs(method)
+    short_search = study.search(method, study.shorter(method))
+    short_lr = best_rate(short_search) if short_search else None
     whole = _chosen(runs, lr, study.steps)
     if len(whole) < study.settings.seeds:
         return None
@@ -139,7 +143,8 @@ def _summarise(study: Study, method: str, aim: float) -> Summary | None:
         losses=list(map(final_loss, whole)),
         accuracies=[r["curve"][-1][2] for r in whole],
         reach=[_reach(r, aim) for r in whole],
-        short_losses=[final_loss(r) for r in _chosen(runs, lr, study.shorter(method))],
+        short_lr=short_lr,
+        short_losses=[final_loss(r) for r in _chosen(runs, short_lr, study.shorter(method))],
         suggested_lr=suggested,
         suggested_losses=[final_loss(r) for r in _chosen(runs, suggested, study.steps)],
         forgetting=[
