@@ -201,3 +201,5 @@ def test_summaries_survive_their_files(tmp_path):
     for task in load(MEASURED):
         save(task, tmp_path)
     assert load(tmp_path) == load(MEASURED)
+    rates = [list(summary.search) for task in load(MEASURED) for summary in task.methods.values()]
+    assert all(of == sorted(of) for of in rates)  # lines of the pictures, drawn in this order

@@ -73,8 +73,8 @@ class EvaConfig(GradInitConfig):
             the paper's theorem.
         adjust_scaling_factors: when a rank becomes `r'`, multiply `lora_alpha` by `r' / r`, as PEFT does.
             The scaling stays; with rsLoRA it grows as the root of the rank, so layers that got ranks
-            take longer steps. On docstrings that ended lower than keeping it, 1.372 against 1.407
-            (8 of 8 seeds, `scripts/bench_convergence.py`), elsewhere alike.
+            take longer steps. That ends as low as keeping it (`scripts/bench_convergence.py`), and is
+            what PEFT's own EVA means by this option.
         use_label_mask: take only tokens that carry loss, where batches have labels for each token.
 
     Raises:

@@ -195,6 +195,6 @@ def load(folder: Path) -> list[TaskSummary]:
 def _from_dict(values: dict) -> TaskSummary:
     methods = {}
     for name, of in values["methods"].items():
-        search = {float(lr): loss for lr, loss in of["search"].items()}
+        search = dict(sorted((float(lr), loss) for lr, loss in of["search"].items()))
         methods[name] = Summary(**{**of, "search": search, "usable": tuple(of["usable"])})
     return TaskSummary(**{**values, "methods": methods})
