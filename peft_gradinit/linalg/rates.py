@@ -3,7 +3,8 @@ r"""Learning rates for Adam from the lengths of the factors: where to begin, not
 **Plain LoRA.** Adam moves every entry by about the learning rate `lr`. At a good rate both factors are
 learnt anew within a run, entries of both ending at some `T lr`, and an output coordinate moves by
 `s r in (T lr)^2` times what an input is. So the rate goes as `1 / sqrt(in s r)`. The constant, 1/4, is from
-`scripts/bench_convergence.py`, tasks of widths 64 to 384 and 100 to 200 steps; the published rule for language
+`scripts/bench_convergence.py`, tasks of widths 64 to 384 and 100 to 150 steps (docstrings with a slower head
+than it has now, which wants half of it); the published rule for language
 models of width 4096 (Schulman et al. 2025, "LoRA Without Regret", alpha 32) gives 0.4 of it, and
 their short runs 0.6.
 
