@@ -4,37 +4,63 @@ Importing the package registers its types with PEFT, so that `get_peft_model(mod
 LoraGAConfig(…, calibration=data))` works.
 """
 
+from . import errors
 from .calibration import Calibration, CalibrationResult
 from .errors import GradInitError
 from .export import ExportReport, export_adapter
-from .methods import EvaConfig, LoraGAConfig, LoraOneConfig, SVFitConfig
+from .methods import (
+    METHODS,
+    CorDAConfig,
+    EvaConfig,
+    LoraGAConfig,
+    LoraOneConfig,
+    MiLoRAConfig,
+    OLoRAConfig,
+    PiSSAConfig,
+    SVFitConfig,
+)
+from .records import InitReport, LearningRate, init_report
+from .starts import GradInitConfig
 from .trainer import CalibrationCallback
 from .tuners import (
-    InitReport,
-    LearningRate,
+    Pair,
     calibrate,
     initialize,
     load_for_training,
+    pairs,
+    register,
     suggest_learning_rate,
 )
 
 __version__ = "0.1.0"
 
+for _method in METHODS:
+    register(_method)
+
 __all__ = [
     "Calibration",
     "CalibrationCallback",
     "CalibrationResult",
+    "CorDAConfig",
     "EvaConfig",
     "ExportReport",
+    "GradInitConfig",
     "GradInitError",
     "InitReport",
     "LearningRate",
     "LoraGAConfig",
     "LoraOneConfig",
+    "MiLoRAConfig",
+    "OLoRAConfig",
+    "Pair",
+    "PiSSAConfig",
     "SVFitConfig",
     "calibrate",
+    "errors",
     "export_adapter",
+    "init_report",
     "initialize",
     "load_for_training",
+    "pairs",
     "suggest_learning_rate",
 ]

@@ -1,9 +1,13 @@
-"""Every error that this package raises on purpose.
+"""Every error that this package raises on purpose, and the one way in which it warns.
 
 Each child also subclasses the built-in that users of PEFT and Transformers already catch, so that
 `except ValueError` keeps working. Messages say what is wrong and where, what was expected, what
 was got, and what to do.
 """
+
+import sys
+import types
+import warnings
 
 
 class GradInitError(Exception):
@@ -48,3 +52,19 @@ class OutputError(GradInitError, OSError):
 
 class ExportError(GradInitError, ValueError):
     """An adapter cannot be written in the form or to the place that was asked for."""
+
+
+_LIBRARIES = frozenset({"peft_gradinit", "peft", "transformers", "accelerate", "trl", "torch"})
+"""Packages that stand between the user's line and a warning."""
+
+
+def warn(message: str) -> None:
+    """Warn, and point at the user's line: the nearest one outside of this package and its hosts."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and _package(frame) in _LIBRARIES | {"contextlib"}:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, UserWarning, stacklevel=level)
+
+
+def _package(frame: types.FrameType) -> str:
+    return str(frame.f_globals.get("__name__", "")).partition(".")[0]

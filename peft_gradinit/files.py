@@ -1,7 +1,8 @@
-"""Files and folders that are there as a whole or not at all.
+"""Writes files and folders as a whole or not at all.
 
-Everything is written beside its place, flushed to the disk, and renamed into it. A full disk, a
-missing permission or a killed process leaves what was there before; the error says what to do.
+Content goes to a temporary name beside its place, is flushed to the disk, and is then renamed. A
+full disk, a missing permission or a killed process leaves what was there before; the error says
+what to do.
 """
 
 import errno
@@ -20,7 +21,7 @@ from safetensors import SafetensorError
 from .errors import ExportError, OutputError
 
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
-"""How safetensors, written in Rust, names what the system refused."""
+"""How safetensors, written in Rust, reports an error of the system."""
 
 _ADVICE = {
     errno.ENOSPC: "the disk is full; free some space or write elsewhere",
@@ -37,20 +38,14 @@ _ADVICE = {
 
 @contextmanager
 def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Give a path to write to, and put the file in its place when the block ends well.
+    """Yield a temporary path; rename it to `path` when the block ends without an error.
 
-    Args:
-        path: where the file goes; missing folders are made, an old file is replaced.
-
-    Yields:
-        A path in the same folder, to be written.
-
-    Raises:
-        OutputError: if it cannot be written. What was at `path` is still there.
+    Missing folders are made. An old file is replaced; after an error (`OutputError` if the path
+    cannot be written) it is still there.
     """
     path = Path(path)
-    beside = _beside(path)
-    with _said_clearly(path):
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with _errors_explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield beside
@@ -63,12 +58,7 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def write_json(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
-    """Write a JSON file, whole or not at all.
-
-    Args:
-        path: the file.
-        content: as JSON knows it; keys are sorted.
-    """
+    """Write a JSON file with sorted keys, as a whole or not at all."""
     with whole_file(path) as beside:
         beside.write_text(json.dumps(content, indent=2, sort_keys=True), encoding="utf-8")
 
@@ -77,20 +67,17 @@ def write_json(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None
 def whole_folder(
     folder: str | os.PathLike[str], *, overwrite: bool, is_ours: Callable[[str], bool]
 ) -> Iterator[Path]:
-    """Give an empty folder to write into, and put it in its place when the block ends well.
+    """Yield an empty folder; rename it to `folder` when the block ends without an error.
 
-    After an error nothing has changed. A folder cannot be exchanged in one step: a process that is
-    killed between the two renames leaves the old one beside its place, under a name that ends in
-    `.old`, and nothing in it.
+    After an error nothing has changed. A folder cannot be exchanged in one step: if the process is
+    killed between the two renames, `folder` is missing, and the old one lies beside it under a name
+    that ends in `.old`.
 
     Args:
-        folder: where the folder goes; missing ones above it are made.
+        folder: where the folder goes; missing parents are made.
         overwrite: replace a folder that holds files already. It is replaced as a whole: files that
             are not written again are gone.
         is_ours: whether a file of that name may be replaced.
-
-    Yields:
-        The folder to write into, beside its place.
 
     Raises:
         ExportError: if the place is a file, holds files and `overwrite` is off, or holds files
@@ -99,7 +86,7 @@ def whole_folder(
     """
     target = Path(os.path.abspath(folder))  # noqa: PTH100 `resolve` would follow a link
     _check_replaceable(target, overwrite, is_ours)
-    with _said_clearly(target):
+    with _errors_explained(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         part = _empty_folder_beside(target, ".part")
         try:
@@ -115,16 +102,9 @@ def whole_folder(
 
 
 def check_writable(folder: str | os.PathLike[str]) -> None:
-    """Refuse a folder that cannot be written to, before any work is done.
-
-    Args:
-        folder: where files will go; need not exist.
-
-    Raises:
-        OutputError: saying what is in the way.
-    """
+    """Refuse a folder that cannot be written to (`OutputError`); it need not exist yet."""
     folder = Path(folder)
-    with _said_clearly(folder):
+    with _errors_explained(folder):
         existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
         if not existing.is_dir():
             raise OutputError(
@@ -136,7 +116,7 @@ def check_writable(folder: str | os.PathLike[str]) -> None:
 
 
 @contextmanager
-def _said_clearly(path: Path) -> Iterator[None]:
+def _errors_explained(path: Path) -> Iterator[None]:
     try:
         yield
     except OutputError:
@@ -153,10 +133,6 @@ def _number(error: Exception) -> int | None:
         return error.errno
     found = _OS_ERROR.search(str(error))
     return int(found.group(1)) if found else None
-
-
-def _beside(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.part")
 
 
 def _empty_folder_beside(target: Path, ending: str) -> Path:
@@ -209,7 +185,7 @@ def _umask() -> int:
 
 
 def _flush(path: Path) -> None:
-    """Have a file or a folder's entries on the disk before anything refers to them."""
+    """Make the system write a file, or the entries of a folder, to the disk now."""
     if path.is_dir() and os.name == "nt":
         return  # folders cannot be opened there
     handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)

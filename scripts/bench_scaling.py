@@ -195,7 +195,7 @@ def computed(options: argparse.Namespace) -> dict[str, dict]:
     """Dry runs on the configs, as a table in Markdown, which the README shows."""
     found = {}
     for shape in sorted(SHAPES.iterdir()):
-        command = [sys.executable, "-m", "peft_gradinit.cli", "calibrate", str(shape), "--dry-run"]
+        command = [sys.executable, "-m", "peft_gradinit_cli", "calibrate", str(shape), "--dry-run"]
         command += ["--json", "--processes", str(options.processes), "--r", str(options.r)]
         # What is timed for an estimate in seconds is not of interest here.
         done = subprocess.run(

@@ -26,7 +26,10 @@ from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding
 
 from peft_gradinit import Calibration
-from peft_gradinit.calibration import batches, collect
+from peft_gradinit.calibration import Feed, GradientRecorder, Gradients, LayerStatistics, run_pass
+from peft_gradinit.calibration.feed import batches
+from peft_gradinit.calibration.resume import Resume
+from peft_gradinit.layouts import Processes
 from peft_gradinit.statistics import DenseGradient, SketchedGradient, TestMatrixPool
 
 RANK = 16
@@ -38,7 +41,7 @@ class OneOrientation(SketchedGradient):
 
     def orient(self) -> None:
         """Ignore all orientations but the first."""
-        if self._V is None:
+        if not self.oriented():
             super().orient()
 
 
@@ -60,7 +63,10 @@ def fill(kind: str, width: int, seed: int, loader: DataLoader) -> dict:
         for name, m in modules.items()
     }
     batches.FIRST_ORIENTATION = FIRST_ORIENTATIONS.get(kind, 10**9)
-    collect(model, modules, filled, Calibration(loader, progress=False, seed=seed))
+    calibration = Calibration(loader, progress=False, seed=seed)
+    layers = LayerStatistics(filled)
+    recorder = GradientRecorder(model, layers, calibration, Gradients(), Processes(), {})
+    run_pass(recorder, modules, Feed(calibration, model), Resume())
     return filled
 
 

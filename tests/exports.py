@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from tests.helpers import pico_llama, train_steps
-from tests.methods.test_contract import config_of
+from tests.methods.rows import config_of
 
 EXACT = 1e-5
 """Relative error of float32 logits that were computed in another order."""

@@ -17,13 +17,6 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-def test_readme_tree_lists_every_module_once():
-    listed = re.findall(r"^ {2,4}(\w+\.py) ", README, flags=re.MULTILINE)
-    package = ROOT / "peft_gradinit"
-    modules = [p.name for p in package.rglob("*.py") if p.name != "__init__.py"]
-    assert sorted(listed) == sorted(modules)
-
-
 @pytest.mark.filterwarnings("ignore:LoRA-GA needs 32 singular directions")  # a pico model
 def test_readme_first_example_runs_as_printed(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -82,8 +75,8 @@ def test_readme_method_table_is_the_table_of_methods():
     for method in METHODS:
         changed = "unchanged" if method.preserves_output else "changed"
         row = (
-            f"| `{method.config.__name__}` | {method.start} | {method.needs} | {changed} | "
-            f"{method.saved_as} | [{method.paper}](https://arxiv.org/abs/{method.paper}) |"
+            f"| `{method.__name__}` | {method.start} | {method.needed()} | {changed} | "
+            f"{method.saved_as()} | [{method.paper}](https://arxiv.org/abs/{method.paper}) |"
         )
         assert row in README
 

@@ -424,7 +424,7 @@ def test_failure_halfway_leaves_the_files_as_they_were(target, tmp_path, monkeyp
     def full_disk(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("peft_gradinit.model_card.ModelCard.save", full_disk)
+    monkeypatch.setattr("peft_gradinit.records.card.ModelCard.save", full_disk)
     monkeypatch.setattr("peft.peft_model.ModelCard.save", full_disk)
     with pytest.raises(OSError, match="No space left"):
         export_adapter(peft_model, out, target, overwrite=True)

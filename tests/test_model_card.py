@@ -11,9 +11,10 @@ from huggingface_hub import ModelCard, ModelCardData
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from peft_gradinit import SVFitConfig, load_for_training
-from peft_gradinit.model_card import complete_card
-from peft_gradinit.picture import draw_layers
-from peft_gradinit.tuners.publishing import hub_id, published
+from peft_gradinit.records.card import complete_card
+from peft_gradinit.records.hub import hub_id
+from peft_gradinit.records.picture import draw_layers
+from peft_gradinit.records.publishing import published
 from tests.exports import config, trained
 from tests.helpers import logits, pico_llama, quiet, token_batches, train_steps
 
@@ -40,7 +41,7 @@ def test_saving_writes_the_whole_card(tmp_path):
 
 def test_rank_of_lora_ga_is_explained(tmp_path):
     saved(tmp_path)
-    assert "| rank | 8: the 4 that were trained, and as many that take" in card(tmp_path).text
+    assert "| rank | 8: the 4 that were trained, and as many that subtract" in card(tmp_path).text
 
 
 def test_saving_again_changes_nothing(tmp_path):

@@ -5,15 +5,16 @@ import re
 import pytest
 
 from peft_gradinit import calibrate
-from peft_gradinit.errors import ConfigError
-from peft_gradinit.plots import (
+from peft_gradinit.analysis import compare_adapters
+from peft_gradinit.analysis.plots import (
     draw_angles,
     draw_drift,
     draw_losses,
     draw_rank_map,
     draw_spectra,
 )
-from peft_gradinit.saved import compare_adapters, read_adapter
+from peft_gradinit.errors import ConfigError
+from peft_gradinit.records import read_adapter
 from tests.helpers import lora_ga, pico_llama, quiet, token_batches
 from tests.saved.adapters import saved_lora
 

@@ -15,7 +15,7 @@ from peft_gradinit.methods import METHODS
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 PNG = b"\x89PNG\r\n\x1a\n"
-TITLES = [m.title for m in METHODS]
+TITLES = [m.method for m in METHODS]
 
 pytestmark = pytest.mark.slow
 

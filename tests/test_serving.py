@@ -8,8 +8,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from peft_gradinit import export_adapter, load_for_training
 from peft_gradinit.errors import DataError, ExportError
+from peft_gradinit.export.serving import SERVED_RANKS
 from peft_gradinit.methods import METHODS
-from peft_gradinit.serving import SERVED_RANKS
 from tests.exports import (
     EXACT,
     PATTERNS,

@@ -3,61 +3,12 @@
 Knows nothing of LoRA: it is given modules and accumulators, and returns facts.
 """
 
-from .capture import capture
-from .experts import ExpertWeight, Measurable
-from .fingerprint import model_fingerprint, stored_weight, weight_hash, with_stored_weight
-from .gradients import measure_gradients
+from .capture import ExpertWeight, Measurable, capture
+from .feed import Feed, unsharded
 from .guards import left_as_found
-from .inputs import measure_inputs
-from .layouts import assign, is_sharded, plain_name, unwrapped, whole, whole_modules
-from .losses import base_loss, mean_loss
-from .offloading import execution_device, has_offloaded, is_offloaded, offloaded_value, onloaded
-from .plan import PassSize, Plan, Volume, plan_pass
-from .processes import agreed
+from .needs import Gradients, Inputs, Measured, Need, SecondMoments, Weights, triplets_of
+from .passes import GradientRecorder, LayerStatistics, base_loss, mean_loss, measure, run_pass
+from .plan import PassSize, plan_pass
 from .result import FILE_NAME, CalibrationResult, PassFacts
 from .resume import Checkpoint
-from .run import collect
-from .shards import unsharded
-from .spec import DEFERRED, Calibration
-from .storage import is_hqq, is_packed
-
-__all__ = [
-    "DEFERRED",
-    "FILE_NAME",
-    "Calibration",
-    "CalibrationResult",
-    "Checkpoint",
-    "ExpertWeight",
-    "Measurable",
-    "PassFacts",
-    "PassSize",
-    "Plan",
-    "Volume",
-    "agreed",
-    "assign",
-    "base_loss",
-    "capture",
-    "collect",
-    "execution_device",
-    "has_offloaded",
-    "is_hqq",
-    "is_offloaded",
-    "is_packed",
-    "is_sharded",
-    "left_as_found",
-    "mean_loss",
-    "measure_gradients",
-    "measure_inputs",
-    "model_fingerprint",
-    "offloaded_value",
-    "onloaded",
-    "plain_name",
-    "plan_pass",
-    "stored_weight",
-    "unsharded",
-    "unwrapped",
-    "weight_hash",
-    "whole",
-    "whole_modules",
-    "with_stored_weight",
-]
+from .spec import DEFERRED, RESTORED, Calibration

@@ -1,24 +1,24 @@
 """The model is left as it was found, also when the user's code raises or is interrupted.
 
-`left_as_found` is the one context in which the pass touches the user's model and process. What it
-changes for the pass, it puts back in reverse order:
+`left_as_found` is the one context in which the pass touches the user's model and process. It sets
+the following for the pass and restores it in reverse order:
 
-- every module in eval mode (no dropout, so the gradient is a property of the data alone), except
-  modules that checkpoint, which do so in train mode only: their own flag is on, whatever it was
-  (`from_pretrained` returns models in eval mode), and their own dropout rates are zero;
-- 4-bit layers of bitsandbytes unpacked: evaluated on some CPUs they pack their weight for good, and a
-  packed weight passes no gradient on;
+- every module in eval mode (no dropout, so the gradient is a property of the data alone). Modules
+  that checkpoint are the exception, since they do so in train mode only: their own flag is on,
+  whatever it was (`from_pretrained` returns models in eval mode), and their dropout rates are zero;
+- 4-bit layers of bitsandbytes unpacked: evaluated on some CPUs they pack their weight for good, and
+  a packed weight passes no gradient on;
 - reentrant checkpointing replaced by the non-reentrant kind, under which taps work;
 - `use_cache` off; compiled code run eagerly, since compiled graphs ignore hooks added later;
 - the random state of torch, numpy and Python, and of the generators of the user's data loader;
-- models that ZeRO-3 has partitioned run without an engine;
+- models that ZeRO-3 has partitioned made runnable without an engine;
 - inference mode off and gradients on, whatever the caller's mode.
 """
 
 import functools
 import random
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -26,36 +26,29 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from .layouts import resharded
-from .zero3 import runnable
+from ..layouts import resharded, runnable
 
 _HOLDERS = ("loader", "sampler", "batch_sampler", "dataset", "collate_fn", "data_collator")
-"""Attributes of loaders, and of what wraps them, under which generators are found."""
+"""Attributes of loaders, samplers and their wrappers that may hold a generator."""
 
 
 @contextmanager
 def left_as_found(model: nn.Module, data: Any, seed: int) -> Iterator[None]:
     """Prepare model and process for the pass and restore them at the end.
 
-    Args:
-        model: the user's model.
-        data: the user's data; generators inside a `DataLoader` get their state back.
-        seed: seed of everything random in the block.
+    `seed` is for everything random in the block; generators inside a `DataLoader` are restored too.
     """
-    with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
-        contexts = (
-            _randomness(data, seed),
-            _modes(model),
-            _unpacked(model),
-            _attributes(model),
-            runnable(model),
-            resharded(model),
-        )
-        for context in contexts:
-            stack.enter_context(context)
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.compiler.set_stance("force_eager"),
+        _randomness(data, seed),
+        _modes(model),
+        _unpacked(model),
+        _attributes(model),
+        runnable(model),
+        resharded(model),
+    ):
         yield
 
 
@@ -79,7 +72,7 @@ def _randomness(data: Any, seed: int) -> Iterator[None]:
 
 
 def generators(loader: Any) -> list[torch.Generator]:
-    """Generators that iterating over a `DataLoader` would advance, also inside other samplers."""
+    """Generators that iterating over a `DataLoader` would advance, also inside nested samplers."""
     found: dict[int, torch.Generator] = {}
     holders, visited = [loader], set()
     while holders:
@@ -95,7 +88,7 @@ def generators(loader: Any) -> list[torch.Generator]:
 
 @contextmanager
 def _modes(model: nn.Module) -> Iterator[None]:
-    """Eval mode, but modules that checkpoint in train mode."""
+    """Set eval mode, but train mode for modules that checkpoint."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
@@ -110,7 +103,7 @@ def _modes(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _unpacked(model: nn.Module) -> Iterator[None]:
-    """Unpacked copies of packed 4-bit weights; afterwards the packed ones are back, bit for bit."""
+    """Unpack packed 4-bit weights; afterwards the packed ones are back, bit for bit."""
     packed = []
     try:
         for module in model.modules():
@@ -127,7 +120,7 @@ def _unpacked(model: nn.Module) -> Iterator[None]:
 
 
 def _state_of_4bit(module: nn.Module) -> Any:
-    """The scales of a 4-bit layer of bitsandbytes; `None` for other modules."""
+    """The quantisation state of a 4-bit layer of bitsandbytes; `None` for other modules."""
     # Not `module.weight`, which other modules may have to compute.
     return getattr(module._parameters.get("weight"), "quant_state", None)
 
@@ -160,7 +153,7 @@ def _temporary_values(model: nn.Module) -> list[tuple[Any, str, Any]]:
         if hasattr(module, "_gradient_checkpointing_func"):
             function = functools.partial(checkpoint, use_reentrant=False)
             values.append((module, "_gradient_checkpointing_func", function))
-        # In train mode, so what it drops by itself (dropout, layerdrop) would be dropped.
+        # It is in train mode, where its own dropout and layerdrop would be active.
         for holder in (module, getattr(module, "config", None)):
             rates = [k for k, v in _attributes_of(holder) if "drop" in k and type(v) is float]
             values += [(holder, name, 0.0) for name in rates]

@@ -1,4 +1,4 @@
-"""Batches of a pass, kept to measure the loss on them again."""
+"""The first batches of a pass, kept to measure the loss on them again."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 MAX_BYTES = 64 * 2**20
-"""What is kept at most: millions of token ids, or a hundred images."""
+"""Limit on the batches kept: millions of token ids, or a hundred images."""
 
 
 @dataclasses.dataclass
@@ -17,8 +17,8 @@ class Replay:
     Attributes:
         batches: as passed to the model.
         loss_sum: sum of their losses, each times its weight.
-        weights: of each, the number of terms that its loss is the mean of.
-        n_bytes: what the batches hold.
+        weights: for each batch, the number of terms that its loss is the mean of.
+        n_bytes: memory of the batches.
         custom_loss: whether the loss was the user's `loss_fn`, not the model's own.
         of_one_process: whether other processes have batches of the same pass.
     """
@@ -31,7 +31,7 @@ class Replay:
     of_one_process: bool = False
 
     def keep(self, batch: Any, loss: float, weight: float) -> None:
-        """Keep a batch, unless the limit is reached; one without weight only if it is the first."""
+        """Keep a batch until the limit is reached; a batch of weight 0 only if it is the first."""
         n_bytes = _n_bytes(batch)
         if self.batches and (self.n_bytes + n_bytes > MAX_BYTES or weight == 0):
             return

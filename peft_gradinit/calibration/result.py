@@ -8,7 +8,8 @@ from typing import Any
 
 from ..errors import FingerprintError
 from ..linalg import TruncatedSVD
-from ..statistics import Fingerprint, load_batches, load_triplets, save_triplets
+from ..statistics import Fingerprint, Readouts, load_batches, load_readouts, save_readouts
+from .needs import NEEDS, Need, triplets_of
 from .replay import Replay
 
 FILE_NAME = "calibration.safetensors"
@@ -20,14 +21,14 @@ class PassFacts:
 
     Attributes:
         n_batches: batches read from the data.
-        n_sequences: leading dimension of those batches, summed.
+        n_sequences: number of sequences read.
         n_tokens: input tokens, padding not counted.
         loss_weight: tokens (or sequences) that carried loss; the denominator of every mean.
         loss: their mean loss; `None` if the pass needs no loss.
         seconds: wall time of the pass, factorisation included.
         state_bytes: what the accumulators held.
         peak_bytes: growth of the device's (on CPU: the process's) peak memory during the pass.
-        stopped_by: why the pass ended: `"end of data"`, `"max_tokens"`, `"max_batches"` or `"settled"`.
+        stopped_by: why it ended: `"end of data"`, `"max_tokens"`, `"max_batches"` or `"settled"`.
     """
 
     n_batches: int
@@ -43,29 +44,38 @@ class PassFacts:
 
 @dataclasses.dataclass(frozen=True)
 class CalibrationResult:
-    """Leading triplets of every target's statistic, and where they are from.
+    """The readouts of every target's statistic, and the model and data they are from.
 
     Attributes:
-        triplets: by module name; targets that could not be measured are absent.
-        energy: what the squares of all singular values of each target sum to: the squared norm of
-            its mean gradient (estimated, for sketches), or the variance of its inputs.
+        readouts: tensors by module name, then by their own name: `U`, `S` and `Vh` of the leading
+            triplets of gradients and inputs, `C` of second moments. Targets that could not be
+            measured are absent.
+        energy: sum of the squares of all singular values of each target: the squared norm of its
+            mean gradient (estimated, for sketches), or the variance of its inputs.
         failures: why a target is absent, by module name.
         fingerprint: model, targets and options; `save` keeps it and a config checks it.
         facts: what happened during the pass.
-        probe: first sequence of the data, to measure the drift of the output with; not saved.
+        need: what was measured, and how much of it a rank uses.
+        probe: first sequence of the data, used to measure the drift of the output; not saved.
         replay: batches to measure the loss on again, for methods that take a step; saved if they
             are dicts of tensors.
         options: the calibration without its data: the loss of `probe` and `replay`; not saved.
     """
 
-    triplets: Mapping[str, TruncatedSVD]
+    readouts: Mapping[str, Readouts]
     energy: Mapping[str, float]
     failures: Mapping[str, str]
     fingerprint: Fingerprint
     facts: PassFacts
+    need: Need
     probe: Any = dataclasses.field(default=None, repr=False, compare=False)
     replay: Replay | None = dataclasses.field(default=None, repr=False, compare=False)
     options: Any = dataclasses.field(default=None, repr=False, compare=False)
+
+    @property
+    def triplets(self) -> dict[str, TruncatedSVD]:
+        """The triplets of the targets whose readouts are triplets, by module name."""
+        return {name: triplets_of(parts) for name, parts in self.readouts.items() if "S" in parts}
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the result to a file, for `calibration=` in a config made later or elsewhere.
@@ -83,12 +93,13 @@ class CalibrationResult:
             "energy": dict(self.energy),
             "failures": dict(self.failures),
             "pass": dataclasses.asdict(self.facts),
+            "need": dataclasses.asdict(self.need),
         }
         batches = []
         if self.replay is not None and self.replay.is_storable:
             facts["replay"] = self.replay.facts()
             batches = self.replay.batches
-        save_triplets(path, self.triplets, self.fingerprint, facts, batches)
+        save_readouts(path, self.readouts, self.fingerprint, facts, batches)
         return path
 
     @classmethod
@@ -107,20 +118,29 @@ class CalibrationResult:
         path = Path(path)
         if path.is_dir():
             path = path / FILE_NAME
-        triplets, fingerprint, facts = load_triplets(path)
+        readouts, fingerprint, facts = load_readouts(path)
         try:
             passed = PassFacts(**facts["pass"])
             energy, failures = facts["energy"], facts["failures"]
+            need = NEEDS[fingerprint.statistic](**facts.get("need", {}))
             replay = Replay(load_batches(path), **facts["replay"]) if "replay" in facts else None
         except (KeyError, TypeError) as error:
             raise FingerprintError(
                 f"the facts in {str(path)!r} are not those of this version ({error}); recalibrate."
             ) from error
+        for name, (out_features, in_features, size) in fingerprint.targets.items():
+            parts, shape = readouts.get(name), (out_features, in_features)
+            if parts is not None and not need.is_whole(parts, shape, size):
+                raise FingerprintError(
+                    f"{str(path)!r} is a damaged calibration: {name} should hold "
+                    f"{need.shapes(shape, size)}; calibrate and save it again."
+                )
         return cls(
-            triplets=triplets,
+            readouts=readouts,
             energy=energy,
             failures=failures,
             fingerprint=fingerprint,
             facts=passed,
+            need=need,
             replay=replay,
         )

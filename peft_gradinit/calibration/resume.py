@@ -1,16 +1,15 @@
-"""The unfinished sums of a pass on disk, so that a killed one continues to the same result.
+"""The unfinished sums of a pass on disk, so that a killed pass continues to the same result.
 
-Statistics are sums over the data, so what was summed and the position in the data are all there is.
+Statistics are sums over the data, so the sums and the position in the data are the whole state.
 They are saved at the ends of batches, as a whole or not at all, under the fingerprint of what is
-measured; another model, other targets, options or data begin anew. One process alone saves: where
-several share the data, their positions would have to agree.
+measured. Another model, other targets, options or data begin anew. Only a pass of one process is
+saved: where several share the data, their positions would have to agree.
 """
 
 import dataclasses
 import hashlib
 import json
 import time
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..errors import warn
 from ..files import whole_file
-from ..statistics import Fingerprint
-from .processes import Processes
+from ..layouts import Processes
+from ..statistics import Fingerprint, batch_entries, batches_of
 from .replay import Replay
 
-FORMAT = "peft_gradinit.partial/1"
+FORMAT = "peft_gradinit.partial/2"
 _BATCH = "replay/"
 _MAX_SHARE = 0.05
 """Saving takes at most this share of the time, however slow the disk is."""
@@ -36,8 +36,9 @@ class Checkpoint:
 
     Attributes:
         path: the file; removed when the pass is done.
-        data: text that tells the data apart from others, such as their path and how they are read.
-        every_seconds: between two saves; 0 saves after every batch. A minute loses a minute.
+        data: text that identifies the data, such as their path and how they are read.
+        every_seconds: between two saves; 0 saves after every batch. With the default, a killed pass
+            loses at most about a minute.
     """
 
     path: Path
@@ -48,11 +49,7 @@ class Checkpoint:
 class Resume:
     """Saves and restores the state of one pass; does nothing without a `Checkpoint`.
 
-    Args:
-        checkpoint: where; `None` for passes that are not to be continued.
-        fingerprint: of what is measured.
-        world: the processes that share the data.
-        replay: batches that are kept along the way, and continued with; filled by `load`.
+    `replay` are the batches kept along the way, which are saved and restored as well.
     """
 
     def __init__(
@@ -71,7 +68,7 @@ class Resume:
         self._last, self._cost = time.perf_counter(), 0.0
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """What an earlier process has saved of the same pass; `None` if there is nothing."""
+        """The state that an earlier process saved of the same pass; `None` if there is none."""
         if self._checkpoint is None or not self._checkpoint.path.exists():
             return None
         path = self._checkpoint.path
@@ -79,30 +76,22 @@ class Resume:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 if (metadata.get("format"), metadata.get("identity")) != (FORMAT, self._identity):
-                    warnings.warn(
+                    warn(
                         f"{str(path)!r} is of another calibration (model, targets, options or data "
-                        "differ); this one begins anew.",
-                        stacklevel=2,
+                        "differ); this one begins anew."
                     )
                     return None
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             numbers = json.loads(metadata["numbers"])
             if self._replay is not None and "replay" in numbers:
-                self._replay.restore(_batches(tensors), numbers["replay"])
+                self._replay.restore(batches_of(tensors, _BATCH), numbers["replay"])
             return tensors, numbers
         except (OSError, SafetensorError, ValueError) as error:
-            warnings.warn(
-                f"{str(path)!r} cannot be continued ({error}); the calibration begins anew.",
-                stacklevel=2,
-            )
+            warn(f"{str(path)!r} cannot be continued ({error}); the calibration begins anew.")
             return None
 
     def after_batch(self, state: Callable[[], tuple[Mapping[str, Tensor], Mapping]]) -> None:
-        """Save the state if it is time to.
-
-        Args:
-            state: gives tensors and numbers (as JSON knows them); asked when it is time only.
-        """
+        """Save the tensors and numbers (as JSON knows them) of `state()`, if it is time to."""
         if self._checkpoint is None:
             return
         now = time.perf_counter()
@@ -111,33 +100,16 @@ class Resume:
         tensors, numbers = state()
         if self._replay is not None and self._replay.is_storable:
             numbers = {**numbers, "replay": self._replay.facts()}
-            tensors = {**tensors, **_entries(self._replay)}
+            tensors = {**tensors, **batch_entries(self._replay.batches, _BATCH)}
         metadata = {"format": FORMAT, "identity": self._identity, "numbers": json.dumps(numbers)}
         own = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
         with whole_file(self._checkpoint.path) as beside:
             save_file(own, beside, metadata=metadata)
         self._last = time.perf_counter()
-        # Asked to save after every batch, it does.
+        # With every_seconds=0 it saves after every batch, whatever the cost.
         self._cost = self._last - now if self._checkpoint.every_seconds else 0.0
 
     def done(self) -> None:
-        """Remove the file: the result is there."""
+        """Remove the file, once the result is there."""
         if self._checkpoint is not None:
             self._checkpoint.path.unlink(missing_ok=True)
-
-
-def _entries(replay: Replay) -> dict[str, Tensor]:
-    return {
-        f"{_BATCH}{i}/{key}": value
-        for i, batch in enumerate(replay.batches)
-        for key, value in batch.items()
-    }
-
-
-def _batches(tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
-    batches: dict[int, dict[str, Tensor]] = {}
-    for name in tensors:
-        if name.startswith(_BATCH):
-            i, _, key = name.removeprefix(_BATCH).partition("/")
-            batches.setdefault(int(i), {})[key] = tensors[name]
-    return [batches[i] for i in sorted(batches)]

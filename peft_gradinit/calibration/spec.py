@@ -5,9 +5,11 @@ import os
 from collections.abc import Callable
 from typing import Any, Literal
 
+from torch import nn
 from torch.utils.data import DataLoader
 
 from ..errors import ConfigError
+from ..layouts import is_sharded
 from .result import CalibrationResult
 from .resume import Checkpoint
 
@@ -16,6 +18,9 @@ DEFAULT_MAX_TOKENS = 65_536
 
 DEFERRED = "deferred"
 """The value of `calibration=` that postpones the pass to `initialize` or the Trainer callback."""
+
+RESTORED = "restored"
+"""The value of `calibration=` in configs whose adapter gets its start from a saved one."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -125,8 +130,12 @@ class Calibration:
             return DEFAULT_MAX_TOKENS
         return self.max_tokens
 
+    def must_run_equally(self, model: nn.Module) -> bool:
+        """Whether a process that runs the model less often than others leaves them waiting."""
+        return is_sharded(model) or self.loss_is_collective
+
     def saved_result(self) -> CalibrationResult | None:
-        """The result that `data` is, or is the path of; `None` if `data` are data."""
+        """The result that `data` is or is the path of; `None` if `data` are batches or samples."""
         if isinstance(self.data, CalibrationResult):
             return self.data
         if isinstance(self.data, str | os.PathLike):

@@ -1,4 +1,4 @@
-"""Updates of a weight that are known as a product of two thin factors."""
+"""Low-rank updates of a weight, each known as the product of two thin factors."""
 
 from typing import NamedTuple
 
@@ -6,17 +6,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .product import truncate_product
+from .product import pad_rank, truncate_product
 from .svd import TruncatedSVD, svd_of_product
 
 
 class Factors(NamedTuple):
-    """An update `B A` of an `(out, in)` weight, its scaling inside `B`.
-
-    Attributes:
-        A: `(r, in)`.
-        B: `(out, r)`.
-    """
+    """An update `B A` of an `(out, in)` weight; the scaling is inside `B`."""
 
     A: Float[Tensor, "r in"]
     B: Float[Tensor, "out r"]
@@ -37,13 +32,18 @@ class Factors(NamedTuple):
         B, A, error = truncate_product(self.B, self.A, rank)
         return Factors(A, B), error
 
+    def padded(self, rank: int) -> "Factors":
+        """The same update in factors of a larger rank, filled with zeros."""
+        B, A = pad_rank(self.B, self.A, rank)
+        return Factors(A, B)
+
     def matrix(self) -> Float[Tensor, "out in"]:
         """The update itself."""
         return self.B @ self.A
 
 
 def joined(*updates: Factors) -> Factors:
-    """The sum of updates as one, of the sum of their ranks; exact."""
+    """The sum of updates as one update, exact; its rank is the sum of their ranks."""
     return Factors(
         torch.cat([u.A for u in updates], dim=0), torch.cat([u.B for u in updates], dim=1)
     )
@@ -55,6 +55,6 @@ def negated(update: Factors) -> Factors:
 
 
 def inner_product(one: Factors, other: Factors) -> float:
-    """Frobenius inner product of two updates from small Gram matrices."""
+    """Frobenius inner product of two updates, from small Gram matrices."""
     gram = (one.B.double().T @ other.B.double()) * (one.A.double() @ other.A.double().T)
     return gram.sum().item()

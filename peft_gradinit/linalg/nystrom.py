@@ -21,9 +21,7 @@ from .svd import TruncatedSVD, fix_signs
 class Components(NamedTuple):
     """Leading eigenpairs of an `(in, in)` second moment, largest first.
 
-    Attributes:
-        Vh: eigenvectors, `(rank, in)`, orthonormal rows; the entry largest in magnitude is positive.
-        variance: eigenvalues, `(rank,)`, non-negative and descending.
+    Rows of `Vh` are orthonormal; in each, the entry largest in magnitude is positive.
     """
 
     Vh: Float[Tensor, "rank in"]
@@ -35,25 +33,16 @@ def nystrom(
 ) -> Components:
     """Estimate the leading eigenpairs of `C >= 0` from `Y = C Omega`.
 
-    `Omega` is orthonormalised and a shift of the size of the rounding error is added to `C` and
-    taken off the eigenvalues, as in the source. The core `Omega^T Y` is inverted through its
-    eigenvalues, not by a Cholesky factor: where sums were carried over from other test matrices, it
-    is positive only up to the error of the carrying.
+    `Omega` (of full column rank) is orthonormalised. A shift of the size of the rounding error is
+    added to `C` and taken off the eigenvalues, as in the source. The core `Omega^T Y` is inverted
+    through its eigenvalues, not by a Cholesky factor: where sums were carried over from other test
+    matrices, it is positive only up to the error of the carrying.
 
-    Args:
-        Y: the sketch, float32 or float64.
-        Omega: the test matrix that made it, of full column rank.
-        rank: eigenpairs to return, `1 <= rank <= width <= in`.
-
-    Returns:
-        Eigenpairs; finite for zero and for rank-deficient sketches, where the eigenvectors of
-        zero are some orthonormal completion.
+    The result is finite for zero and for rank-deficient sketches; eigenvectors of zero are some
+    orthonormal completion. Cost: three factorisations of an `(in, width)` matrix, `O(in width^2)`.
 
     Raises:
-        ShapeError: if `rank` exceeds the width, or the width the dimension.
-
-    Cost:
-        Three factorisations of an `(in, width)` matrix: `O(in width^2)` flops.
+        ShapeError: unless `1 <= rank <= width <= in`.
     """
     dimension, width = Y.shape
     if not 1 <= rank <= width <= dimension:
@@ -76,18 +65,7 @@ def nystrom(
 
 
 def eigenpairs(matrix: Float[Tensor, "in in"], rank: int) -> Components:
-    """Compute the leading eigenpairs of a symmetric positive semi-definite matrix exactly.
-
-    Args:
-        matrix: float32 or float64; not modified.
-        rank: eigenpairs to return, `1 <= rank <= in`.
-
-    Returns:
-        Eigenpairs; negative eigenvalues (rounding) are returned as zero.
-
-    Raises:
-        ShapeError: if `rank` is outside `1..in`.
-    """
+    """Compute the leading eigenpairs of a symmetric `C >= 0` exactly; negative values become 0."""
     if not 1 <= rank <= matrix.shape[0]:
         raise ShapeError(
             f"a {matrix.shape[0]} x {matrix.shape[0]} matrix has between 1 and {matrix.shape[0]} "
@@ -98,14 +76,14 @@ def eigenpairs(matrix: Float[Tensor, "in in"], rank: int) -> Components:
 
 
 def explained_share(rows: Float[Tensor, "rank in"], components: Components) -> float:
-    """Variance that some directions explain over what the leading components explain.
+    """Divide the variance that `rows` explain by what the same number of components explains.
 
     Args:
-        rows: orthonormal.
-        components: at least as many; those beyond their number are known to explain more.
+        rows: orthonormal directions.
+        components: leading components, at least as many as there are rows.
 
     Returns:
-        1 if `rows` span the leading components, less otherwise; 1 if there is no variance.
+        1 if `rows` span the leading components or if there is no variance, less otherwise.
     """
     best = components.variance[: rows.shape[0]].sum()
     explained = (components.variance * (rows @ components.Vh.T).square().sum(0)).sum()

@@ -12,12 +12,9 @@ from .threads import one_thread
 
 
 class TruncatedProduct(NamedTuple):
-    """The best approximation of `B A` of a lower rank.
+    """The best approximation `B' A'` of `B A` of a lower rank, in the dtypes of the factors.
 
-    Attributes:
-        B: left factor, `(out, rank)`, in the dtype of the one given.
-        A: right factor, `(rank, in)`, in the dtype of the one given.
-        relative_error: `|B A - B' A'|_F / |B A|_F`; 0 for a product that is zero.
+    `relative_error` is `|B A - B' A'|_F / |B A|_F`; 0 for a product that is zero.
     """
 
     B: Float[Tensor, "out rank"]
@@ -30,18 +27,10 @@ def truncate_product(
 ) -> TruncatedProduct:
     """Lower the rank of `B A` with the least error in the Frobenius norm (Eckart and Young).
 
-    Both factors are reduced by QR and the `(inner, inner)` core is decomposed, in float64: an
-    adapter that is a small difference of two large products (`B A - B0 A0`) would lose its digits in
-    float32. The factors returned share the singular values evenly.
-
-    Args:
-        B: `(out, inner)`.
-        A: `(inner, in)`.
-        rank: rank to keep, at least 1. Where the product has no more, it is kept exactly, in its
-            own factors.
-
-    Returns:
-        The factors, of rank `min(rank, inner)`, and the error.
+    Both factors are reduced by QR and the `(inner, inner)` core is decomposed, in float64. In
+    float32, a small difference of two large products (`B A - B0 A0`) would lose its digits. The new
+    factors share the singular values evenly. If `rank >= inner`, the factors are returned as they
+    are.
 
     Raises:
         ShapeError: if the rank is not positive or the factors do not fit together.
@@ -68,19 +57,7 @@ def truncate_product(
 def pad_rank(
     B: Float[Tensor, "out inner"], A: Float[Tensor, "inner in"], rank: int
 ) -> tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]]:
-    """Append zeros to the factors of a product, which stays as it is.
-
-    Args:
-        B: `(out, inner)`.
-        A: `(inner, in)`.
-        rank: the new inner size, at least the old one.
-
-    Returns:
-        `B (out, rank)` and `A (rank, in)`.
-
-    Raises:
-        ShapeError: if `rank` is lower than the factors' own.
-    """
+    """Append zeros to the factors up to a larger `rank`; their product stays as it is."""
     missing = rank - A.shape[0]
     if missing < 0:
         raise ShapeError(
@@ -88,3 +65,9 @@ def pad_rank(
         )
     columns, rows = B.new_zeros(B.shape[0], missing), A.new_zeros(missing, A.shape[1])
     return torch.cat([B, columns], dim=1), torch.cat([A, rows])
+
+
+def frobenius_of_product(B: Tensor, A: Tensor) -> float:
+    """`|B A|_F` from the two `r x r` Gram matrices."""
+    gram = (B.double().T @ B.double()) * (A.double() @ A.double().T)
+    return torch.sqrt(gram.sum().clamp_min(0)).item()

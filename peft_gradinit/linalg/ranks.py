@@ -1,4 +1,4 @@
-"""A rank budget shared by layers: the globally largest scores are kept."""
+"""Shares a rank budget among layers: the largest scores of all layers are kept."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -18,19 +18,19 @@ def allocate_ranks(
     """Share `budget` ranks so that the sum of the kept scores is largest.
 
     Every layer first gets its `min_rank` largest scores; the rest of the budget goes to the largest
-    ones that remain, wherever they are. Within a layer this keeps a leading part, so the result is
-    a rank. Ties go to the smaller rank, then to the name that sorts first: the order of the mapping
+    scores that remain in any layer. Within a layer this keeps a leading part, so the result is a
+    rank. Ties go to the smaller rank, then to the name that sorts first: the order of the mapping
     does not matter.
 
     Args:
         scores: by layer, one number for each component that may be kept, such as its share of the
             explained variance; sorted here. A layer cannot get more ranks than it has scores.
-        budget: ranks to give away in total; kept exactly.
+        budget: total of the ranks; kept exactly.
         min_rank: the least that every layer gets. 0: a layer may lose its adapter.
         max_rank: the most that a layer gets. Default: as many as it has scores.
 
     Returns:
-        The rank of every layer, in the order of `scores`; they sum to `budget`.
+        The rank of every layer, in the order of `scores`.
 
     Raises:
         ShapeError: if no ranks within the limits sum to `budget`, or a score is NaN.

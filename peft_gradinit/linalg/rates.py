@@ -1,21 +1,22 @@
-r"""Learning rates for Adam from the lengths of the factors: where to begin, not what is best.
+"""Learning rates for Adam from the lengths of the factors: where to begin, not the best rate.
 
-**Plain LoRA.** Adam moves every entry by about the learning rate `lr`. At a good rate both factors are
-learnt anew within a run, entries of both ending at some `T lr`, and an output coordinate moves by
-`s r in (T lr)^2` times what an input is. So the rate goes as `1 / sqrt(in s r)`. The constant, 1/4, is from
-`scripts/bench_convergence.py`, tasks of widths 64 to 384 and 100 to 150 steps (docstrings with a slower head
-than it has now, which wants half of it); the published rule for language
-models of width 4096 (Schulman et al. 2025, "LoRA Without Regret", alpha 32) gives 0.4 of it, and
-their short runs 0.6.
+**Plain LoRA.** Adam moves every entry by about the learning rate `lr`. At a good rate a run learns
+both factors anew: their entries end at some `T lr`, and an output coordinate moves by
+`s r in (T lr)^2` times the size of an input. So the rate goes as `1 / sqrt(in s r)`. The constant,
+1/4, is from `scripts/bench_convergence.py`: tasks of widths 64 to 384 and 100 to 150 steps (on
+docstrings, with a slower head than the task has now; the present head needs half of the constant).
+The published rule for language models of width 4096 (Schulman et al. 2025, "LoRA Without Regret",
+alpha 32) gives 0.4 of it, and their short runs 0.6.
 
 **Other starts.** Adam's first step of rate 1 moves an entry of `s B A` by the root mean square
 
     s sqrt(|A|_F^2 / in + |B|_F^2 / out),
 
-which for plain LoRA (rows of `A` of length `1 / sqrt(3)`, `B = 0`) is `s sqrt(r / (3 in))`. A start that moves
-the weight `m` times as fast gets a rate that is lower by `m^2`. The first power would make the first step as
-long as plain LoRA's, and was 1.4 to 2.4 times too high for LoRA-GA on all three tasks. One that moves it
-slower, because its factors are short, keeps plain LoRA's: after a few steps they are as long as Adam makes them.
+which for plain LoRA (rows of `A` of length `1 / sqrt(3)`, `B = 0`) is `s sqrt(r / (3 in))`. A start
+that moves the weight `m` times as fast gets a rate that is lower by `m^2`. The first power would
+make the first step as long as plain LoRA's, and was 1.4 to 2.4 times too high for LoRA-GA on all
+three tasks. A start with shorter factors moves the weight more slowly at first, but keeps plain
+LoRA's rate: after a few steps its factors are as long as Adam makes them.
 """
 
 import math
@@ -33,16 +34,7 @@ USUAL_SCALING = 2.0
 
 
 def first_move(A: Float[Tensor, "r in"], B: Float[Tensor, "out r"], scaling: float) -> float:
-    """Root mean square of what Adam's first step of rate 1 adds to `s B A`.
-
-    Args:
-        A: factor at the start.
-        B: factor at the start.
-        scaling: `s`.
-
-    Returns:
-        `s sqrt(|A|^2 / in + |B|^2 / out)`.
-    """
+    """Root mean square of what Adam's first step of rate 1 adds to `s B A`; `scaling` is `s`."""
     mean_squares = [
         torch.linalg.matrix_norm(A.float()).item() ** 2 / A.shape[1],
         torch.linalg.matrix_norm(B.float()).item() ** 2 / B.shape[0],
@@ -51,30 +43,12 @@ def first_move(A: Float[Tensor, "r in"], B: Float[Tensor, "out r"], scaling: flo
 
 
 def lora_rate(in_features: int, r: int, scaling: float) -> float:
-    """Rate to begin with for plain LoRA.
-
-    Args:
-        in_features: of the layer.
-        r: rank.
-        scaling: `s`, not zero.
-
-    Returns:
-        `1 / (4 sqrt(in s r))`.
-    """
+    """Rate to begin with for plain LoRA, `1 / (4 sqrt(in s r))`; `scaling` is `s`, not zero."""
     return CONSTANT / math.sqrt(in_features * abs(scaling) * r)
 
 
 def rate_of_start(A: Float[Tensor, "r in"], B: Float[Tensor, "out r"], scaling: float) -> float:
-    """Rate to begin with for factors that start at `A` and `B`.
-
-    Args:
-        A: factor at the start.
-        B: factor at the start.
-        scaling: `s`, not zero.
-
-    Returns:
-        Plain LoRA's rate, over the square of how many times faster the first step moves the weight.
-    """
+    """Rate to begin with for factors that start at `A` and `B`; `scaling` is `s`, not zero."""
     r, in_features = A.shape
     scaling = abs(scaling)
     usual = scaling * ROW_LENGTH * math.sqrt(r / in_features)
@@ -83,16 +57,10 @@ def rate_of_start(A: Float[Tensor, "r in"], B: Float[Tensor, "out r"], scaling: 
 
 
 def spectral_rate(out_features: int, in_features: int, r: int) -> float:
-    """Rate to begin with for the `r` numbers `delta` of `U diag(delta) Vh`, orthonormal `U` and `Vh`.
+    """Rate to begin with for the `r` numbers `delta` of `U diag(delta) Vh` (orthonormal `U`, `Vh`).
 
-    Args:
-        out_features: of the layer.
-        in_features: of the layer.
-        r: how many numbers.
-
-    Returns:
-        The rate whose first step moves the weight as far as that of plain LoRA of the same rank and
-        `lora_alpha = 2 r` does at its own rate.
+    At this rate the first step moves the weight as far as plain LoRA of the same rank and
+    `lora_alpha = 2 r` does at its own rate.
     """
     usual = USUAL_SCALING * ROW_LENGTH * math.sqrt(r / in_features)
     move_per_rate = math.sqrt(r / (out_features * in_features))

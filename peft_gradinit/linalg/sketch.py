@@ -33,12 +33,7 @@ from .threads import one_thread
 
 
 class TestMatrices(NamedTuple):
-    """The matrices that a stream is multiplied with.
-
-    Attributes:
-        Omega: `(in, width)`, multiplies inputs.
-        Psi: `(out, width)`, multiplies output gradients.
-    """
+    """The test matrices of a stream: `Omega` multiplies inputs, `Psi` output gradients."""
 
     __test__ = False  # not a test class, whatever pytest makes of the name
 
@@ -49,36 +44,17 @@ class TestMatrices(NamedTuple):
 def draw_test_matrix(
     dimension: int, width: int, *, seed: int, device: torch.device | str = "cpu"
 ) -> Float[Tensor, "dimension width"]:
-    """Draw a Gaussian test matrix whose columns have unit norm on average.
+    """Draw a Gaussian test matrix with entries of variance `1 / dimension`.
 
     Drawn on the CPU from the seed and the dimension alone, so every device and every process gets
     the same matrix without talking to others. The global generator is not touched.
-
-    Args:
-        dimension: number of rows.
-        width: number of columns.
-        seed: the caller's seed.
-        device: where the result is placed.
-
-    Returns:
-        `(dimension, width)` float32 with entries of variance `1 / dimension`.
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + dimension)
     return (torch.randn(dimension, width, generator=generator) / dimension**0.5).to(device)
 
 
 def orient_test_matrices(seen: TruncatedSVD, random: TestMatrices, n_oriented: int) -> TestMatrices:
-    """Replace the leading columns of random test matrices by singular vectors.
-
-    Args:
-        seen: triplets of the part of the stream seen so far, at least `n_oriented` of them.
-        random: Gaussian test matrices of width `width`.
-        n_oriented: how many columns to replace, `<= width`.
-
-    Returns:
-        Test matrices of the same width; the last `width - n_oriented` columns are those of
-        `random`.
-    """
+    """Replace the first `n_oriented` columns of `random` by the singular vectors of `seen`."""
     return TestMatrices(
         torch.cat([seen.Vh[:n_oriented].T, random.Omega[:, n_oriented:]], dim=1),
         torch.cat([seen.U[:, :n_oriented], random.Psi[:, n_oriented:]], dim=1),
@@ -104,9 +80,6 @@ def reconstruct(
 
     Returns:
         Triplets with canonical signs; finite for zero and for rank-deficient sketches.
-
-    Raises:
-        ShapeError: if `rank` exceeds what the sketches can carry.
     """
     scale = Y.abs().amax().clamp_min(torch.finfo(Y.dtype).tiny)
     Y, Z = Y / scale, Z / scale

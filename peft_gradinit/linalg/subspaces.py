@@ -1,4 +1,4 @@
-"""How two subspaces lie to each other, and how much of a spectrum counts."""
+"""Angles between subspaces, the effective rank of a spectrum, and intruder dimensions."""
 
 import torch
 from jaxtyping import Float, Int
@@ -11,23 +11,14 @@ from .svd import TruncatedSVD
 def principal_angles(
     first: Float[Tensor, "dimension m"], second: Float[Tensor, "dimension n"]
 ) -> Float[Tensor, " k"]:
-    """Compute the principal angles between the spans of two sets of orthonormal columns.
+    """Compute the `min(m, n)` principal angles between the spans of orthonormal columns, ascending.
 
-    Small angles are taken from their sines, large ones from their cosines, so that both keep their
-    digits.
-
-    Args:
-        first: `(dimension, m)`, orthonormal columns.
-        second: `(dimension, n)`, orthonormal columns.
-
-    Returns:
-        `min(m, n)` angles in radians, 0 to pi/2, ascending, float64.
+    In radians and float64. Small angles are taken from their sines, large ones from their cosines,
+    so that both keep their digits. Source: Bjorck & Golub (1973), "Numerical methods for computing
+    angles between linear subspaces".
 
     Raises:
         ShapeError: if the columns are not of one dimension.
-
-    Source:
-        Bjorck & Golub (1973), "Numerical methods for computing angles between linear subspaces".
     """
     if first.shape[0] != second.shape[0]:
         raise ShapeError(
@@ -44,14 +35,8 @@ def principal_angles(
 def effective_rank(singular_values: Float[Tensor, " n"]) -> float:
     """Compute the exponential of the entropy of the normalised singular values.
 
-    Args:
-        singular_values: non-negative.
-
-    Returns:
-        Between 1 (one value carries all) and `n` (all equal); 0 if all are zero.
-
-    Source:
-        Roy & Vetterli (2007), "The effective rank: a measure of effective dimensionality".
+    Between 1 (one value carries all) and `n` (all equal); 0 if all are zero. Source: Roy & Vetterli
+    (2007), "The effective rank: a measure of effective dimensionality".
     """
     total = singular_values.double().sum()
     if not total > 0:

@@ -11,9 +11,9 @@ their layer's variance.
 
 | in the paper | here |
 |---|---|
-| incremental SVD of the inputs, Algorithm 1 | `calibration.measure_inputs`: one sum, one Nystrom |
+| incremental SVD of the inputs, Algorithm 1 | `calibration.passes.inputs`: one sum, one Nystrom |
 | `A0 = V_r^T`, `B0 = 0` | `eva_factors` |
-| explained variance of a component, redistribution of ranks with budget `sum r` | `tuners.allocation` |
+| explained variance of a component, redistribution of ranks with budget `sum r` | `starts.allocation` |
 | convergence, cosine `tau` | `tau`, a share of the explained variance |
 
 **Departures from the authors' code** (and from PEFT's `EvaConfig`).
@@ -36,20 +36,19 @@ their layer's variance.
 At initialisation the function is unchanged: `B0 = 0`.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
-from peft import PeftType
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..calibration import Calibration, CalibrationResult, Measurable, measure_inputs
+from ..calibration import Inputs, triplets_of
 from ..errors import ConfigError
 from ..linalg import TruncatedSVD
-from ..statistics import Fingerprint
-from ..tuners import GradInitConfig, RankAllocation, Target, is_finite_number
+from ..numbers import is_finite_number
+from ..starts import GradInitConfig, RankAllocation, Target
+from ..statistics import Readouts
 
 
 @dataclass
@@ -81,9 +80,10 @@ class EvaConfig(GradInitConfig):
         ConfigError: if `tau` is out of range.
     """
 
+    name: ClassVar[str] = "eva"
     method: ClassVar[str] = "EVA"
-    statistic: ClassVar[str] = "inputs"
-    anchored: ClassVar[bool] = False
+    paper: ClassVar[str] = "2410.07170"
+    start: ClassVar[str] = "principal components of the layer's inputs"
 
     rank_allocation: RankAllocation = field(
         default="explained_variance",
@@ -104,44 +104,23 @@ class EvaConfig(GradInitConfig):
 
     def __post_init__(self, calibration: Any) -> None:
         super().__post_init__(calibration)
-        self.peft_type = PeftType("EVA")
         if self.tau is not None and not (is_finite_number(self.tau) and 0 < self.tau <= 1):
             raise ConfigError(f"EvaConfig: tau must be in (0, 1] or None, got {self.tau!r}.")
 
     def allocated_alpha(self, times: float) -> float:  # noqa: D102
         return times if self.adjust_scaling_factors else 1.0
 
-    def rank_limit(self, shape: tuple[int, int]) -> int:  # noqa: D102
-        return shape[1]
-
-    def n_triplets(self, r: int) -> int:  # noqa: D102
-        return r
-
-    def measure(  # noqa: D102
-        self,
-        model: nn.Module,
-        modules: Mapping[str, Measurable],
-        calibration: Calibration,
-        fingerprint: Fingerprint,
-    ) -> CalibrationResult:
-        return measure_inputs(
-            model,
-            modules,
-            calibration,
-            fingerprint,
-            centered=self.centered,
-            use_labels=self.use_label_mask,
-            stop_when_settled=self.tau,
-        )
-
-    def measured_options(self) -> dict[str, Any]:  # noqa: D102
-        return {"centered": self.centered, "use_label_mask": self.use_label_mask}
+    def needs(self) -> Inputs:  # noqa: D102
+        use_labels, settle = self.use_label_mask, self.tau
+        return Inputs(centered=self.centered, use_labels=use_labels, settle=settle)
 
     def factors(  # noqa: D102
-        self, triplets: TruncatedSVD, target: Target, scaling: float, seed: int
+        self, readouts: Readouts, target: Target, scaling: float, seed: int
     ) -> tuple[Tensor, Tensor]:
         out_features = 0 if target.shape is None else target.shape[0]
-        return eva_factors(triplets, r=target.r, out_features=out_features, whiten=self.whiten)
+        return eva_factors(
+            triplets_of(readouts), r=target.r, out_features=out_features, whiten=self.whiten
+        )
 
 
 def eva_factors(

@@ -13,13 +13,13 @@ stays what it was, `s B0 A0` is taken out of it.
 |---|---|
 | choice of index sets, Theorem 3.1 | `_split` |
 | scale, Theorem 3.2 and Section 3.3 | `_lengths` |
-| `W_init = W - s B0 A0`, Section 3.2 | `tuners.anchored`; `W` is not written |
-| gradient of a few batches, Algorithm 1 | `calibration.gradients` |
+| `W_init = W - s B0 A0`, Section 3.2 | `tuners.lora.anchored`; `W` is not written |
+| gradient of a few batches, Algorithm 1 | `calibration.passes.gradients` |
 
 **Departures from the authors' code.**
 
-1. The base weight is not changed; the adapter computes `s (B A - B0 A0) x`. Same training dynamics,
-   and disabling, saving, resuming, tying and quantised bases are right.
+1. The base weight is not changed; the adapter computes `s (B A - B0 A0) x`. Without dropout the training
+   dynamics are the same, and disabling, saving, resuming, tying and quantised bases are right.
 2. Singular vectors get canonical signs. `B0 A0` pairs vectors of different triplets, so without
    them it changes from run to run.
 3. Eval mode and token weighting: no dropout in the gradient, and the mean is over the tokens that
@@ -35,20 +35,19 @@ At initialisation the function is unchanged up to rounding; singular values of `
 the scale of the loss does not matter.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
-from peft import PeftType
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..calibration import Calibration, CalibrationResult, Measurable, measure_gradients
+from ..calibration import Gradients, triplets_of
 from ..errors import ConfigError, ShapeError
 from ..linalg import TruncatedSVD
-from ..statistics import Fingerprint
-from ..tuners import GradInitConfig, Target, is_finite_number
+from ..numbers import is_finite_number
+from ..starts import GradInitConfig, Target
+from ..statistics import Readouts
 
 Direction = Literal["ArB2r", "A2rBr", "ArBr", "random"]
 Scale = Literal["stable", "gd", "unit", "weight_svd", "lora"]
@@ -81,8 +80,10 @@ class LoraGAConfig(GradInitConfig):
         ConfigError: if an option has a value that is not listed.
     """
 
+    name: ClassVar[str] = "lora_ga"
     method: ClassVar[str] = "LoRA-GA"
-    statistic: ClassVar[str] = "gradient"
+    paper: ClassVar[str] = "2407.05000"
+    start: ClassVar[str] = "leading singular vectors of the gradient"
     anchored: ClassVar[bool] = True
 
     direction: Direction = field(
@@ -93,7 +94,6 @@ class LoraGAConfig(GradInitConfig):
 
     def __post_init__(self, calibration: object) -> None:
         super().__post_init__(calibration)
-        self.peft_type = PeftType("LORA_GA")
         for name, value, allowed in (
             ("direction", self.direction, _DIRECTIONS),
             ("scale", self.scale, _SCALES),
@@ -106,29 +106,13 @@ class LoraGAConfig(GradInitConfig):
                 f"LoraGAConfig: stable_gamma must be a positive number, got {gamma!r}."
             )
 
-    def rank_limit(self, shape: tuple[int, int]) -> int:  # noqa: D102
-        return min(shape) // 2
-
-    def n_triplets(self, r: int) -> int:  # noqa: D102
-        return 2 * r
-
-    def rank_scores(self, triplets: TruncatedSVD) -> Tensor:  # noqa: D102
-        # Rank i of the adapter uses two more triplets.
-        return triplets.S.double().square().unflatten(0, (-1, 2)).sum(dim=1)
-
-    def measure(  # noqa: D102
-        self,
-        model: nn.Module,
-        modules: Mapping[str, Measurable],
-        calibration: Calibration,
-        fingerprint: Fingerprint,
-    ) -> CalibrationResult:
-        return measure_gradients(model, modules, calibration, fingerprint)
+    def needs(self) -> Gradients:  # noqa: D102
+        return Gradients(per_rank=2)
 
     def factors(  # noqa: D102
-        self, triplets: TruncatedSVD, target: Target, scaling: float, seed: int
+        self, readouts: Readouts, target: Target, scaling: float, seed: int
     ) -> tuple[Tensor, Tensor]:
-        sigma = None
+        triplets, sigma = triplets_of(readouts), None
         if self.scale == "weight_svd":
             sigma = torch.linalg.svdvals(target.weight())
         return lora_ga_factors(

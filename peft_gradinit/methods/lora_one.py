@@ -10,7 +10,7 @@ rsLoRA, `s = alpha / r^(1/2)`, as the paper reads.
 
 | in the paper | here |
 |---|---|
-| SVD of the negative gradient, Algorithm 1, lines 2-3 | `calibration.gradients`, `lora_one_factors` |
+| SVD of the negative gradient, Algorithm 1, lines 2-3 | `calibration.passes.gradients`, `lora_one_factors` |
 | normalised spectral initialisation, Algorithm 1, lines 4-6 | `lora_one_factors` |
 | preconditioned updates, Algorithm 1, lines 7-9 | not here: `peft.optimizers` has a Riemannian optimiser |
 
@@ -25,20 +25,19 @@ rsLoRA, `s = alpha / r^(1/2)`, as the paper reads.
 The scale of the loss does not matter, as the singular values are normalised by the first.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
-from peft import PeftType
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..calibration import Calibration, CalibrationResult, Measurable, measure_gradients
+from ..calibration import Gradients, triplets_of
 from ..errors import ConfigError
 from ..linalg import TruncatedSVD
-from ..statistics import Fingerprint
-from ..tuners import GradInitConfig, Target, is_finite_number
+from ..numbers import is_finite_number
+from ..starts import GradInitConfig, Target
+from ..statistics import Readouts
 
 
 @dataclass
@@ -58,9 +57,11 @@ class LoraOneConfig(GradInitConfig):
         ConfigError: if `stable_gamma` is not positive.
     """
 
+    name: ClassVar[str] = "lora_one"
     method: ClassVar[str] = "LoRA-One"
-    statistic: ClassVar[str] = "gradient"
-    anchored: ClassVar[bool] = False
+    paper: ClassVar[str] = "2502.01235"
+    start: ClassVar[str] = "one normalised low-rank gradient step"
+    preserves_output: ClassVar[bool] = False
 
     stable_gamma: float = field(default=128.0, metadata={"help": "Inverse scale of the step."})
     check_step: bool = field(
@@ -69,7 +70,6 @@ class LoraOneConfig(GradInitConfig):
 
     def __post_init__(self, calibration: Any) -> None:
         super().__post_init__(calibration)
-        self.peft_type = PeftType("LORA_ONE")
         gamma = self.stable_gamma
         if not is_finite_number(gamma) or gamma <= 0:
             raise ConfigError(
@@ -80,28 +80,14 @@ class LoraOneConfig(GradInitConfig):
     def checks_step(self) -> bool:  # noqa: D102
         return self.check_step
 
-    def rank_limit(self, shape: tuple[int, int]) -> int:  # noqa: D102
-        return min(shape)
-
-    def n_triplets(self, r: int) -> int:  # noqa: D102
-        return r
-
-    def measure(  # noqa: D102
-        self,
-        model: nn.Module,
-        modules: Mapping[str, Measurable],
-        calibration: Calibration,
-        fingerprint: Fingerprint,
-    ) -> CalibrationResult:
-        return measure_gradients(
-            model, modules, calibration, fingerprint, keep_batches=self.check_step
-        )
+    def needs(self) -> Gradients:  # noqa: D102
+        return Gradients(keep_batches=self.check_step)
 
     def factors(  # noqa: D102
-        self, triplets: TruncatedSVD, target: Target, scaling: float, seed: int
+        self, readouts: Readouts, target: Target, scaling: float, seed: int
     ) -> tuple[Tensor, Tensor]:
         del scaling, seed
-        return lora_one_factors(triplets.truncate(target.r), gamma=self.stable_gamma)
+        return lora_one_factors(triplets_of(readouts).truncate(target.r), gamma=self.stable_gamma)
 
 
 def lora_one_factors(

@@ -8,8 +8,8 @@ weight, the paper freezes `U_r`, `V_r` and `W_e` and trains `sigma_r` alone, fro
 
 | in the paper | here |
 |---|---|
-| decomposition `W = W_r + W_e` | `svfit_basis` |
-| `y = W_e x + U_r (sigma * (V_r^T x))` | `tuners.svfit_layer.SVFitLinear`, `sigma = sigma_r + delta` |
+| decomposition `W = W_r + W_e` | `linalg.decomposed` |
+| `y = W_e x + U_r (sigma * (V_r^T x))` | `tuners.svfit.SVFitLinear`, `sigma = sigma_r + delta` |
 | the update `U_r diag(sigma - sigma_r) V_r^T` | `svfit_factors`, as LoRA of scaling 1 |
 
 **Departures from the paper** (no code of the authors was found).
@@ -25,35 +25,22 @@ weight, the paper freezes `U_r`, `V_r` and `W_e` and trains `sigma_r` alone, fro
 4. `r` is 8 by default, as for LoRA. The paper's headline (LoRA with 16 times as many numbers,
    RoBERTa, r = 8) fits `r="full"`, that is `min(out, in)` numbers a layer. The bases then take more
    memory than the weight: `r (out + in)` float32 numbers.
-5. `svd="randomized"` is an option for large layers and small `r`.
-
-Measured accuracy of `svd="randomized"` on the 36 linear layers of all-MiniLM-L6-v2 (384 x 384 to
-1536 x 384), worst layer at r = 8, 32 and 128: relative error of a singular value 6e-5, 9e-5, 2e-6;
-share of the exact triplets' energy 0.99998; smallest cosine between the two subspaces of right
-singular vectors 0.9997. `tests/methods/test_svfit.py` repeats it. Spectra flatter than those of
-trained weights come out worse; `U` and `Vh` are orthonormal and the start is neutral in any case.
+5. `svd="randomized"` is an option for large layers and small `r`; `linalg.decomposed` gives its
+   accuracy on MiniLM, which `tests/methods/test_svfit.py` repeats. `U` and `Vh` are orthonormal and
+   the start is neutral in any case.
 """
 
 import zlib
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
-from peft import PeftType
 from torch import Tensor
 
 from ..errors import ConfigError, ShapeError
-from ..linalg import TruncatedSVD, fix_signs, randomized_svd, truncated_svd
-from ..tuners import SpectralConfig
-
-SVD = Literal["exact", "randomized"]
-_SVDS = ("exact", "randomized")
-
-EXTRA_OVERSAMPLING, N_POWER_ITERATIONS = 32, 8
-"""Sketch of `2 r + 32` columns: measured on MiniLM's weights, see the module docstring. The decay
-of a weight's spectrum is slow; with a gradient's 16 extra columns and 4 iterations the subspaces'
-smallest cosine is 0.06 at r = 32."""
+from ..linalg import SVDS, Decomposition, TruncatedSVD, decomposed, fix_signs
+from ..starts import SpectralConfig
 
 FLOAT32_RANK = 1e-6
 """Singular values below this share of the largest are rounding: float32's unit is 6e-8."""
@@ -87,23 +74,25 @@ class SVFitConfig(SpectralConfig):
             the basis; it needs this package and the same base weights, whose singular vectors it
             computes again and checks.
         svd: `"exact"` (default), `O(out in min(out, in))` a layer, or `"randomized"`,
-            `O(out in r)`, with the accuracy that the module docstring gives.
+            `O(out in r)`, with the accuracy that `linalg.decomposed` gives.
         seed: of the randomised decomposition.
 
     Raises:
         ConfigError: if an option has a value that cannot work.
     """
 
+    name: ClassVar[str] = "svfit"
     method: ClassVar[str] = "SVFit"
+    paper: ClassVar[str] = "2409.05926"
+    start: ClassVar[str] = "singular vectors of the weight; trains r numbers a layer"
 
-    svd: SVD = field(default="exact", metadata={"help": f"How W is decomposed: {_SVDS}."})
+    svd: Decomposition = field(default="exact", metadata={"help": f"How W is decomposed: {SVDS}."})
     seed: int = field(default=0, metadata={"help": "Seed of the randomised decomposition."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PeftType("SVFIT")
-        if self.svd not in _SVDS:
-            raise ConfigError(f"SVFitConfig: svd must be one of {_SVDS}, got {self.svd!r}.")
+        if self.svd not in SVDS:
+            raise ConfigError(f"SVFitConfig: svd must be one of {SVDS}, got {self.svd!r}.")
         if not isinstance(self.seed, int) or self.seed < 0:
             raise ConfigError(
                 f"SVFitConfig: seed must be a non-negative integer, got {self.seed!r}."
@@ -131,7 +120,7 @@ def svfit_basis(
     weight: Float[Tensor, "out in"],
     r: int,
     *,
-    svd: SVD = "exact",
+    svd: Decomposition = "exact",
     generator: torch.Generator | None = None,
 ) -> tuple[Float[Tensor, "out r"], Float[Tensor, "r in"]]:
     """Compute the leading `r` singular vectors of a weight.
@@ -139,22 +128,13 @@ def svfit_basis(
     Args:
         weight: the weight in the layout of `nn.Linear`, any floating dtype.
         r: number of triplets, `1 <= r <= min(out, in)`.
-        svd: `"exact"` or `"randomized"`.
+        svd: see `linalg.decomposed`.
         generator: source of the randomised sketch, on the device of `weight`.
 
     Returns:
         `U` with orthonormal columns and `Vh` with orthonormal rows, canonical signs, float32.
     """
-    if svd == "exact":
-        triplets = truncated_svd(weight, r)
-    else:
-        triplets = randomized_svd(
-            weight,
-            r,
-            oversampling=r + EXTRA_OVERSAMPLING,
-            n_power_iterations=N_POWER_ITERATIONS,
-            generator=generator,
-        )
+    triplets = decomposed(weight, r, svd=svd, generator=generator)
     return triplets.U.float().contiguous(), triplets.Vh.float().contiguous()
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from ..calibration import PassSize, plan_pass
+from ..calibration import Measured, PassSize, plan_pass
 from .schema import CalibrationSection
 
 _FLOAT32 = 4
@@ -70,7 +70,7 @@ class Estimate:
 def estimate(
     model: nn.Module,
     targets: Mapping[str, list[int]],
-    statistic: str,
+    need: Measured,
     lengths: list[int],
     calibration: CalibrationSection,
     *,
@@ -83,7 +83,7 @@ def estimate(
     Args:
         model: on any device, also meta.
         targets: `[out, in, rank]` by module name, as in a fingerprint; experts one by one.
-        statistic: `"gradient"` or `"inputs"`.
+        need: what is measured.
         lengths: tokens of the sequences that will be read.
         calibration: batch size and estimator.
         device: where the pass will run; its speed is measured.
@@ -93,7 +93,6 @@ def estimate(
     Returns:
         The costs.
     """
-    gradients = statistic == "gradient"
     n_tokens, experts = sum(lengths), _Experts.of(model)
     size = PassSize(
         n_sequences=len(lengths),
@@ -103,8 +102,8 @@ def estimate(
         sketch_size=calibration.sketch_size,
     )
     shares = {name: experts.share_of_target(name) for name in targets}
-    said = plan_pass(targets, statistic, size, shares=shares)
-    model_flops = n_tokens * (4 if gradients else 2) * _matrix_parameters(model, experts)
+    said = plan_pass(targets, need, size, shares=shares)
+    model_flops = n_tokens * (4 if need.backward else 2) * _matrix_parameters(model, experts)
     flops = model_flops + said.sketched.flops
     width = max(lengths, default=0) * calibration.batch_size
     speed = _flops_per_second(device, next(model.parameters()).dtype)
@@ -116,7 +115,7 @@ def estimate(
         weight_bytes=_weight_bytes(model, targets, quantization),
         statistic_bytes=said.sketched.held_bytes + said.test_matrix_bytes,
         largest_layer_bytes=said.largest_layer.held_bytes,
-        activation_bytes=_activation_bytes(model, targets, shares, gradients, width),
+        activation_bytes=_activation_bytes(model, targets, shares, need.backward, width),
         result_bytes=said.sketched.factor_bytes,
         summed_bytes=said.sketched.summed_bytes,
         agreed_bytes=said.sketched.agreed_bytes,

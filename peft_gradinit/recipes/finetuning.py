@@ -13,11 +13,11 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from ..analysis import check_available, draw_losses
 from ..errors import ConfigError
 from ..export import export_adapter
 from ..files import check_writable, write_json
 from ..methods import METHODS
-from ..plots import check_available, draw_losses
 from ..tuners import load_for_training
 from .collation import collator
 from .data import Rows, encode, labels_of, load_rows

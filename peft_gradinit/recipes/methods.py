@@ -19,7 +19,7 @@ def adapter_config(section: MethodSection, task: Task, calibration: Any = None) 
     Args:
         section: method, rank, targets, options.
         task: what the model is for.
-        calibration: what `calibration=` of the config takes; not used by methods without one.
+        calibration: what `calibration=` of the config takes; not used by methods without data.
 
     Returns:
         The config.
@@ -39,7 +39,7 @@ def adapter_config(section: MethodSection, task: Task, calibration: Any = None) 
         values["lora_alpha"] = section.lora_alpha
     if section.use_rslora:
         values["use_rslora"] = True
-    if "calibration" in config_class.__init__.__annotations__ and calibration is not None:
+    if calibration is not None and _reads_data(config_class):
         values["calibration"] = calibration
     unknown = sorted(set(values) - known - {"calibration"})
     if unknown:
@@ -47,6 +47,10 @@ def adapter_config(section: MethodSection, task: Task, calibration: Any = None) 
     if section.r == "full" and section.name != "svfit":
         raise ConfigError(f"r='full' is for svfit, not for {section.name}; give a number.")
     return config_class(**values)
+
+
+def _reads_data(config_class: Any) -> bool:
+    return hasattr(config_class, "needed") and config_class.needed() != "nothing"
 
 
 def calibration_of(data: Any, section: CalibrationSection, processor: Any, **more: Any) -> Any:

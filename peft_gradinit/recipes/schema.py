@@ -20,7 +20,7 @@ Task = Literal["CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "IMAGE_CLS"]
 Positive = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(ge=0)]
 
-METHOD_CONFIGS: dict[str, Any] = {"lora": LoraConfig} | {m.name: m.config for m in METHODS}
+METHOD_CONFIGS: dict[str, Any] = {"lora": LoraConfig} | {m.name: m for m in METHODS}
 """Config classes by the names that `method.name` takes."""
 
 

@@ -1,16 +1,12 @@
 """The gradient of a linear layer, sketched from both sides, and the choice between estimators."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from ..errors import ShapeError
-from ..linalg import (
-    TestMatrices,
-    TruncatedSVD,
-    draw_test_matrix,
-    orient_test_matrices,
-    reconstruct,
-)
+from ..linalg import TestMatrices, TruncatedSVD, draw_test_matrix, orient_test_matrices, reconstruct
 from .gradient import DenseGradient, GradientStatistic
 
 N_RANDOM_COLUMNS = 40
@@ -35,10 +31,7 @@ class SketchedGradient(GradientStatistic):
     """
 
     can_orient = True
-    _Y: Tensor | None = None
-    _Z: Tensor | None = None
-    _V: Tensor | None = None
-    _U: Tensor | None = None
+    oriented_names = ("V", "U")
 
     def __init__(
         self, out_features: int, in_features: int, *, width: int, seed: int, pool: "TestMatrixPool"
@@ -52,69 +45,53 @@ class SketchedGradient(GradientStatistic):
     def n_oriented(self) -> int:
         """How many test columns `orient()` replaces.
 
-        At most two thirds: the reconstruction that they come from needs more equations than
-        unknowns.
+        At most two thirds: the reconstruction behind them needs more equations than unknowns.
         """
         return min(self.width - N_RANDOM_COLUMNS, 2 * self.width // 3)
+
+    def sum_shapes(self) -> Mapping[str, tuple[int, ...]]:  # noqa: D102
+        return {"Y": (self.shape[0], self.width), "Z": (self.shape[1], self.width)}
 
     def _accumulate(self, x: Tensor, dy: Tensor, weight: float | int) -> None:
         Y, Z = self.sums(x.device)
         random = self._random(x.device)
-        Y.addmm_(dy.T, _project(x, self._V, random.Omega), alpha=weight)
-        Z.addmm_(x.T, _project(dy, self._U, random.Psi), alpha=weight)
-
-    def sums(self, device: torch.device) -> list[Tensor]:  # noqa: D102
-        if self._Y is None or self._Z is None:
-            out_features, in_features = self.shape
-            self._Y = torch.zeros(out_features, self.width, device=device)
-            self._Z = torch.zeros(in_features, self.width, device=device)
-        return [self._Y, self._Z]
-
-    def _existing_sums(self) -> list[Tensor]:
-        return [t for t in (self._Y, self._Z) if t is not None]
+        Y.addmm_(dy.T, projected(x, self._held.get("V"), random.Omega), alpha=weight)
+        Z.addmm_(x.T, projected(dy, self._held.get("U"), random.Psi), alpha=weight)
 
     def orient(self) -> None:
         """Turn the test matrices towards the gradient seen so far and move the sums to them."""
-        if self._Y is None or self._Z is None:
+        if not self.has_sums:
             return
-        n = self.n_oriented
-        random = self._random(self._Y.device)
-        seen = reconstruct(self._Y, self._Z, self._test(), n, core=n)
-        test = orient_test_matrices(seen, random, n)
-        # The Gaussian columns keep their exact sums; the oriented ones are U S and V S.
-        self._Y = torch.cat([seen.U * seen.S, self._Y[:, n:]], dim=1)
-        self._Z = torch.cat([seen.Vh.T * seen.S, self._Z[:, n:]], dim=1)
-        self._V = test.Omega[:, :n].contiguous()
-        self._U = test.Psi[:, :n].contiguous()
-
-    def oriented(self) -> list[Tensor]:  # noqa: D102
-        return [t for t in (self._V, self._U) if t is not None]
+        Y, Z, n = self._held["Y"], self._held["Z"], self.n_oriented
+        seen = reconstruct(Y, Z, self._test(Y.device), n, core=n)
+        test = orient_test_matrices(seen, self._random(Y.device), n)
+        self._held = {
+            # The Gaussian columns keep their exact sums; the oriented ones are U S and V S.
+            "Y": torch.cat([seen.U * seen.S, Y[:, n:]], dim=1),
+            "Z": torch.cat([seen.Vh.T * seen.S, Z[:, n:]], dim=1),
+            "V": test.Omega[:, :n].contiguous(),
+            "U": test.Psi[:, :n].contiguous(),
+        }
 
     def triplets(self, rank: int) -> TruncatedSVD:  # noqa: D102
-        if self._Y is None or self._Z is None:
-            Y, Z = (torch.zeros(dimension, self.width) for dimension in self.shape)
+        if self.has_sums:
+            Y, Z = self._mean("Y"), self._mean("Z")
         else:
-            Y, Z = self._mean(self._Y), self._mean(self._Z)
-        return reconstruct(Y, Z, self._test(), rank)
+            Y, Z = (torch.zeros(size) for size in self.sum_shapes().values())
+        return reconstruct(Y, Z, self._test(Y.device), rank)
 
     def energy(self, triplets: TruncatedSVD | None = None) -> float:
         """Estimate `|G|_F^2` from the Gaussian columns: `E |G omega|^2 = |G|_F^2 / in`.
 
-        With triplets of an approximation `A` the known `|A|_F^2` replaces its own noisy estimate
-        (a control variate), which leaves the noise of the difference only.
-
-        Args:
-            triplets: what `triplets(rank)` gave.
-
-        Returns:
-            The estimate, not negative.
+        With `triplets(rank)` of an approximation `A`, the known `|A|_F^2` replaces its own noisy
+        estimate (a control variate), which leaves only the noise of the difference. Not negative.
         """
-        if self._Y is None or self._Z is None:
+        if not self.has_sums:
             return 0.0
         out_features, in_features = self.shape
-        n = 0 if self._V is None else self.n_oriented
-        test = self._random(self._Y.device)
-        Y, Z = self._mean(self._Y)[:, n:].double(), self._mean(self._Z)[:, n:].double()
+        n = self.n_oriented if self.oriented() else 0
+        test = self._random(self._held["Y"].device)
+        Y, Z = self._mean("Y")[:, n:].double(), self._mean("Z")[:, n:].double()
         total = _sum_of_squares(Y) * in_features + _sum_of_squares(Z) * out_features
         known = 0.0
         if triplets is not None:
@@ -123,48 +100,21 @@ class SketchedGradient(GradientStatistic):
             of_Y = _sum_of_squares(S * (triplets.Vh @ test.Omega[:, n:]).double())
             of_Z = _sum_of_squares(S * (triplets.U.T @ test.Psi[:, n:]).double())
             total -= of_Y * in_features + of_Z * out_features
-        return max(0.0, known + total / (2 * (self.width - n)))
+        estimate = known + total / (2 * (self.width - n))
+        return 0.0 if estimate < 0 else estimate  # `max` would lose a NaN
 
-    def tensors(self) -> dict[str, Tensor]:  # noqa: D102
-        state = {"Y": self._Y, "Z": self._Z, "V": self._V, "U": self._U}
-        return {name: tensor for name, tensor in state.items() if tensor is not None}
+    def describe(self) -> str:  # noqa: D102
+        oriented = bool(self.oriented())
+        return f"{super().describe()} (width {self.width}, seed {self._seed}, oriented {oriented})"
 
-    def _merge_sums(self, other: GradientStatistic) -> None:
-        if not isinstance(other, SketchedGradient) or not self._same_test(other):
-            raise ShapeError(
-                f"cannot merge sketches of the {self.shape} layer made with other test matrices "
-                f"(width {self.width}, seed {self._seed}, oriented {self._V is not None}) and "
-                f"{getattr(other, '_describe', lambda: '')()}; use one seed and width, and orient "
-                "all of them from the same data."
-            )
-        if other._Y is None or other._Z is None:
-            return
-        if self._Y is None or self._Z is None:
-            self._Y, self._Z = other._Y.clone(), other._Z.clone()
-        else:
-            self._Y = self._Y + other._Y.to(self._Y)
-            self._Z = self._Z + other._Z.to(self._Z)
-
-    def _same_test(self, other: "SketchedGradient") -> bool:
-        if (self.width, self._seed) != (other.width, other._seed):
-            return False
-        if self._V is None or self._U is None or other._V is None or other._U is None:
-            return self._V is other._V
-        return torch.equal(self._V, other._V.to(self._V)) and torch.equal(
-            self._U, other._U.to(self._U)
-        )
-
-    def _describe(self) -> str:
-        return f"(width {self.width}, seed {self._seed}, oriented {self._V is not None})"
-
-    def _test(self) -> TestMatrices:
-        random = self._random(self._Y.device if self._Y is not None else "cpu")
-        if self._V is None or self._U is None:
+    def _test(self, device: torch.device | str) -> TestMatrices:
+        random = self._random(device)
+        if not self.oriented():
             return random
         n = self.n_oriented
         return TestMatrices(
-            torch.cat([self._V, random.Omega[:, n:]], dim=1),
-            torch.cat([self._U, random.Psi[:, n:]], dim=1),
+            torch.cat([self._held["V"], random.Omega[:, n:]], dim=1),
+            torch.cat([self._held["U"], random.Psi[:, n:]], dim=1),
         )
 
     def _random(self, device: torch.device | str) -> TestMatrices:
@@ -176,7 +126,7 @@ class SketchedGradient(GradientStatistic):
 
 
 class TestMatrixPool:
-    """Gaussian test matrices, shared by all layers of a pass that have a dimension in common."""
+    """Gaussian test matrices; layers of a pass share them where they have a dimension in common."""
 
     __test__ = False  # not a test class, whatever pytest makes of the name
 
@@ -204,7 +154,7 @@ def gradient_statistic(
     seed: int,
     pool: TestMatrixPool,
 ) -> GradientStatistic:
-    """Choose the accumulator for one layer.
+    """Choose the accumulator for one layer: a sketch, unless the dense one is smaller or asked for.
 
     Args:
         shape: `(out, in)` of the layer.
@@ -215,9 +165,6 @@ def gradient_statistic(
             possible one.
         seed: seed of the test matrices.
         pool: shared by the layers of one pass.
-
-    Returns:
-        A `SketchedGradient`, or a `DenseGradient` if asked for or if it is the smaller one.
 
     Raises:
         ShapeError: if `estimator="sketch"` and `sketch_size` is too small for `rank`.
@@ -238,11 +185,11 @@ def gradient_statistic(
     return sketch
 
 
-def _project(rows: Tensor, oriented: Tensor | None, random: Tensor) -> Tensor:
+def projected(rows: Tensor, oriented: Tensor | None, random: Tensor) -> Tensor:
     """Multiply by `[oriented | random]` without storing the concatenation for each layer."""
     if oriented is None:
         return rows @ random
-    return torch.cat([rows @ oriented, rows @ random[:, oriented.shape[1] :]], dim=1)
+    return torch.cat([rows @ oriented, rows @ random[:, oriented.shape[1] :]], dim=-1)
 
 
 def _sum_of_squares(matrix: Tensor) -> float:

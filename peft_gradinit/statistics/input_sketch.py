@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ..errors import ShapeError
 from ..linalg import Components, nystrom
-from .gradient_sketch import TestMatrixPool
+from .gradient_sketch import TestMatrixPool, projected
 from .inputs import DenseInputs, InputStatistic
 
 N_RANDOM_COLUMNS = 24
@@ -20,14 +20,16 @@ class SketchedInputs(InputStatistic):
     """Holds `C Omega`, float32; the second moment `C` never exists.
 
     Until the first `orient()` the test matrix is Gaussian, drawn from the seed and the dimension
-    alone; each `orient()` turns `width - 24` of its columns towards the leading components of what
-    was seen so far. What was summed is moved along without a second look at the data: the Gaussian
-    columns keep their exact sums, and in the oriented ones `C_seen V = V Lambda` holds by the
-    definition of eigenvectors.
+    alone; each `orient()` turns `width - 24` of its columns towards the leading components of the
+    data so far. The sums are moved along without a second look at the data: the Gaussian columns
+    keep their exact sums, and in the oriented ones `C_seen V = V Lambda` holds by the definition of
+    eigenvectors.
 
     Memory: `4 * (2 * width - 24) * in` bytes: at 16 components (width 112) and 4096 inputs 3 MB,
     1/20 of `C`. Cost: `4 * width * in` flops a token, once for layers that share their input.
     """
+
+    can_orient = True
 
     def __init__(
         self,
@@ -49,44 +51,36 @@ class SketchedInputs(InputStatistic):
 
     def orient(self) -> None:
         """Turn the test matrix towards the components seen so far and move the sums to it."""
-        if self._sums is None:
+        if not self.weight:
             return
-        (M, m, _), n = self._sums, self.n_tokens
+        M, m, n = self._held["M"], self._held["m"], self.weight
         seen = self.components(self.n_oriented)
         V = seen.Vh.T
         moved = V * (n * seen.variance)
-        if self.centered:  # from about the mean to about c
+        if self.centered:  # re-centre from the mean on c
             moved = moved + torch.outer(m, m @ V) / n
-        self._V = V.contiguous()
-        M = torch.cat([moved, M[:, self.n_oriented :]], dim=1)
-        self._sums = self._sums._replace(M=M)
+        self._held["V"] = V.contiguous()
+        self._held["M"] = torch.cat([moved, M[:, self.n_oriented :]], dim=1)
 
     def components(self, rank: int) -> Components:  # noqa: D102
-        return nystrom(self._mean_moment(), self._test(), rank)
+        moment = self._mean_moment()
+        return nystrom(moment, self._test(moment.device), rank)
 
     def _project(self, rows: Tensor) -> Tensor:
-        random = self._random(rows.device)
-        if self._V is None:
-            return rows @ random
-        return torch.cat([rows @ self._V, rows @ random[:, self.n_oriented :]], dim=-1)
+        return projected(rows, self._held.get("V"), self._random(rows.device))
 
-    def _test(self) -> Tensor:
-        if self._V is None:
-            return self._random("cpu" if self._sums is None else self._sums.M.device)
-        return torch.cat([self._V, self._random(self._V.device)[:, self.n_oriented :]], dim=1)
+    def _test(self, device: torch.device) -> Tensor:
+        if (V := self._held.get("V")) is None:
+            return self._random(device)
+        return torch.cat([V, self._random(V.device)[:, self.n_oriented :]], dim=1)
 
     def _random(self, device: torch.device | str) -> Tensor:
         return self._pool.get(self.in_features, self.width, 2 * self._seed, device)
 
-    def _same_test(self, other: InputStatistic) -> bool:
-        if not super()._same_test(other) or self._V is None or other._V is None:
-            return self._describe() == other._describe()
-        return torch.equal(self._V, other._V.to(self._V))
-
-    def _describe(self) -> str:
+    def describe(self) -> str:  # noqa: D102
         return (
             f"SketchedInputs(in {self.in_features}, width {self.width}, seed {self._seed}, "
-            f"centered {self.centered}, oriented {self._V is not None})"
+            f"centered {self.centered}, oriented {bool(self.oriented())})"
         )
 
 
@@ -100,7 +94,7 @@ def input_statistic(
     pool: TestMatrixPool,
     centered: bool = True,
 ) -> InputStatistic:
-    """Choose the accumulator for one layer.
+    """Choose the accumulator for one layer: a sketch, unless the dense one is smaller or asked for.
 
     Args:
         in_features: dimension of the layer's inputs.
@@ -112,9 +106,6 @@ def input_statistic(
         seed: seed of the test matrix.
         pool: shared by the layers of one pass.
         centered: whether components are of `x - mean` or of `x`.
-
-    Returns:
-        A `SketchedInputs`, or a `DenseInputs` if asked for or if it is the smaller one.
 
     Raises:
         ShapeError: if `estimator="sketch"` and `sketch_size` is too small for `rank`.

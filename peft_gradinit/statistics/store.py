@@ -1,29 +1,30 @@
 """The file that keeps what a pass measured: safetensors, with a fingerprint of where it is from.
 
-One file holds, for every target, the leading triplets of its statistic and their numbers. The
-fingerprint names the model (a hash of every base weight), the targets with their shapes and ranks,
-and the options that shaped the measurement; a file with another fingerprint is refused, with both
-values in the message. Nothing is pickled.
+One file holds, for every target, what was read off its statistic: named tensors, such as the `U`,
+`S` and `Vh` of its leading triplets. The fingerprint names the model (a hash of every base weight),
+the targets with their shapes and ranks, and the options that shaped the measurement; a file with
+another fingerprint is refused, with both values in the message. Nothing is pickled.
 """
 
 import dataclasses
-import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import FingerprintError
 from ..files import whole_file
-from ..linalg import TruncatedSVD
 
-FORMAT = "peft_gradinit.calibration/1"
-_PARTS = ("U", "S", "Vh")
+FORMAT = "peft_gradinit.calibration/2"
+_READ = ("peft_gradinit.calibration/1", FORMAT)
+"""Formats that are read. Version 1 holds `U`, `S` and `Vh` of every target under the same names."""
+
+Readouts = Mapping[str, Tensor]
+"""Tensors that were read off the statistic of one layer, by name; names contain no dot."""
 _BATCH = "batch/"
 """Starts the names of tensors that belong to batches; no module's name has a slash."""
 
@@ -34,7 +35,7 @@ class Fingerprint:
 
     Attributes:
         statistic: what was measured, such as `"gradient"`.
-        weights: hash of every base weight by parameter name, see `hash_weight`.
+        weights: hash of every base weight by parameter name, see `layouts.hash_weight`.
         targets: `[out, in, rank]` by module name.
         options: options that shaped the measurement, by name.
     """
@@ -47,8 +48,7 @@ class Fingerprint:
     def check(self, expected: "Fingerprint") -> None:
         """Refuse to serve a caller who expects something else.
 
-        Args:
-            expected: the caller's fingerprint; only the options that it names are compared.
+        Only the options that `expected` names are compared.
 
         Raises:
             FingerprintError: naming the first difference with both values.
@@ -68,86 +68,58 @@ class Fingerprint:
         _compare("model weight", self.weights, expected.weights, "hash")
 
 
-def hash_weight(weight: Tensor) -> str:
-    """Hash a sample of a tensor, equal for float32 weights and for their bfloat16 copy.
-
-    Takes up to 4,096 evenly spaced entries, so that a large model is read in no time; floating
-    entries are rounded to bfloat16 first.
-
-    Args:
-        weight: any tensor; quantised storage is hashed as it is.
-
-    Returns:
-        16 hexadecimal digits.
-    """
-    flat = weight.detach().reshape(-1)
-    step = -(-flat.numel() // 4096) | 1  # odd, so that it walks through the columns as well
-    flat = flat[::step].cpu()
-    if flat.is_floating_point():
-        flat = flat.to(torch.bfloat16).view(torch.int16)
-    digest = hashlib.sha256(flat.contiguous().numpy().tobytes())
-    digest.update(str(tuple(weight.shape)).encode())
-    return digest.hexdigest()[:16]
-
-
-def save_triplets(
+def save_readouts(
     path: str | os.PathLike[str],
-    triplets: Mapping[str, TruncatedSVD],
+    readouts: Mapping[str, Readouts],
     fingerprint: Fingerprint,
     facts: Mapping[str, Any],
     batches: Sequence[Mapping[str, Tensor]] = (),
 ) -> None:
-    """Write triplets, fingerprint and facts; an interrupted write leaves the old file in place.
+    """Write readouts, fingerprint and facts; an interrupted write leaves the old file in place.
 
     Args:
         path: the file, conventionally `*.safetensors`; missing folders are made.
-        triplets: by module name.
+        readouts: by module name, then by their own name.
         fingerprint: where they are from.
         facts: anything else to remember, as JSON.
         batches: batches of the data to keep as well.
     """
-    tensors = {
-        f"{name}.{part}": getattr(svd, part).detach().cpu().contiguous().clone()  # may be shared
-        for name, svd in triplets.items()
-        for part in _PARTS
-    }
-    for i, batch in enumerate(batches):
-        for key, value in batch.items():
-            tensors[f"{_BATCH}{i}/{key}"] = value.detach().cpu().contiguous().clone()
+    tensors = {f"{name}.{part}": t for name, parts in readouts.items() for part, t in parts.items()}
+    tensors |= batch_entries(batches, _BATCH)
+    first = {id(tensor): key for key, tensor in reversed(tensors.items())}
+    same = {key: first[id(t)] for key, t in tensors.items() if first[id(t)] != key}
+    # Cloned: tensors may share memory, which safetensors refuses.
+    own = {key: t.detach().cpu().contiguous().clone() for key, t in tensors.items() if key not in same}
     metadata = {
+        "same": json.dumps(same),  # layers that are given the same inputs share what was measured
         "format": FORMAT,
         "fingerprint": json.dumps(dataclasses.asdict(fingerprint), sort_keys=True),
         "facts": json.dumps(facts, sort_keys=True),
     }
     with whole_file(path) as beside:
-        save_file(tensors, beside, metadata=metadata)
+        save_file(own, beside, metadata=metadata)
 
 
-def load_triplets(
+def load_readouts(
     path: str | os.PathLike[str],
-) -> tuple[dict[str, TruncatedSVD], Fingerprint, dict[str, Any]]:
-    """Read what `save_triplets` wrote.
-
-    Args:
-        path: the file.
-
-    Returns:
-        Triplets by module name, their fingerprint, and the facts.
+) -> tuple[dict[str, dict[str, Tensor]], Fingerprint, dict[str, Any]]:
+    """Read the readouts by module name, the fingerprint and the facts that `save_readouts` wrote.
 
     Raises:
-        FingerprintError: if the file is missing, damaged, or was not written by `save_triplets`.
+        FingerprintError: if the file is missing, damaged, or was not written by `save_readouts`.
     """
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             names = [key for key in file.keys() if not key.startswith(_BATCH)]  # noqa: SIM118
             tensors = {name: file.get_tensor(name) for name in names}
-    except (OSError, SafetensorError) as error:
+            same = json.loads(metadata.get("same", "{}"))
+    except (OSError, SafetensorError, ValueError) as error:
         raise FingerprintError(
             f"cannot read a calibration from {str(path)!r}: {error}; pass the file that "
             "`CalibrationResult.save` wrote."
         ) from error
-    if metadata.get("format") != FORMAT:
+    if metadata.get("format") not in _READ:
         raise FingerprintError(
             f"{str(path)!r} is a safetensors file but not a calibration: expected format "
             f"{FORMAT!r}, got {metadata.get('format')!r}; pass the file that "
@@ -155,33 +127,41 @@ def load_triplets(
         )
     try:
         fingerprint = Fingerprint(**json.loads(metadata["fingerprint"]))
-        triplets = {
-            name: TruncatedSVD(*(tensors[f"{name}.{part}"] for part in _PARTS))
-            for name in fingerprint.targets
-            if f"{name}.U" in tensors
-        }
-        return triplets, fingerprint, json.loads(metadata["facts"])
-    except (KeyError, TypeError, ValueError) as error:
+        readouts: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in (tensors | {k: tensors[first] for k, first in same.items()}).items():
+            name, _, part = key.rpartition(".")
+            if name in fingerprint.targets:
+                readouts.setdefault(name, {})[part] = tensor
+        ordered = {name: readouts[name] for name in fingerprint.targets if name in readouts}
+        return ordered, fingerprint, json.loads(metadata["facts"])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise FingerprintError(
             f"{str(path)!r} is a damaged calibration: {error!r}; calibrate and save it again."
         ) from error
 
 
 def load_batches(path: str | os.PathLike[str]) -> list[dict[str, Tensor]]:
-    """Read the batches that `save_triplets` kept.
-
-    Args:
-        path: a file that `load_triplets` accepts.
-
-    Returns:
-        The batches in order; empty if none were kept.
-    """
-    batches: dict[int, dict[str, Tensor]] = {}
+    """Read the batches that `save_readouts` kept, in order; none if none were kept."""
     with safe_open(path, framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118
-            if name.startswith(_BATCH):
-                _, index, key = name.split("/", 2)
-                batches.setdefault(int(index), {})[key] = file.get_tensor(name)
+        names = [name for name in file.keys() if name.startswith(_BATCH)]  # noqa: SIM118
+        return batches_of({name: file.get_tensor(name) for name in names}, _BATCH)
+
+
+def batch_entries(batches: Sequence[Mapping[str, Tensor]], prefix: str) -> dict[str, Tensor]:
+    """The tensors of batches, under the names `<prefix><number of the batch>/<key>`."""
+    entries: dict[str, Tensor] = {}
+    for i, batch in enumerate(batches):
+        entries |= {f"{prefix}{i}/{key}": value for key, value in batch.items()}
+    return entries
+
+
+def batches_of(entries: Mapping[str, Tensor], prefix: str) -> list[dict[str, Tensor]]:
+    """The batches that `batch_entries` has named, in order; other entries are ignored."""
+    batches: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in entries.items():
+        if name.startswith(prefix):
+            i, _, key = name.removeprefix(prefix).partition("/")
+            batches.setdefault(int(i), {})[key] = tensor
     return [batches[i] for i in sorted(batches)]
 
 

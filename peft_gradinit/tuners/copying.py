@@ -1,8 +1,8 @@
 """Adapters that are added as copies of another: TRL's reference adapter.
 
-TRL adds the adapter `"ref"` to a `PeftModel` with the live config of the policy, and copies the
-parameters that it finds by name. Constants, such as the anchor of LoRA-GA, are not among them, so
-an adapter that is added with another's live config is made a whole copy of it here.
+TRL adds the adapter `"ref"` to a `PeftModel` with the policy's own config object, and then copies
+parameters by name. It misses constants, such as the anchor of LoRA-GA. So an adapter of that name
+that shares another's config becomes a whole copy of it here.
 """
 
 from collections.abc import Mapping
@@ -13,29 +13,23 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
+REFERENCE = "ref"
+"""TRL's name for its copy of the policy. Adapters of other names have starts of their own."""
 
-def source_of(peft_config: Mapping[str, Any], adapter_name: str) -> str | None:
-    """Name of the adapter whose live config a new adapter was given.
 
-    Args:
-        peft_config: configs by adapter name, the new one included.
-        adapter_name: the new adapter.
-
-    Returns:
-        The other adapter's name; `None` if the config is the new adapter's own.
-    """
+def copied_from(peft_config: Mapping[str, Any], adapter_name: str) -> str | None:
+    """Name of the adapter that a new one is a copy of; `None` if it has a start of its own."""
     config = peft_config[adapter_name]
+    if adapter_name != REFERENCE:
+        return None
     return next((n for n, c in peft_config.items() if c is config and n != adapter_name), None)
 
 
 @torch.no_grad()
 def copy_adapter(model: nn.Module, source: str, target: str) -> None:
-    """Copy everything that one adapter holds, constants included, into another of the same shapes.
+    """Copy all tensors of an adapter, constants included, into another of the same shapes.
 
-    Args:
-        model: the base model with both adapters injected.
-        source: the adapter to copy; it is not changed.
-        target: the adapter to write; its `requires_grad` stays.
+    The `requires_grad` of the target's tensors stays.
     """
     for layer in model.modules():
         if not isinstance(layer, BaseTunerLayer | AuxiliaryTrainingWrapper):

@@ -1,61 +1,22 @@
-"""Which learning rate to begin with: read off an adapter's start, shapes and scaling."""
+"""The learning rate to begin with, from an adapter's start, shapes and scaling."""
 
-import statistics
-from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Iterator
 
-from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from ..errors import ConfigError
 from ..linalg import lora_rate, spectral_rate
-from .parameters import n_experts
-from .svfit_layer import SVFitLinear
-
-FACTOR = 2.0
-"""How far from the suggestion the best rate was found to be, for LoRA and LoRA-GA of its length; for others
-up to 3.4 times (SVFit 8)."""
-
-
-class LearningRate(NamedTuple):
-    """A learning rate for AdamW.
-
-    Attributes:
-        suggested: to begin with.
-        low: where a search should begin; for long runs.
-        high: where a search should end.
-    """
-
-    suggested: float
-    low: float
-    high: float
-
-    @classmethod
-    def of_layers(cls, layers: Iterable[tuple[float | None, int]]) -> "LearningRate | None":
-        """One rate for all layers: the median over their ranks, since layers of high rank do most.
-
-        Args:
-            layers: rate and rank of each; layers without a rate are left out.
-
-        Returns:
-            The rate and the range to search; `None` if no layer has a rate.
-        """
-        rates = [rate for rate, r in layers if rate is not None for _ in range(r)]
-        if not rates:
-            return None
-        rate = statistics.median(rates)
-        return cls(rate, rate / FACTOR, rate * FACTOR)
-
-    def __str__(self) -> str:
-        return f"{self.suggested:.1e} ({self.low:.1e} to {self.high:.1e})"
+from ..records import LearningRate, init_report
+from .lora import pairs
+from .svfit import live_layers
 
 
 def suggest_learning_rate(peft_model: nn.Module, adapter_name: str = "default") -> LearningRate:
     """Suggest a learning rate for AdamW without a sweep.
 
-    Where to begin, from widths, rank, scaling and the lengths of the start's factors
-    (`linalg/rates.py`); runs of thousands of steps do better at the lower end. README shows how
-    far from the best rate it was on three tasks.
+    The rate follows from widths, rank, scaling and the lengths of the start's factors
+    (`linalg/rates.py`). Runs of thousands of steps do better at the lower end of the range. README
+    shows how far from the best rate it was on three tasks.
 
     Args:
         peft_model: with an adapter of this package that has its start, or with plain LoRA of PEFT.
@@ -67,8 +28,7 @@ def suggest_learning_rate(peft_model: nn.Module, adapter_name: str = "default") 
     Raises:
         ConfigError: if no layer has such an adapter, or only layers that are no matrices.
     """
-    tuner = getattr(peft_model, "base_model", peft_model)
-    report = getattr(tuner, "init_report", {}).get(adapter_name)
+    report = init_report(peft_model, adapter_name)
     if report is not None and report.learning_rate is not None:
         return report.learning_rate
     rate = LearningRate.of_layers(_rates_of_shapes(peft_model, adapter_name))
@@ -81,12 +41,10 @@ def suggest_learning_rate(peft_model: nn.Module, adapter_name: str = "default") 
 
 
 def _rates_of_shapes(model: nn.Module, adapter_name: str) -> Iterator[tuple[float, int]]:
-    for layer in model.modules():
-        if isinstance(layer, SVFitLinear) and adapter_name in layer.r:
-            r = layer.r[adapter_name]
-            yield spectral_rate(layer.out_features, layer.in_features, r), r
-        elif isinstance(layer, LoraLayer) and adapter_name in layer.lora_A:
-            lora_A, scaling = layer.lora_A[adapter_name], layer.scaling[adapter_name]
-            if isinstance(lora_A, nn.Linear) and scaling:
-                r = lora_A.out_features // n_experts(layer)
-                yield lora_rate(lora_A.in_features, r, scaling), r
+    for layer in live_layers(model, adapter_name).values():
+        r = layer.r[adapter_name]
+        yield spectral_rate(layer.out_features, layer.in_features, r), r
+    for pair in pairs(model, adapter_name):
+        if pair.scaling:
+            r = pair.A.shape[0] // pair.n_experts  # the trained rank, also of an anchored pair
+            yield lora_rate(pair.A.shape[1], r, pair.scaling), r

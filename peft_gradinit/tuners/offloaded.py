@@ -1,8 +1,8 @@
 """Adapters on bases that Accelerate offloads to the CPU or to disk.
 
-PEFT makes an adapter where it finds the base weight, which for an offloaded one is the meta device:
-the adapter would hold nothing, and train on whatever is in memory. Here each layer is loaded while
-its adapter is made, one at a time, and the adapter stays on the device on which the layer runs.
+PEFT makes an adapter on the device of the base weight. An offloaded weight is on the meta device,
+where the adapter would hold no values. Here each layer is loaded while its adapter is made, one at
+a time, and the adapter stays on the device on which the layer runs.
 """
 
 from contextlib import suppress
@@ -12,12 +12,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from ..calibration import has_offloaded, is_offloaded, offloaded_value, onloaded
 from ..errors import TargetError
+from ..layouts import has_offloaded, is_offloaded, offloaded_value, onloaded
 
 
 class OffloadedBase:
-    """What a tuner model does so that its base may be offloaded; to be inherited before PEFT's."""
+    """A tuner model whose base may be offloaded; must come before PEFT's class among the bases."""
 
     model: nn.Module
 
@@ -38,21 +38,18 @@ class OffloadedBase:
         adapter_name: str,
         state_dict: Any,
         *args: Any,
-        **kw: Any,
+        **kwargs: Any,
     ) -> dict[str, Tensor]:
-        # PEFT takes embeddings from it next, if they are targeted or were resized.
+        # PEFT takes embeddings from `state_dict` next, if they are targeted or were resized.
         state_dict.update(_offloaded_embeddings(model, state_dict))
         return super()._get_adapter_state_dict(  # pyright: ignore[reportAttributeAccessIssue]
-            model, config, adapter_name, state_dict, *args, **kw
+            model, config, adapter_name, state_dict, *args, **kwargs
         )
 
     def unload(self) -> nn.Module:
-        """Give the base model back without its adapters.
+        """Return the base model without its adapters.
 
-        PEFT's own loads every offloaded layer for it and makes its hook another map.
-
-        Returns:
-            The base model.
+        PEFT's method loads every offloaded layer and replaces the map of weights in its hook.
         """
         if not has_offloaded(self.model):
             return super().unload()  # pyright: ignore[reportAttributeAccessIssue]
@@ -70,15 +67,7 @@ class OffloadedBase:
 
 
 def check_modules_to_save(model: nn.Module, config: Any) -> None:
-    """Refuse to train a copy of an offloaded module.
-
-    Args:
-        model: the base model.
-        config: says what is trained in full.
-
-    Raises:
-        TargetError: naming the first such module.
-    """
+    """Refuse to train an offloaded module in full."""
     wanted = tuple(config.modules_to_save or ())
     for name, module in model.named_modules():
         if name.rpartition(".")[2] in wanted and any(map(is_offloaded, module.modules())):
@@ -104,12 +93,13 @@ def _offloaded_embeddings(model: nn.Module, state_dict: dict[str, Tensor]) -> di
 
 def _embeddings(model: Any) -> list[nn.Module]:
     """Input and output embeddings of a Transformers model, without adapters around them."""
-    found = []
+    embeddings = []
     for name in ("get_input_embeddings", "get_output_embeddings"):
         with suppress(AttributeError, NotImplementedError):  # not all models have both
             layer = getattr(model, name)()
-            found.append(layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer)
-    return found
+            is_adapted = isinstance(layer, BaseTunerLayer)
+            embeddings.append(layer.get_base_layer() if is_adapted else layer)
+    return embeddings
 
 
 def _put_back(model: nn.Module, name: str, module: nn.Module) -> None:

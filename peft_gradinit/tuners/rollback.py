@@ -1,4 +1,4 @@
-"""An injection that fails leaves the model as it was."""
+"""Undoing an injection that fails, so that the model is as it was."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -7,18 +7,16 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
+from ..records import keep_record
+
 
 @contextmanager
 def all_or_nothing(model: nn.Module, undo: Callable[[], object]) -> Iterator[None]:
-    """Run a block that adds an adapter; if it fails, undo it and put `requires_grad` back.
+    """Run a block that adds an adapter; if it fails, call `undo` and put `requires_grad` back.
 
     PEFT rolls back an `Exception` only in part, and an interruption not at all.
-
-    Args:
-        model: the model, with or without other adapters.
-        undo: removes what the block may have added.
     """
-    # By name: offloading makes new parameters in every forward.
+    # By name, since offloading makes new parameters in every forward pass.
     trainable = {name: p.requires_grad for name, p in model.named_parameters()}
     try:
         # Parameters made in a caller's inference mode could never be trained.
@@ -32,12 +30,7 @@ def all_or_nothing(model: nn.Module, undo: Callable[[], object]) -> Iterator[Non
 
 
 def remove_adapter(tuner: BaseTuner, adapter_name: str) -> None:
-    """Remove whatever there is of an adapter, and the tuner's layers if it was the only one.
-
-    Args:
-        tuner: the tuner model.
-        adapter_name: the adapter; may be in some layers, in none, or in `peft_config` alone.
-    """
+    """Remove all parts of an adapter, which may be incomplete, and all wrappers if no other is left."""
     injected = any(
         isinstance(layer, BaseTunerLayer) and adapter_name in layer._all_available_adapter_names()
         for layer in tuner.model.modules()
@@ -47,3 +40,4 @@ def remove_adapter(tuner: BaseTuner, adapter_name: str) -> None:
     elif injected:
         tuner.delete_adapter(adapter_name)
     tuner.peft_config.pop(adapter_name, None)
+    keep_record(tuner.model, adapter_name, None)

@@ -17,13 +17,7 @@ from peft.tuners.lora.eva import prepare_layer_inputs_fn_language_modeling
 from torch import nn
 from transformers import PreTrainedModel
 
-from peft_gradinit import (
-    Calibration,
-    EvaConfig,
-    LoraGAConfig,
-    LoraOneConfig,
-    SVFitConfig,
-)
+from peft_gradinit import Calibration, EvaConfig, LoraGAConfig, LoraOneConfig, SVFitConfig
 
 from .pretraining import Rows
 from .tasks import Task

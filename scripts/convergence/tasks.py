@@ -22,14 +22,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from peft_gradinit.recipes import (
-    encode,
-    labels_of,
-    load_processor,
-    load_recipe,
-    load_rows,
-    task_of,
-)
+from peft_gradinit.recipes import encode, labels_of, load_processor, load_recipe, load_rows, task_of
 from peft_gradinit.recipes import load_model as load_model_of
 from peft_gradinit.recipes.collation import collator
 

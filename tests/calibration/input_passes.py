@@ -4,7 +4,8 @@ import math
 
 import torch
 
-from peft_gradinit.calibration import measure_inputs
+from peft_gradinit.calibration import Inputs
+from peft_gradinit.calibration import measure as measure_need
 from peft_gradinit.statistics import Fingerprint
 from tests.calibration.passes import linears, shape_of
 from tests.helpers import overlap, quiet, token_batches
@@ -15,14 +16,14 @@ CLOSE = 1e-4
 
 
 def measure(model, data, modules=None, rank=RANK, **options):
-    """`measure_inputs` of every linear layer; keyword-only options go where they belong."""
+    """Components of the inputs of every linear layer; options go where they belong."""
     modules = linears(model) if modules is None else modules
-    own = {k: options.pop(k) for k in ("centered", "use_labels", "stop_when_settled")
+    own = {k: options.pop(k) for k in ("centered", "use_labels", "settle")
            if k in options}  # fmt: skip
     calibration = quiet(data, **{"estimator": "dense", **options})
     targets = {n: [*shape_of(m), rank] for n, m in modules.items()}
     fingerprint = Fingerprint("inputs", {}, targets, calibration.measurement_options())
-    return measure_inputs(model, modules, calibration, fingerprint, **own)
+    return measure_need(model, modules, calibration, fingerprint, Inputs(**own))
 
 
 def exact(model, batches, keep, centered=True):

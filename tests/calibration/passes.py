@@ -3,7 +3,11 @@
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from peft_gradinit.calibration import PassFacts, collect, measure_gradients
+from peft_gradinit.calibration import Feed, GradientRecorder, Gradients, LayerStatistics, PassFacts
+from peft_gradinit.calibration import measure as measure_need
+from peft_gradinit.calibration import run_pass as run_recorder
+from peft_gradinit.calibration.resume import Resume
+from peft_gradinit.layouts import Processes
 from peft_gradinit.statistics import DenseGradient, Fingerprint, SketchedGradient, TestMatrixPool
 from tests.helpers import quiet, relative_error
 
@@ -22,6 +26,14 @@ def shape_of(module: nn.Module) -> tuple[int, int]:
     return (
         (in_features, out_features) if isinstance(module, Conv1D) else (out_features, in_features)
     )
+
+
+def collect(model: nn.Module, modules, statistics, calibration):
+    """Fill given gradient statistics by a pass; its facts and the first sequence of the data."""
+    layers = LayerStatistics(statistics)
+    recorder = GradientRecorder(model, layers, calibration, Gradients(), Processes(), {})
+    facts = run_recorder(recorder, modules, Feed(calibration, model), Resume())
+    return facts, recorder.probe
 
 
 def run_pass(
@@ -52,12 +64,12 @@ def sketches(model: nn.Module, data, rank: int = 4, **options) -> dict[str, Tens
 
 
 def measure(model: nn.Module, data, rank: int = 2, **options):
-    """`measure_gradients` of every linear layer."""
+    """Triplets of the gradient of every linear layer."""
     calibration = quiet(data, **{"estimator": "dense", **options})
     modules = linears(model)
     targets = {n: [*shape_of(m), rank] for n, m in modules.items()}
     fingerprint = Fingerprint("gradient", {}, targets, calibration.measurement_options())
-    return measure_gradients(model, modules, calibration, fingerprint)
+    return measure_need(model, modules, calibration, fingerprint, Gradients())
 
 
 def worst_error(got: dict[str, Tensor], want: dict[str, Tensor]) -> float:

@@ -17,7 +17,8 @@ from transformers import (
 )
 
 from peft_gradinit import Calibration
-from peft_gradinit.calibration.batches import Budget, _placed, budgeted, first_sequence, read
+from peft_gradinit.calibration.feed.batches import _placed, budgeted, first_sequence, read
+from peft_gradinit.calibration.feed.budget import Budget
 from peft_gradinit.calibration.spec import DEFAULT_MAX_TOKENS
 from peft_gradinit.errors import DataError
 from tests.calibration.passes import FLOAT32, gradients, run_pass, sketches, worst_error

@@ -218,7 +218,7 @@ def test_endless_data_end_with_the_budget(budget):
         while True:
             yield from token_batches()
 
-    result = measure(pico_llama(), endless(), stop_when_settled=0.999999, **budget)
+    result = measure(pico_llama(), endless(), settle=0.999999, **budget)
     assert result.facts.stopped_by == next(iter(budget))
 
 
@@ -226,7 +226,7 @@ def test_reading_ends_when_the_subspaces_have_settled():
     spread = 10.0 ** -torch.arange(8)
     batches = [(torch.randn(4, 5, 8) * spread,) for _ in range(60)]
     model = nn.Sequential(nn.Linear(8, 8))
-    early = measure(model, batches, rank=2, stop_when_settled=0.99)
+    early = measure(model, batches, rank=2, settle=0.99)
     late = measure(model, batches, rank=2)
 
     # Two orientations, at 8 and at 24 sequences, and the batch that followed the second.
@@ -237,7 +237,7 @@ def test_reading_ends_when_the_subspaces_have_settled():
 
 def test_a_layer_without_tokens_keeps_the_pass_from_settling():
     batches = [(torch.randn(4, 5, 8),) for _ in range(10)]
-    assert measure(WithIdle(), batches, stop_when_settled=0.01).facts.stopped_by == "end of data"
+    assert measure(WithIdle(), batches, settle=0.01).facts.stopped_by == "end of data"
 
 
 def test_the_model_is_left_as_it_was_found():

@@ -4,9 +4,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from peft_gradinit.calibration import collect
 from peft_gradinit.statistics import SketchedGradient, TestMatrixPool
-from tests.calibration.passes import FLOAT32, gradients, linears, run_pass, worst_error
+from tests.calibration.passes import FLOAT32, collect, gradients, linears, run_pass, worst_error
 from tests.helpers import pico_gpt2, pico_llama, quiet, token_batches
 
 

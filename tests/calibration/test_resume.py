@@ -9,13 +9,8 @@ import torch
 
 from peft_gradinit import Calibration, EvaConfig, LoraGAConfig, LoraOneConfig, calibrate
 from peft_gradinit.calibration import Checkpoint
-from tests.helpers import adapted, logits, pico_llama, token_batches
-
-BATCHES = token_batches(90, batch_size=5)
-"""Orientations fall after 8, 24 and 72 sequences, two of them inside a batch."""
-
-WIDE = {"hidden_size": 384, "intermediate_size": 512, "num_hidden_layers": 1}
-"""Wide enough that the sketches are not exact."""
+from tests.calibration.killed import BATCHES, WIDE, config_of, measured
+from tests.helpers import adapted, logits, pico_llama
 
 
 class Killed(Exception):  # noqa: N818 a death, not an error
@@ -25,17 +20,6 @@ class Killed(Exception):  # noqa: N818 a death, not an error
 def cut_after(n):
     yield from BATCHES[:n]
     raise Killed
-
-
-def config_of(method, **options):
-    return method(r=2, target_modules="all-linear", calibration="deferred", **options)
-
-
-def measured(method, data, checkpoint=None, **options):
-    config = config_of(method, **options) if options else config_of(method, rho=1)
-    estimator = "sketch"
-    pass_ = Calibration(data, progress=False, estimator=estimator, checkpoint=checkpoint)
-    return calibrate(pico_llama(**WIDE), config, pass_)
 
 
 def same(one, other):
@@ -153,7 +137,9 @@ def test_seconds_between_saves_are_kept(tmp_path):
 
 _VICTIM = """
 import os, signal, sys
-from tests.calibration.test_resume import BATCHES, Checkpoint, measured, LoraGAConfig
+from peft_gradinit import LoraGAConfig
+from peft_gradinit.calibration import Checkpoint
+from tests.calibration.killed import BATCHES, measured
 
 def dying():
     yield from BATCHES[:11]

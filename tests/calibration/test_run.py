@@ -5,10 +5,18 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from peft_gradinit.calibration import collect, model_fingerprint
 from peft_gradinit.errors import CalibrationError, ConfigError, DataError
+from peft_gradinit.layouts import model_fingerprint
 from peft_gradinit.statistics import DenseGradient
-from tests.calibration.passes import FLOAT32, gradients, linears, measure, run_pass, worst_error
+from tests.calibration.passes import (
+    FLOAT32,
+    collect,
+    gradients,
+    linears,
+    measure,
+    run_pass,
+    worst_error,
+)
 from tests.helpers import pad, pico_gpt2, pico_llama, quiet, relative_error, rows_of, token_batches
 
 

@@ -11,7 +11,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from peft_gradinit.calibration.selection import TokenSelection
+from peft_gradinit.calibration.feed.selection import TokenSelection
 from tests.helpers import pico_gpt2, pico_llama
 
 MASK = torch.tensor([[1, 1, 1, 1, 0], [0, 1, 1, 1, 1]])  # padding on the right, on the left

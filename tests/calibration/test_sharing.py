@@ -2,7 +2,7 @@
 
 import torch
 
-from peft_gradinit.calibration.sharing import SharedInputs
+from peft_gradinit.calibration.passes.sharing import LayerStatistics
 from peft_gradinit.statistics import DenseInputs
 
 IN = 6
@@ -10,7 +10,7 @@ IN = 6
 
 def shared(*names):
     empty = DenseInputs(IN)
-    return SharedInputs(dict.fromkeys(names, empty))
+    return LayerStatistics(dict.fromkeys(names, empty))
 
 
 def run(statistics, *calls):

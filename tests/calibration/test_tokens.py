@@ -13,7 +13,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from peft_gradinit.calibration.tokens import loss_weight, n_input_tokens, n_sequences
+from peft_gradinit.calibration.feed.tokens import loss_weight, n_input_tokens, n_sequences
 from tests.helpers import pico_gpt2, pico_llama, token_batches
 
 

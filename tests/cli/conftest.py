@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from peft_gradinit.cli import main
+from peft_gradinit_cli import main
 from tests.helpers import adapted, lora_ga, pico_llama, train_steps
 from tests.saved.adapters import lora_config, overwriting_start, saved_lora
 

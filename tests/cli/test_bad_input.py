@@ -15,7 +15,7 @@ import pytest
 from peft import IA3Config, get_peft_model
 from safetensors import SafetensorError
 
-import peft_gradinit.saved.adapters as adapters
+import peft_gradinit.records.adapters as adapters
 import peft_gradinit.statistics.store as store
 from peft_gradinit import CalibrationResult
 from tests.cli.conftest import calibrate_arguments
@@ -241,7 +241,7 @@ def test_a_full_disk_leaves_nothing(run, workshop, tmp_path, line, error, monkey
         Path(path).write_bytes(b"half of it")
         raise error
 
-    for module in (store, adapters, sys.modules["peft_gradinit.export"]):
+    for module in (store, adapters, sys.modules["peft_gradinit.export.adapter"]):
         monkeypatch.setattr(module, "save_file", full)
     monkeypatch.setattr("peft.peft_model.safe_save_file", full)
     failed(run(*filled(line, workshop, tmp_path)), "cannot write", "the disk is full")
@@ -257,7 +257,7 @@ def test_a_real_limit_on_the_size_of_files(workshop, tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, 2**16))
 
     done = subprocess.run(
-        [sys.executable, "-m", "peft_gradinit.cli", *map(str, calibrate_arguments(tmp_path / "c"))],
+        [sys.executable, "-m", "peft_gradinit_cli", *map(str, calibrate_arguments(tmp_path / "c"))],
         preexec_fn=limit,
         capture_output=True,
         text=True,
@@ -290,7 +290,7 @@ def test_the_traceback_is_there_on_demand(run, tmp_path, monkeypatch):
 
 def big_calibration(output, *more):
     arguments = calibrate_arguments(output, "--max-tokens", 16384, "--batch-size", 2, *more)
-    return [sys.executable, "-m", "peft_gradinit.cli", *map(str, arguments)]
+    return [sys.executable, "-m", "peft_gradinit_cli", *map(str, arguments)]
 
 
 @pytest.mark.slow

@@ -3,8 +3,8 @@
 import torch
 from peft import LoraConfig
 
-from peft_gradinit.cli.bases import model_section
-from peft_gradinit.saved import SavedAdapter
+from peft_gradinit.records import SavedAdapter
+from peft_gradinit_cli.work.bases import model_section
 
 
 def test_the_revision_is_that_of_the_model_that_is_named():

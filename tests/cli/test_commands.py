@@ -10,9 +10,9 @@ from typer.testing import CliRunner
 
 import peft_gradinit
 from peft_gradinit import CalibrationResult, LoraGAConfig
-from peft_gradinit.cli import app
 from peft_gradinit.methods import METHODS
 from peft_gradinit.recipes import ModelSection, load_model
+from peft_gradinit_cli.app import app
 from tests.cli.conftest import calibrate_arguments, check_snapshot, kinds
 from tests.helpers import adapted, logits, pico_llama, relative_error
 from tests.saved.adapters import logits_on_fresh_base
@@ -31,8 +31,8 @@ def test_help_names_every_command_and_method(run):
         assert re.search(rf"^│ {command} ", plain(done.out), flags=re.MULTILINE)
     of_calibrate = " ".join(re.sub(r"[│\n ]+", " ", plain(run("calibrate", "--help").out)).split())
     for method in METHODS:
-        if method.needs != "nothing":
-            assert f"{method.name}: {method.start}" in of_calibrate
+        if method.needed() != "nothing":
+            assert f"{method.name}: {method.start} (needs {method.needed()})." in of_calibrate
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -58,7 +58,11 @@ def test_version_completion_and_wrong_lines(run, monkeypatch):
 def test_doctor(run, workshop, tmp_path):
     done = run("doctor")
     assert done.code == 0
-    for name in ("peft_gradinit", "torch", "lora_ga, lora_one, eva, svfit"):
+    for name in (
+        "peft_gradinit",
+        "torch",
+        "lora_ga, lora_one, eva, corda, pissa, milora, olora, svfit",
+    ):
         assert name in done.out
     content = run("doctor", "--json").json
     assert content["calibration in float32"] is True
@@ -66,7 +70,7 @@ def test_doctor(run, workshop, tmp_path):
 
 
 def test_doctor_fails_when_something_does_not_work(run, monkeypatch):
-    import peft_gradinit.cli.doctor as module
+    import peft_gradinit_cli.work.doctor as module
 
     monkeypatch.setattr(module, "_calibrates", lambda dtype: False)
     done = run("doctor", "--json")
@@ -147,13 +151,12 @@ def of_own_data(workshop, tmp_path, *more):
     return ("calibrate", tmp_path / "shape", workshop / "data.jsonl", tmp_path / "c", *more)
 
 
-@pytest.mark.parametrize("method", [m.name for m in METHODS if m.needs != "nothing"])
+@pytest.mark.parametrize("method", [m.name for m in METHODS if m.needed() != "nothing"])
 def test_every_method_calibrates(run, tmp_path, method):
     done = run(*calibrate_arguments(tmp_path / "c", "--method", method))
     assert done.code == 0, done.err
-    needs = {m.name: m.needs for m in METHODS}[method]
-    statistic = CalibrationResult.load(tmp_path / "c").fingerprint.statistic
-    assert statistic == {"gradients": "gradient", "inputs": "inputs"}[needs]
+    needed = {m.name: m.needed() for m in METHODS}[method]
+    assert CalibrationResult.load(tmp_path / "c").need.title == needed
 
 
 def test_options_of_the_method_and_targets(run, tmp_path):
@@ -174,8 +177,17 @@ def test_inspect_a_calibration(run, calibration, workshop, tmp_path):
         assert (tmp_path / "pictures" / name).read_bytes().startswith(b"\x89PNG")
     content = run("inspect", calibration / "calibration.safetensors", "--json").json
     check_snapshot("inspect_calibration.json", json.dumps(kinds(content)), workshop, tmp_path)
-    assert sum(row["suggested_rank"] for row in content["rows"]) == 4 * len(content["rows"])
+    # Half of the rank that was calibrated for, so that there is something to share out.
+    assert sum(row["suggested_rank"] for row in content["rows"]) == 2 * len(content["rows"])
     assert all(0 < r["captured"] <= r["captured_by_all"] <= 1 for r in content["rows"])
+
+
+def test_inspect_a_calibration_that_says_nothing_of_ranks(run, tmp_path):
+    assert run(*calibrate_arguments(tmp_path / "c", "--method", "corda")).code == 0
+    done = run("inspect", tmp_path / "c", "--json")
+    assert done.code == 0, done.err
+    assert "suggestion" not in done.json
+    assert all(row["norm"] > 0 for row in done.json["rows"])
 
 
 def test_inspect_an_adapter(run, workshop, tmp_path):

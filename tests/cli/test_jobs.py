@@ -2,8 +2,8 @@
 
 import os
 
-from peft_gradinit.cli.jobs import Job
 from peft_gradinit.recipes import CalibrationSection, DataSection, MethodSection, ModelSection
+from peft_gradinit_cli.work.jobs import Job
 
 
 def job(path, dtype="float32"):

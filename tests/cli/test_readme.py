@@ -51,7 +51,7 @@ def test_two_processes_give_the_result_of_one(run, tmp_path):
     assert run(*calibrate_arguments(tmp_path / "one")).code == 0
     launch = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1")
     quiet = ("--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0")
-    command = ("-m", "peft_gradinit.cli", *calibrate_arguments(tmp_path / "two", "--json"))
+    command = ("-m", "peft_gradinit_cli", *calibrate_arguments(tmp_path / "two", "--json"))
     done = subprocess.run(
         [sys.executable, *launch, *quiet, *map(str, command)],
         capture_output=True,

@@ -3,7 +3,7 @@
 import torch.distributed as dist
 
 from peft_gradinit import Calibration, EvaConfig, LoraGAConfig, calibrate
-from peft_gradinit.calibration.processes import Processes
+from peft_gradinit.layouts.world import Processes
 from tests.helpers import pad, pico_llama, rows_of, token_batches
 
 N = 37

@@ -17,16 +17,18 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from peft_gradinit import (
     Calibration,
+    CorDAConfig,
     EvaConfig,
     LoraGAConfig,
     LoraOneConfig,
+    PiSSAConfig,
     SVFitConfig,
     initialize,
 )
 from tests.distributed.plain import batches, rows
 from tests.helpers import pad, pico_llama
 
-CONFIGS = (LoraGAConfig, LoraOneConfig, EvaConfig, SVFitConfig)
+CONFIGS = (LoraGAConfig, LoraOneConfig, EvaConfig, CorDAConfig, PiSSAConfig, SVFitConfig)
 N_STEPS = 4
 ZERO3 = {
     "train_micro_batch_size_per_gpu": 4,
@@ -42,7 +44,7 @@ def calibration():
 
 def adapter(config_cls, data=None):
     values = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-    if config_cls is not SVFitConfig:
+    if config_cls.needed() != "nothing":
         values |= {"lora_alpha": 8, "calibration": data or calibration()}
     if config_cls is EvaConfig and data == "deferred":
         values["rho"] = 1.0
@@ -104,7 +106,7 @@ def whole(config_cls):
 
 def deferred_whole(config_cls):
     model = get_peft_model(pico_llama(), adapter(config_cls, "deferred"))
-    if config_cls is not SVFitConfig:
+    if config_cls.needed() != "nothing":
         initialize(model, calibration())
     return training(model)
 
@@ -130,7 +132,7 @@ def adapter_then_fsdp2(config_cls):
 
 def deferred_then_fsdp2(config_cls):
     model = fsdp2(get_peft_model(pico_llama(), adapter(config_cls, "deferred")))
-    if config_cls is not SVFitConfig:
+    if config_cls.needed() != "nothing":
         initialize(model, calibration())
     return training(model)
 
@@ -141,7 +143,7 @@ def adapter_then_fsdp1(config_cls):
 
 def deferred_then_fsdp1(config_cls):
     model = fsdp1(get_peft_model(pico_llama(), adapter(config_cls, "deferred")))
-    if config_cls is not SVFitConfig:
+    if config_cls.needed() != "nothing":
         initialize(model, calibration())
     return training(model)
 

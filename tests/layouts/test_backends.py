@@ -13,11 +13,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM, QuantoConfig, TorchAoConfig
 
 from peft_gradinit import calibrate, load_for_training
-from peft_gradinit.calibration import model_fingerprint, weight_hash
 from peft_gradinit.errors import CalibrationError, ConfigError, FingerprintError, TargetError
-from peft_gradinit.tuners.weights import is_quantized, linear_shape, linear_weight
+from peft_gradinit.layouts import model_fingerprint, weight_hash
+from peft_gradinit.starts.weights import is_quantized, linear_shape, linear_weight
 from tests.helpers import logits, pico_llama, quiet, relative_error, token_batches, train_steps
-from tests.methods.test_contract import (
+from tests.methods.rows import (
     INFO,
     config_of,
     every_method,
@@ -204,7 +204,7 @@ def test_a_saved_adapter_comes_back_plain_and_live(method, quantized, tmp_path):
     plain = PeftModel.from_pretrained(quantized(), saved)
     assert type(plain.peft_config["default"]) is LoraConfig
     live = load_for_training(quantized(), saved)
-    assert type(live.peft_config["default"]) is INFO[method].config
+    assert type(live.peft_config["default"]) is INFO[method]
     for again in (plain, live):
         assert relative_error(logits(again), logits(peft_model)) < FLOAT32
     with pytest.raises(FingerprintError, match="other"):

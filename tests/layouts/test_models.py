@@ -27,11 +27,11 @@ from transformers import (
 )
 
 from peft_gradinit import load_for_training
-from peft_gradinit.calibration.tokens import loss_weight
+from peft_gradinit.calibration.feed.tokens import loss_weight
 from peft_gradinit.errors import CalibrationError, ConfigError
 from tests.calibration.passes import FLOAT32, gradients, linears, worst_error
 from tests.helpers import VOCABULARY, pico_llama, quiet, relative_error, token_batches
-from tests.methods.test_contract import (
+from tests.methods.rows import (
     INFO,
     config_of,
     every_method,
@@ -164,7 +164,7 @@ class Case:
         values = {"task_type": None, "target_modules": self.targets, **options}
         if self.exclude:
             values.setdefault("exclude_modules", self.exclude)
-        if INFO[method].needs != "nothing":
+        if INFO[method].needed() != "nothing":
             values.setdefault("calibration", quiet(self.data(), loss_fn=self.loss_fn))
         return config_of(method, **values)
 

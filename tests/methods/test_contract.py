@@ -8,28 +8,37 @@ import math
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.mapping import (
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    PEFT_TYPE_TO_PREFIX_MAPPING,
+    PEFT_TYPE_TO_TUNER_MAPPING,
+)
 from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_gradinit import (
+    CorDAConfig,
     EvaConfig,
     LoraGAConfig,
     LoraOneConfig,
+    MiLoRAConfig,
+    OLoRAConfig,
+    PiSSAConfig,
     SVFitConfig,
     calibrate,
     initialize,
     load_for_training,
 )
-from peft_gradinit.calibration.batches import FIRST_ORIENTATION
+from peft_gradinit.calibration.feed.batches import FIRST_ORIENTATION
 from peft_gradinit.errors import CalibrationError, ConfigError, NotInitializedError
-from peft_gradinit.linalg import TruncatedSVD
 from peft_gradinit.methods import METHODS
-from peft_gradinit.tuners import GradInitConfig, Target
-from tests.calibration.test_guards import lived_in_model, random_states
-from tests.calibration.test_guards import snapshot as everything
+from peft_gradinit.starts import GradInitConfig, Target
+from peft_gradinit.tuners import GradInitModel, SVFitModel
+from tests.failures import assert_as_before, failing_calibration, snapshot
+from tests.guards import lived_in_model, random_states
+from tests.guards import snapshot as everything
 from tests.helpers import (
     base_weights,
     logits,
@@ -43,11 +52,19 @@ from tests.helpers import (
     token_batches,
     train_steps,
 )
-from tests.methods.test_eva import narrow
-from tests.tuners.test_failures import assert_as_before, failing_calibration, snapshot
-from tests.tuners.test_trainer import losses_of, trainer_of
+from tests.methods.models import narrow
+from tests.trainers import losses_of, trainer_of
 
-ROWS = {"lora_ga": LoraGAConfig, "lora_one": LoraOneConfig, "eva": EvaConfig, "svfit": SVFitConfig}
+ROWS = {
+    "lora_ga": LoraGAConfig,
+    "lora_one": LoraOneConfig,
+    "eva": EvaConfig,
+    "corda": CorDAConfig,
+    "pissa": PiSSAConfig,
+    "milora": MiLoRAConfig,
+    "olora": OLoRAConfig,
+    "svfit": SVFitConfig,
+}
 FLOAT32 = 1e-5
 """Relative error of float32 logits that were computed in another order."""
 
@@ -56,8 +73,8 @@ TURNED = 2e-3
 some hundredths."""
 
 INFO = {m.name: m for m in METHODS}
-WITH_DATA = [m.name for m in METHODS if m.needs != "nothing"]
-WITH_GRADIENTS = [m.name for m in METHODS if m.needs == "gradients"]
+WITH_DATA = [m.name for m in METHODS if m.needed() != "nothing"]
+WITH_GRADIENTS = [m.name for m in METHODS if m.needed() == "gradients"]
 every_method = pytest.mark.parametrize("method", [m.name for m in METHODS])
 with_data = pytest.mark.parametrize("method", WITH_DATA)
 with_gradients = pytest.mark.parametrize("method", WITH_GRADIENTS)
@@ -107,15 +124,15 @@ def assert_close(one, other, tolerance):
 
 def growth(method):
     """Saved rank over live rank, as the table says."""
-    return 2 if "2r" in INFO[method].saved_as else 1
+    return 2 if "2r" in INFO[method].saved_as() else 1
 
 
 def test_every_method_has_a_row():
     assert set(ROWS) == {m.name for m in METHODS}
     for m in METHODS:
-        assert ROWS[m.name] is m.config
+        assert ROWS[m.name] is m
         config = config_of(m.name)
-        assert (config.method, config.peft_type.value) == (m.title, m.name.upper())
+        assert (config.method, config.peft_type.value) == (m.method, m.name.upper())
 
 
 # The table ---------------------------------------------------------------------------------------
@@ -125,19 +142,20 @@ def test_every_method_has_a_row():
 def test_the_row_names_the_classes_that_are_registered(method):
     row = INFO[method]
     kind = config_of(method).peft_type
-    assert PEFT_TYPE_TO_CONFIG_MAPPING[kind] is row.config
-    assert PEFT_TYPE_TO_TUNER_MAPPING[kind] is row.model
-    assert type(started(method).base_model) is row.model
-    assert row.model.prefix == row.prefix
-    assert row.paper in inspect.getmodule(row.config).__doc__
+    assert PEFT_TYPE_TO_CONFIG_MAPPING[kind] is row
+    model_cls = GradInitModel if issubclass(row, GradInitConfig) else SVFitModel
+    assert PEFT_TYPE_TO_TUNER_MAPPING[kind] is model_cls
+    assert type(started(method).base_model) is model_cls
+    assert PEFT_TYPE_TO_PREFIX_MAPPING[kind] == model_cls.prefix
+    assert row.paper in inspect.getmodule(row).__doc__
 
 
 @every_method
 def test_the_row_says_what_is_measured(method):
-    config, needs = config_of(method), INFO[method].needs
+    config, needs = config_of(method), INFO[method].needed()
     if needs == "nothing":
-        assert not isinstance(config, GradInitConfig)
-        assert not hasattr(config, "calibration")
+        assert not config.needs().reads_data
+        assert started(method).peft_config["default"] is not None  # without any data
         return
     n_backwards = []
 
@@ -149,8 +167,9 @@ def test_the_row_says_what_is_measured(method):
 
     result = calibrate(pico_llama(), config, quiet(token_batches(), loss_fn=loss_fn))
     assert len(n_backwards) == (3 if needs == "gradients" else 0)
-    assert result.fingerprint.statistic == {"gradients": "gradient"}.get(needs, needs)
-    measures_outputs = all(len(t.U) for t in result.triplets.values())
+    assert result.fingerprint.statistic == config.needs().statistic
+    assert result.need == config.needs()
+    measures_outputs = any(len(t.U) for t in result.triplets.values())
     assert measures_outputs == (needs == "gradients")
 
 
@@ -167,7 +186,7 @@ def test_the_row_says_what_the_function_at_step_zero_is(method):
 
 @every_method
 def test_the_row_says_what_is_saved(method, tmp_path):
-    saved_as = INFO[method].saved_as
+    saved_as = INFO[method].saved_as()
     started(method).save_pretrained(tmp_path)
     assert LoraConfig.from_pretrained(tmp_path).r == growth(method) * 4
     assert saved_as.startswith(f"LoRA of rank {'2r' if growth(method) == 2 else 'r'}")
@@ -224,29 +243,55 @@ SPECTRA = {
 def test_starts_are_finite_on_degenerate_statistics(method, spectrum):
     U = torch.linalg.qr(torch.randn(12, 8)).Q
     Vh = torch.linalg.qr(torch.randn(16, 8)).Q.T
-    triplets = TruncatedSVD(U, torch.tensor(SPECTRA[spectrum]), Vh)
-    target = Target("x", nn.Linear(16, 12), (12, 16), 4, 4, 8.0)
-    options = [{}, {"whiten": True}] if method == "eva" else [{}]
-    for more in options:
-        A0, B0 = config_of(method, **more).factors(triplets, target, 2.0, 0)
-        assert A0.shape == (4, 16)
-        assert B0.shape == (12, 4)
-        assert A0.isfinite().all()
-        assert B0.isfinite().all()
-        assert (B0 @ A0).isfinite().all()
+    S = torch.tensor(SPECTRA[spectrum])
+    readouts = {"U": U, "S": S, "Vh": Vh, "C": (Vh.T * S) @ Vh}
+    if method == "corda" and not S.any():
+        return  # such a layer is named before: its inputs are zero
+    for more in OPTIONS.get(method, [{}]):
+        assert_finite(config_of(method, **more), nn.Linear(16, 12), readouts)
 
 
-@pytest.mark.parametrize("method", [n for n in INFO if n not in WITH_DATA])
+OPTIONS = {
+    "eva": [{}, {"whiten": True}],
+    "corda": [{}, {"mode": "kpm"}],
+    "pissa": [{}, {"svd": "randomized"}],
+}
+"""Other settings of a method that its formula depends on."""
+
+
+def assert_finite(config, linear, readouts):
+    target = Target("x", linear, (12, 16), 4, 4, 8.0)
+    A0, B0 = config.factors(readouts, target, 2.0, 0)
+    assert A0.shape == (4, 16)
+    assert B0.shape == (12, 4)
+    assert A0.isfinite().all()
+    assert B0.isfinite().all()
+    assert (B0 @ A0).isfinite().all()
+
+
+WEIGHTS = {
+    "zero": lambda: torch.zeros(12, 16),
+    "rank-deficient": lambda: torch.outer(torch.randn(12), torch.randn(16)),
+    "huge": lambda: 1e30 * torch.randn(12, 16),
+    "tiny": lambda: 1e-42 * torch.randn(12, 16),
+}
+
+
+@pytest.mark.parametrize("method", [m.name for m in METHODS if getattr(m, "reads_weights", False)])
+@pytest.mark.parametrize("weight", WEIGHTS)
+def test_starts_are_finite_on_degenerate_weights(method, weight):
+    linear = nn.Linear(16, 12)
+    linear.weight.data = WEIGHTS[weight]()
+    x = torch.randn(40, 16)
+    for more in OPTIONS.get(method, [{}]):
+        assert_finite(config_of(method, **more), linear, {"C": x.T @ x / 40})
+
+
 @pytest.mark.parametrize("svd", ["exact", "randomized"])
-@pytest.mark.parametrize("weight", ["zero", "rank-deficient", "huge", "tiny"])
-def test_bases_are_finite_on_degenerate_weights(method, weight, svd):
-    W = {
-        "zero": torch.zeros(12, 16),
-        "rank-deficient": torch.outer(torch.randn(12), torch.randn(16)),
-        "huge": 1e30 * torch.randn(12, 16),
-        "tiny": 1e-42 * torch.randn(12, 16),
-    }[weight]
-    config = config_of(method, svd=svd)
+@pytest.mark.parametrize("weight", WEIGHTS)
+def test_bases_are_finite_on_degenerate_weights(weight, svd):
+    W = WEIGHTS[weight]()
+    config = config_of("svfit", svd=svd)
     U, Vh = config.basis(W, 4, "x")
     torch.testing.assert_close(U.T @ U, torch.eye(4))
     torch.testing.assert_close(Vh @ Vh.T, torch.eye(4))
@@ -286,10 +331,11 @@ DEGENERATE = [
     (m.name, case)
     for m in METHODS
     for case in (constant_inputs, two_inputs, huge_activations, huge_loss, tiny_loss)
-    if m.needs == "gradients"
+    if m.needed() == "gradients"
     or case is huge_activations
     # Nothing varies in constant inputs: `test_inputs_without_variance_...`
-    or (m.needs == "inputs" and case is two_inputs)
+    or (m.needed() == "inputs" and case is two_inputs)
+    or (m.name == "corda" and case in (constant_inputs, two_inputs))
 ]
 
 
@@ -364,7 +410,7 @@ def test_the_split_into_batches_does_not_matter(method, estimator, make, toleran
         assert_close(other, found[0], tolerance)
 
 
-@with_data
+@pytest.mark.parametrize("method", [m for m in WITH_DATA if ROWS[m]().needs().size(1)])
 def test_another_sketch_moves_the_start_much_further_than_another_split(method):
     """So that the tolerance above means something: the sketch is far from exact here."""
     options = {"r": 2, **one_shape(method)}
@@ -616,7 +662,7 @@ def test_layers_with_a_zero_gradient_are_named_and_the_others_start(method):
     assert_plain(peft_model, names)
 
 
-@pytest.mark.parametrize("method", [n for n in INFO if INFO[n].needs == "inputs"])
+@pytest.mark.parametrize("method", [n for n in INFO if INFO[n].needed() == "inputs"])
 def test_inputs_without_variance_are_an_error_or_named_plain_lora(method):
     model, calibration = constant_inputs(pico_llama())
     with pytest.raises(CalibrationError, match=r"14 of its targets .*its inputs are constant over"):
@@ -635,7 +681,7 @@ CASES = [
     for name, options in (
         ("default", {}),
         ("german", {}),
-        *([("german", {"use_rslora": True})] if m.needs != "nothing" else []),
+        *([("german", {"use_rslora": True})] if m.needed() != "nothing" else []),
     )
 ]
 
@@ -695,7 +741,7 @@ def test_load_for_training_continues(method, make, tmp_path):
     peft_model = trained(method, make())
     peft_model.save_pretrained(tmp_path)
     restored = load_for_training(make(), tmp_path)
-    assert type(restored.peft_config["default"]) is INFO[method].config
+    assert type(restored.peft_config["default"]) is INFO[method]
     assert torch.equal(logits(restored), logits(peft_model))
     # SGD: the normalisation of Adam's first step would turn rounding into signs.
     for model in (peft_model, restored):
@@ -765,7 +811,7 @@ def test_deferred_and_initialized_is_the_same_as_data_in_the_config(method, tmp_
     want = saved_factors(started(method, **options), tmp_path / "want")
     peft_model = started(method, calibration="deferred", **options)
     report = initialize(peft_model, quiet(token_batches()))
-    assert report.method == INFO[method].title
+    assert report.method == INFO[method].method
     assert_close(saved_factors(peft_model, tmp_path / "got"), want, tolerance=0)
 
 

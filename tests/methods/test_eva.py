@@ -15,7 +15,7 @@ from transformers import AutoModel, AutoTokenizer, BatchEncoding
 
 import peft_gradinit
 from peft_gradinit import Calibration, EvaConfig
-from peft_gradinit.calibration import measure_inputs
+from peft_gradinit.calibration import Inputs, measure
 from peft_gradinit.errors import ConfigError, FingerprintError
 from peft_gradinit.linalg import TruncatedSVD
 from peft_gradinit.methods import eva_factors
@@ -32,6 +32,7 @@ from tests.helpers import (
     token_batches,
     train_steps,
 )
+from tests.methods.models import narrow
 
 R = 8
 TARGETS = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"]}
@@ -91,7 +92,7 @@ def test_it_explains_the_most_variance_of_all_projections():
     x = torch.randn(500, 24) * (1.0 / torch.arange(1, 25)) @ torch.linalg.qr(torch.randn(24, 24)).Q
     layer = nn.Sequential(nn.Linear(24, 10))
     fingerprint = Fingerprint("inputs", {}, {"0": [10, 24, 4]}, {})
-    result = measure_inputs(layer, {"0": layer[0]}, quiet([(x,)]), fingerprint)
+    result = measure(layer, {"0": layer[0]}, quiet([(x,)]), fingerprint, Inputs())
     A0, _ = eva_factors(result.triplets["0"], r=4, out_features=10)
     Sigma = torch.cov(x.T, correction=0)
 
@@ -115,7 +116,7 @@ def test_gradients_of_b_are_largest_at_this_start():
     dy = torch.randn(400, 10)
     layer = nn.Sequential(nn.Linear(24, 10))
     fingerprint = Fingerprint("inputs", {}, {"0": [10, 24, 4]}, {})
-    result = measure_inputs(layer, {"0": layer[0]}, quiet([(x,)]), fingerprint, centered=False)
+    result = measure(layer, {"0": layer[0]}, quiet([(x,)]), fingerprint, Inputs(centered=False))
     A0, _ = eva_factors(result.triplets["0"], r=4, out_features=10)
 
     def squared(A):  # expected square over independent output gradients: tokens do not cancel
@@ -211,15 +212,6 @@ def test_scalings_are_those_of_pefts_eva_of_the_same_ranks(use_rslora, adjust):
 
     want = {n: m.scaling["default"] for n, m in eva_layers(theirs).items()}
     assert {n: m.scaling["default"] for n, m in eva_layers(ours).items()} == pytest.approx(want)
-
-
-def narrow(model):
-    """Inputs of `down_proj` with two directions: the second explains more than a query's first."""
-    with torch.no_grad():
-        for layer in model.model.layers:
-            layer.mlp.up_proj.weight[2:] = 0
-            layer.mlp.gate_proj.weight[2:] = 0
-    return model
 
 
 def test_a_layer_without_ranks_has_no_adapter_and_another_adapter_may_have_it(tmp_path):
@@ -336,8 +328,8 @@ def test_it_is_a_lora_config_of_its_own_type():
     assert (config.rank_allocation, config.rho, config.min_rank) == ("explained_variance", 2.0, 0)
     assert isinstance(config, peft.LoraConfig)
     assert config.peft_type.value == "EVA"
-    assert (config.n_triplets(8), config.n_triplets(3)) == (8, 3)
-    assert config.rank_limit((2, 384)) == 384  # a narrow head: only inputs count
+    assert (config.needs().size(8), config.needs().size(3)) == (8, 3)
+    assert config.needs().rank_limit((2, 384)) == 384  # a narrow head: only inputs count
 
 
 def test_pefts_sub_config_is_refused_by_name():

@@ -15,8 +15,8 @@ from peft_gradinit.calibration import mean_loss as mean_loss_of_replay
 from peft_gradinit.errors import ConfigError
 from peft_gradinit.linalg import TruncatedSVD
 from peft_gradinit.methods import lora_one_factors
-from peft_gradinit.tuners import model as model_module
-from peft_gradinit.tuners.start import check_step
+from peft_gradinit.tuners.lora import checks
+from peft_gradinit.tuners.lora.checks import check_step
 from tests.docstrings import MODULES, labelled_docstrings
 from tests.helpers import (
     autograd_gradients,
@@ -249,7 +249,7 @@ def test_on_a_bfloat16_base_the_step_is_measured_once(monkeypatch):
         calls.append(1)
         return mean_loss_of_replay(model, replay, calibration)
 
-    monkeypatch.setattr(model_module, "mean_loss", counted)
+    monkeypatch.setattr(checks, "mean_loss", counted)
     peft_model = stepped(pico_llama().to(torch.bfloat16))
     assert len(calls) == 1
     report = report_of(peft_model)
@@ -322,7 +322,7 @@ def test_it_is_a_lora_config_of_its_own_type():
     config = LoraOneConfig()
     assert isinstance(config, LoraConfig)
     assert (config.peft_type.value, config.stable_gamma) == ("LORA_ONE", 128.0)
-    assert (config.n_triplets(8), config.rank_limit((5, 9))) == (8, 5)
+    assert (config.needs().size(8), config.needs().rank_limit((5, 9))) == (8, 5)
 
 
 # MiniLM ------------------------------------------------------------------------------------------

@@ -4,11 +4,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from peft_gradinit.calibration import ExpertWeight, collect
-from peft_gradinit.calibration.experts import Product
-from peft_gradinit.calibration.following import watched
+from peft_gradinit.calibration import ExpertWeight
+from peft_gradinit.calibration.capture.experts import Product
+from peft_gradinit.calibration.capture.following import watched
 from peft_gradinit.errors import CalibrationError
 from peft_gradinit.statistics import DenseGradient, SketchedGradient, TestMatrixPool
+from tests.calibration.passes import collect
 from tests.helpers import base_weights, quiet, relative_error, same_weights, token_batches
 from tests.moe.models import (
     IMPLEMENTATIONS,

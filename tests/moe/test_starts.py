@@ -13,9 +13,13 @@ from peft.tuners.lora.layer import ParamWrapper
 
 from peft_gradinit import (
     CalibrationResult,
+    CorDAConfig,
     EvaConfig,
     LoraGAConfig,
     LoraOneConfig,
+    MiLoRAConfig,
+    OLoRAConfig,
+    PiSSAConfig,
     SVFitConfig,
     calibrate,
     initialize,
@@ -25,7 +29,7 @@ from peft_gradinit.errors import CalibrationError, ConfigError, NotInitializedEr
 from peft_gradinit.linalg import truncated_svd
 from peft_gradinit.methods.lora_ga import lora_ga_factors
 from peft_gradinit.methods.lora_one import lora_one_factors
-from peft_gradinit.tuners import by_parameter
+from peft_gradinit.records import by_parameter
 from tests.helpers import (
     base_weights,
     logits,
@@ -48,7 +52,9 @@ from tests.moe.models import (
 )
 
 MODELS = (qwen3_moe, mixtral, gpt_oss)
-METHODS = (LoraGAConfig, LoraOneConfig, EvaConfig)
+ALLOCATING = (LoraGAConfig, LoraOneConfig, EvaConfig)
+WITH_DATA = (*ALLOCATING, CorDAConfig)
+WITHOUT_DATA = (PiSSAConfig, MiLoRAConfig, OLoRAConfig)
 R = 3
 
 
@@ -56,10 +62,9 @@ def config(config_cls=LoraGAConfig, data=None, **options):
     values = {"r": R, "lora_alpha": 6, "target_modules": ["q_proj"], "target_parameters": BOTH}
     if config_cls is EvaConfig:
         values["rho"] = 1
-    calibration = options.pop("calibration", None)
-    if calibration is None:
-        calibration = quiet(token_batches() if data is None else data)
-    return config_cls(**values | options, calibration=calibration)
+    if config_cls not in WITHOUT_DATA:
+        values["calibration"] = quiet(token_batches() if data is None else data)
+    return config_cls(**values | options)
 
 
 def started(make=qwen3_moe, config_cls=LoraGAConfig, name="gold", **options):
@@ -148,11 +153,11 @@ def test_eva_starts_every_expert_from_its_own_inputs(make):
 @pytest.mark.parametrize(
     ("make", "config_cls"),
     [
-        *((make, config_cls) for make in MODELS for config_cls in METHODS),
-        *((llama4, config_cls) for config_cls in (LoraGAConfig, LoraOneConfig)),
+        *((make, config_cls) for make in MODELS for config_cls in (*WITH_DATA, *WITHOUT_DATA)),
+        *((llama4, config_cls) for config_cls in (LoraGAConfig, LoraOneConfig, *WITHOUT_DATA)),
     ],
 )
-@pytest.mark.filterwarnings("ignore:EVA gives .* a plain LoRA start")
+@pytest.mark.filterwarnings("ignore:(EVA|CorDA) gives .* a plain LoRA start")
 def test_life_of_an_adapter(make, config_cls, tmp_path):
     options = {}
     if make is llama4:
@@ -233,7 +238,7 @@ def test_saved_adapter_loads_in_a_process_without_the_package(by, tmp_path):
 # Experts without tokens ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("config_cls", METHODS)
+@pytest.mark.parametrize("config_cls", WITH_DATA)
 def test_an_expert_without_tokens_is_named_and_starts_plain(config_cls):
     model = qwen3_moe()
     block = starve(model, 4)
@@ -332,7 +337,7 @@ def test_a_deferred_adapter_refuses_to_train_and_takes_its_start_in_place():
 @pytest.mark.parametrize(
     ("config_cls", "allocation"),
     [
-        *((config_cls, "explained_variance") for config_cls in METHODS),
+        *((config_cls, "explained_variance") for config_cls in ALLOCATING),
         *((config_cls, "gradient_energy") for config_cls in (LoraGAConfig, LoraOneConfig)),
     ],
 )

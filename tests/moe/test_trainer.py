@@ -7,7 +7,7 @@ from peft import get_peft_model
 from peft_gradinit import LoraGAConfig, load_for_training
 from tests.helpers import logits, quiet, token_batches
 from tests.moe.models import BOTH, mixtral
-from tests.tuners.test_trainer import losses_of, trainer_of
+from tests.trainers import losses_of, trainer_of
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`gradient_checkpointing.*:FutureWarning"),

@@ -9,7 +9,7 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from peft_gradinit import EvaConfig, LoraGAConfig, calibrate
 from peft_gradinit.recipes import CalibrationSection, ModelSection, empty_model
 from peft_gradinit.recipes.estimate import estimate
-from peft_gradinit.tuners import planned_targets
+from peft_gradinit.starts import planned_targets
 from tests.helpers import pico_gpt2, pico_llama, quiet, token_batches
 
 WIDE = {"hidden_size": 384, "intermediate_size": 512, "num_hidden_layers": 1}
@@ -21,7 +21,7 @@ SHAPES = Path(__file__).parents[2] / "configs" / "shapes"
 def of(model, config, n_processes=1, **options):
     targets = planned_targets(model, config)
     section = CalibrationSection(**options)
-    return estimate(model, targets, config.statistic, [20] * 12, section, n_processes=n_processes)
+    return estimate(model, targets, config.needs(), [20] * 12, section, n_processes=n_processes)
 
 
 @pytest.mark.parametrize("estimator", ["sketch", "dense"])

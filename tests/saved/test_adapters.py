@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from peft_gradinit import SVFitConfig
 from peft_gradinit.errors import AdapterError
-from peft_gradinit.saved import read_adapter, relative_norm, write_adapter
+from peft_gradinit.records import read_adapter, relative_norm, write_adapter
 from tests.helpers import adapted, lora_ga, pico_llama, relative_error, train_steps
 from tests.moe.models import mixtral
 from tests.saved.adapters import logits_on_fresh_base, lora_config, saved_lora

@@ -6,17 +6,11 @@ import pytest
 import torch
 from peft import get_peft_model
 
-from peft_gradinit import calibrate
+from peft_gradinit import EvaConfig, LoraGAConfig, LoraOneConfig, calibrate, init_report
+from peft_gradinit.analysis import compare_adapters, compare_calibrations, suggested_ranks, summary
 from peft_gradinit.errors import AdapterError, ConfigError
 from peft_gradinit.linalg import Factors
-from peft_gradinit.saved import (
-    compare_adapters,
-    compare_calibrations,
-    read_adapter,
-    suggested_ranks,
-    summary,
-    write_adapter,
-)
+from peft_gradinit.records import read_adapter, write_adapter
 from tests.helpers import lora_ga, pico_llama, quiet, token_batches
 from tests.saved.adapters import lora_config, overwriting_start, saved_lora
 
@@ -93,13 +87,15 @@ def test_suggestions_keep_the_sum_and_follow_the_energy():
     result = calibrate(
         pico_llama(), lora_ga(calibration="deferred"), quiet(token_batches(), estimator="dense")
     )
-    ranks = suggested_ranks(result, 4)
-    assert sum(ranks.values()) == 4 * len(ranks)
-    assert 1 <= min(ranks.values()) < max(ranks.values()) <= 8
-    kept = min((result.triplets[n].S[r - 1].item(), n) for n, r in ranks.items() if r > 1)
-    lost = max((s[r].item(), n) for n, r in ranks.items() if r < len(s := result.triplets[n].S))
+    ranks = suggested_ranks(result, 2)
+    assert sum(ranks.values()) == 2 * len(ranks)
+    assert 1 <= min(ranks.values()) < max(ranks.values()) <= 4
+    # A rank of LoRA-GA takes two triplets.
+    gains = {n: t.S.square().unflatten(0, (-1, 2)).sum(1) for n, t in result.triplets.items()}
+    kept = min(gains[n][r - 1].item() for n, r in ranks.items() if r > 1)
+    lost = max(gains[n][r].item() for n, r in ranks.items() if r < 4)
     assert kept >= lost
-    with pytest.raises(ConfigError, match="between 1 and 8, got 9"):
+    with pytest.raises(ConfigError, match="between 1 and 4, got 9"):
         suggested_ranks(result, 9)
 
 
@@ -117,3 +113,17 @@ def test_layers_of_other_shapes_are_named(tmp_path):
     ]
     with pytest.raises(AdapterError, match=name + r"the first .* \(48, 96\) in the second"):
         compare_calibrations(*calibrations)
+
+
+@pytest.mark.parametrize(
+    ("config_cls", "allocation"),
+    [(LoraGAConfig, "gradient_energy"), (LoraOneConfig, "gradient_energy"), (EvaConfig, ...)],
+)
+def test_suggestions_are_what_a_config_allocates(config_cls, allocation):
+    options = {"r": 2, "target_modules": "all-linear", "task_type": "CAUSAL_LM", "min_rank": 1}
+    allocated = {} if allocation is ... else {"rank_allocation": allocation}
+    config = config_cls(**options, **allocated, calibration=quiet(token_batches()))
+    result = calibrate(pico_llama(), config, config.calibration)
+    report = init_report(get_peft_model(pico_llama(), config))
+    assert len(set(report.ranks().values())) > 1
+    assert suggested_ranks(result, 2) == report.ranks()

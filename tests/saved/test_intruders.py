@@ -4,9 +4,10 @@ import pytest
 import torch
 from peft import PeftModel
 
+from peft_gradinit.analysis import find_intruders, mitigated_updates
 from peft_gradinit.errors import AdapterError, ConfigError
 from peft_gradinit.linalg import Factors, truncated_svd
-from peft_gradinit.saved import find_intruders, mitigated_updates, read_adapter, write_adapter
+from peft_gradinit.records import read_adapter, write_adapter
 from tests.helpers import pico_llama, relative_error
 from tests.saved.adapters import lora_config, overwriting_start, saved_lora
 

@@ -1,15 +1,16 @@
-"""The calibration file: round trip, refusals that name both values, damage, interruption."""
+"""The calibration file: round trip, the older format, refusals, damage, interruption."""
 
 import dataclasses
+import json
 import re
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from peft_gradinit.calibration import CalibrationResult, Gradients, Inputs, PassFacts
 from peft_gradinit.errors import FingerprintError
-from peft_gradinit.linalg import truncated_svd
-from peft_gradinit.statistics import Fingerprint, hash_weight, load_triplets, save_triplets, store
+from peft_gradinit.statistics import Fingerprint, load_batches, load_readouts, save_readouts, store
 
 TARGETS = {"model.q_proj": [20, 16, 4], "model.v_proj": [8, 16, 2]}
 FINGERPRINT = Fingerprint(
@@ -26,22 +27,30 @@ def path(tmp_path):
     return tmp_path / "calibration.safetensors"
 
 
-def triplets(seed=0):
+def triplets(seed=0, rows=None):
+    """Readouts as gradients give them; those of inputs have no rows of `U`."""
     generator = torch.Generator().manual_seed(seed)
-    return {
-        name: truncated_svd(torch.randn(out, in_, generator=generator), rank)
-        for name, (out, in_, rank) in TARGETS.items()
-    }
+    found = {}
+    for name, (out, in_, size) in TARGETS.items():
+        shapes = {"U": (out if rows is None else rows, size), "S": (size,), "Vh": (size, in_)}
+        found[name] = {k: torch.randn(shape, generator=generator) for k, shape in shapes.items()}
+    return found
 
 
 def save(path, seed=0):
-    save_triplets(path, triplets(seed), FINGERPRINT, FACTS)
+    save_readouts(path, triplets(seed), FINGERPRINT, FACTS)
+
+
+def equal(one, other):
+    return one.keys() == other.keys() and all(
+        parts.keys() == other[name].keys()
+        and all(torch.equal(parts[k], other[name][k]) for k in parts)
+        for name, parts in one.items()
+    )
 
 
 def assert_holds(path, seed):
-    loaded, _, _ = load_triplets(path)
-    for name, svd in triplets(seed).items():
-        assert all(torch.equal(a, b) for a, b in zip(loaded[name], svd, strict=True))
+    assert equal(load_readouts(path)[0], triplets(seed))
 
 
 def changed(**values):
@@ -54,7 +63,7 @@ def changed(**values):
 def test_a_round_trip_gives_everything_back_bit_for_bit(path):
     save(path)
 
-    loaded, fingerprint, facts = load_triplets(path)
+    loaded, fingerprint, facts = load_readouts(path)
 
     assert loaded.keys() == TARGETS.keys()
     assert_holds(path, seed=0)
@@ -69,27 +78,127 @@ def test_folders_are_made_and_paths_may_be_strings(tmp_path):
     assert_holds(nested, seed=0)
 
 
-def test_a_target_without_triplets_is_absent_after_loading(path):
-    save_triplets(path, {"model.q_proj": triplets()["model.q_proj"]}, FINGERPRINT, {})
+def test_readouts_come_back_under_whatever_names_in_the_order_of_the_targets(path):
+    readouts = {
+        "model.v_proj": {"C": torch.randn(16, 16), "n": torch.tensor(3)},
+        "model.q_proj": {"U": torch.zeros(0, 4), "half": torch.ones(2).bfloat16()},
+    }
+    save_readouts(path, readouts, FINGERPRINT, {})
+    loaded = load_readouts(path)[0]
+    assert equal(loaded, readouts)
+    assert list(loaded) == list(TARGETS)
+    assert loaded["model.q_proj"]["half"].dtype == torch.bfloat16
 
-    loaded, fingerprint, _ = load_triplets(path)
+
+def test_names_of_targets_may_have_dots_and_indices_and_begin_alike(path):
+    targets = {name: [2, 2, 1] for name in ("a", "a.C", "a.C.C", "experts.up[3]")}
+    readouts = {name: {"C": torch.full((2, 2), i)} for i, name in enumerate(targets)}
+    save_readouts(path, readouts, changed(targets=targets), {})
+    assert equal(load_readouts(path)[0], readouts)
+
+
+def test_a_target_without_readouts_is_absent_after_loading(path):
+    save_readouts(path, {"model.q_proj": triplets()["model.q_proj"]}, FINGERPRINT, {})
+
+    loaded, fingerprint, _ = load_readouts(path)
 
     assert loaded.keys() == {"model.q_proj"}
     assert fingerprint.targets == TARGETS
 
 
-def test_targets_may_share_their_triplets(path):
+def test_targets_may_share_their_readouts(path):
     shared = triplets()["model.q_proj"]
-    save_triplets(path, dict.fromkeys(TARGETS, shared), FINGERPRINT, {})
+    save_readouts(path, dict.fromkeys(TARGETS, shared), FINGERPRINT, {})
 
-    assert torch.equal(load_triplets(path)[0]["model.v_proj"].U, shared.U)
+    assert equal(load_readouts(path)[0], dict.fromkeys(TARGETS, shared))
 
 
 def test_views_are_saved_at_their_own_size(path):
-    wide = truncated_svd(torch.randn(300, 200), 200)
-    save_triplets(path, {"model.q_proj": wide.truncate(1)}, FINGERPRINT, {})
+    wide = {"U": torch.randn(300, 200)[:, :1], "S": torch.randn(200)[:1]}
+    save_readouts(path, {"model.q_proj": wide}, FINGERPRINT, {})
 
-    assert path.stat().st_size < 4 * (300 + 200 + 1) + 2000  # and the header
+    assert path.stat().st_size < 4 * (300 + 1) + 2000  # and the header
+
+
+def test_batches_are_kept_beside_the_readouts_in_their_order(path):
+    batches = [{"input_ids": torch.full((1, 2), i), "labels.x": torch.ones(i)} for i in range(12)]
+    save_readouts(path, triplets(), FINGERPRINT, FACTS, batches)
+
+    assert_holds(path, seed=0)
+    assert equal(dict(enumerate(load_batches(path))), dict(enumerate(batches)))
+    save(path)
+    assert load_batches(path) == []
+
+
+# --- the older format ----------------------------------------------------------------------------
+
+PASS = PassFacts(3, 12, 100, 90.0, 1.5, 2.0, 10, 20, "end of data")
+
+
+def write_format_1(path, readouts, statistic):
+    """A file as the releases before readouts had names wrote it; facts do not tell the need."""
+    facts = {
+        "energy": {name: parts["S"].square().sum().item() + 1 for name, parts in readouts.items()},
+        "failures": {},
+        "pass": dataclasses.asdict(PASS),
+    }
+    metadata = {
+        "format": "peft_gradinit.calibration/1",
+        "fingerprint": json.dumps(dataclasses.asdict(changed(statistic=statistic))),
+        "facts": json.dumps(facts),
+    }
+    tensors = {f"{name}.{k}": t for name, parts in readouts.items() for k, t in parts.items()}
+    save_file(tensors, path, metadata=metadata)
+    return facts
+
+
+@pytest.mark.parametrize(
+    ("statistic", "need", "rows"), [("gradient", Gradients, None), ("inputs", Inputs, 0)]
+)
+def test_format_1_is_still_read(path, statistic, need, rows):
+    readouts = triplets(rows=rows)
+    facts = write_format_1(path, readouts, statistic)
+
+    result = CalibrationResult.load(path)
+
+    assert equal(result.readouts, readouts)
+    assert equal({name: svd._asdict() for name, svd in result.triplets.items()}, readouts)
+    assert result.fingerprint == changed(statistic=statistic)
+    assert (result.energy, result.facts, result.replay) == (facts["energy"], PASS, None)
+    assert type(result.need) is need
+    for name, (out_features, in_features, size) in TARGETS.items():
+        energy = result.energy[name]
+        assert result.need.is_whole(result.readouts[name], (out_features, in_features), size)
+        assert 0 < result.need.captured(result.readouts[name], 1, energy) < 1
+        assert len(result.need.scores(result.readouts[name], energy, "explained_variance")) == size
+    # And saved again, it is of the new format, and the same.
+    again = CalibrationResult.load(result.save(path.parent / "again"))
+    assert equal(again.readouts, readouts)
+    assert again.need == result.need
+
+
+@pytest.mark.parametrize(
+    ("part", "damaged"), [("U", None), ("S", torch.ones(3)), ("Vh", torch.ones(4, 15))]
+)
+def test_readouts_that_are_not_whole_are_refused_in_either_format(path, part, damaged):
+    readouts = triplets()
+    del readouts["model.q_proj"][part]
+    if damaged is not None:
+        readouts["model.q_proj"][part] = damaged
+    facts = write_format_1(path, triplets(), "gradient")
+    for write in (
+        lambda: write_format_1(path, readouts, "gradient"),
+        lambda: save_readouts(path, readouts, FINGERPRINT, {**facts, "need": {"per_rank": 2}}),
+    ):
+        write()
+        with pytest.raises(FingerprintError, match=r"damaged calibration: model\.q_proj should"):
+            CalibrationResult.load(path)
+
+
+def test_a_statistic_that_is_not_known_is_refused(path):
+    write_format_1(path, triplets(), "moments of tomorrow")
+    with pytest.raises(FingerprintError, match=r"not those of this version .*moments of tomorrow"):
+        CalibrationResult.load(path)
 
 
 # --- refusals ------------------------------------------------------------------------------------
@@ -165,7 +274,7 @@ def test_a_difference_is_refused_with_both_values(
     path, expected, stored_value, expected_value, place
 ):
     save(path)
-    _, fingerprint, _ = load_triplets(path)
+    _, fingerprint, _ = load_readouts(path)
 
     with pytest.raises(FingerprintError) as caught:
         fingerprint.check(expected)
@@ -184,12 +293,12 @@ def test_the_refusal_is_a_value_error_and_says_what_to_do():
 
 def test_a_missing_file_is_named(path):
     with pytest.raises(FingerprintError, match=re.escape(repr(str(path)))):
-        load_triplets(path)
+        load_readouts(path)
 
 
 def test_a_folder_is_refused(tmp_path):
     with pytest.raises(FingerprintError, match="cannot read a calibration"):
-        load_triplets(tmp_path)
+        load_readouts(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -202,45 +311,36 @@ def test_a_damaged_file_is_refused(path, damage):
     path.write_bytes(damage(path.read_bytes()))
 
     with pytest.raises(FingerprintError, match="cannot read a calibration"):
-        load_triplets(path)
+        load_readouts(path)
 
 
 def test_a_foreign_safetensors_file_is_refused_with_both_formats(path):
     save_file({"weight": torch.ones(2)}, path)
     with pytest.raises(FingerprintError, match=r"expected format 'peft_gradinit.*got None"):
-        load_triplets(path)
+        load_readouts(path)
 
     save_file({"weight": torch.ones(2)}, path, metadata={"format": "pt"})
     with pytest.raises(FingerprintError, match=r"expected format 'peft_gradinit.*got 'pt'"):
-        load_triplets(path)
+        load_readouts(path)
 
 
 @pytest.mark.parametrize(
-    ("metadata", "tensors"),
+    "metadata",
     [
-        ({}, ("U", "S", "Vh")),
-        ({"fingerprint": "{no json", "facts": "{}"}, ("U", "S", "Vh")),
-        ({"fingerprint": '{"statistic": "gradient"}', "facts": "{}"}, ("U", "S", "Vh")),
-        (
-            {
-                "fingerprint": '{"statistic": "s", "weights": {}, "targets": {"a": [2, 2, 1]},'
-                ' "options": {}}',
-                "facts": "{}",
-            },
-            ("U", "S"),
-        ),
+        {},
+        {"fingerprint": "{no json", "facts": "{}"},
+        {"fingerprint": '{"statistic": "gradient"}', "facts": "{}"},
+        {"fingerprint": json.dumps(dataclasses.asdict(FINGERPRINT))},
+        {"fingerprint": "[]", "facts": "{}"},
     ],
-    ids=["no fingerprint", "no json", "half a fingerprint", "half the triplets"],
+    ids=["no fingerprint", "no json", "half a fingerprint", "no facts", "a list"],
 )
-def test_a_calibration_with_missing_parts_is_refused(path, metadata, tensors):
-    save_file(
-        {f"a.{part}": torch.ones(2) for part in tensors},
-        path,
-        metadata={"format": store.FORMAT, **metadata},
-    )
+def test_a_calibration_with_missing_parts_is_refused(path, metadata):
+    tensors = {f"a.{part}": torch.ones(2) for part in ("U", "S", "Vh")}
+    save_file(tensors, path, metadata={"format": store.FORMAT, **metadata})
 
     with pytest.raises(FingerprintError, match="damaged calibration"):
-        load_triplets(path)
+        load_readouts(path)
 
 
 # --- interruption --------------------------------------------------------------------------------
@@ -268,74 +368,3 @@ def test_a_complete_write_replaces_the_old_file_and_leaves_no_other(path):
 
     assert_holds(path, seed=1)
     assert list(path.parent.iterdir()) == [path]
-
-
-# --- hashes --------------------------------------------------------------------------------------
-
-
-def weight(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def test_the_hash_is_equal_for_a_float32_weight_and_its_bfloat16_copy():
-    W = weight(96, 80)
-
-    assert hash_weight(W.bfloat16()) == hash_weight(W)
-    assert hash_weight(W.bfloat16().float()) == hash_weight(W)
-    assert re.fullmatch("[0-9a-f]{16}", hash_weight(W))
-
-
-def test_the_hash_is_of_values_not_of_storage():
-    W = weight(96, 80)
-
-    assert hash_weight(W.T.contiguous().T) == hash_weight(W)
-    assert hash_weight(torch.nn.Parameter(W)) == hash_weight(W)
-
-
-def test_the_hash_changes_with_the_shape():
-    W = weight(96, 80)
-
-    assert hash_weight(W.reshape(80, 96)) != hash_weight(W)
-
-
-@pytest.mark.parametrize("shape", [(7,), (64, 64), (96, 80), (512, 4096)], ids=str)
-def test_the_hash_changes_after_a_training_step(shape):
-    W = weight(*shape)
-
-    # One per cent is more than bfloat16's rounding of 0.4 %.
-    assert hash_weight(W * 1.01) != hash_weight(W)
-
-
-@pytest.mark.parametrize("n", [4096, 5000, 8191, 8192, 40_000])
-def test_the_sample_is_spread_over_all_of_the_tensor(n):
-    W = weight(n)
-    for part in (slice(0, n // 8), slice(n - n // 8, n)):
-        other = W.clone()
-        other[part] += 1
-        assert hash_weight(other) != hash_weight(W)
-
-
-def test_the_sample_does_not_stay_in_one_column():
-    # 1,024 x 4,096 has 1,024 times as many entries as are sampled, a divisor of its row length.
-    W = weight(1024, 4096)
-    other = W.clone()
-    other[:, 1024 * torch.arange(4)] += 1
-    rest = torch.where(other == W, W + 1, W)
-
-    assert hash_weight(other) != hash_weight(W)
-    assert hash_weight(rest) != hash_weight(W)
-
-
-@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int64, torch.bool], ids=str)
-def test_quantised_storage_is_hashed_as_it_is(dtype):
-    W = torch.arange(6000).reshape(60, 100).to(dtype)
-    other = W.clone()
-    other[0, 0] = not W[0, 0]
-
-    assert hash_weight(W) == hash_weight(W.clone())
-    assert hash_weight(other) != hash_weight(W)
-
-
-def test_empty_and_scalar_tensors_have_hashes():
-    assert hash_weight(torch.empty(0, 4)) != hash_weight(torch.empty(4, 0))
-    assert hash_weight(torch.tensor(1.0)) != hash_weight(torch.tensor(2.0))

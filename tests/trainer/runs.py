@@ -5,7 +5,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from peft_gradinit import CalibrationCallback
-from peft_gradinit.tuners.pending import release, waiting_adapters
+from peft_gradinit.tuners.lora.deferred import deferred_adapters, mark_started
 from tests.helpers import adapted, lora_ga, pad, pico_llama, rows_of, token_batches
 
 ROWS = rows_of(token_batches(24))
@@ -57,9 +57,9 @@ class PutStart(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         model.load_state_dict(self.start)
-        for name in waiting_adapters(model):
+        for name in deferred_adapters(model):
             for layer in model.modules():
-                release(layer, name)
+                mark_started(layer, name)
 
 
 def arguments(directory, **options):

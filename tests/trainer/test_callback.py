@@ -18,7 +18,7 @@ from peft_gradinit import (
     initialize,
 )
 from peft_gradinit.errors import ConfigError, NotInitializedError
-from peft_gradinit.tuners import waiting_adapters
+from peft_gradinit.tuners import deferred_adapters
 from tests.helpers import (
     adapted,
     anchors,
@@ -171,10 +171,10 @@ def test_only_deferred_adapters_start(tmp_path):
     first = anchors(model)
     trainer = trainer_of(tmp_path, model=model, cls=Trainer)
     begin(trainer, adapter_name="second")
-    assert waiting_adapters(model) == ["third"]
+    assert deferred_adapters(model) == ["third"]
     assert same_factors(anchors(model), first)
     begin(trainer_of(tmp_path, model=model, cls=Trainer))
-    assert waiting_adapters(model) == []
+    assert deferred_adapters(model) == []
     assert not same_factors(anchors(model, "second"), first)
     assert same_factors(anchors(model, "second"), anchors(model, "third"))
 
@@ -197,7 +197,7 @@ def test_second_training_and_new_models_of_a_search(tmp_path):
     first = searching.model
     searching.train()
     assert searching.model is not first
-    assert waiting_adapters(searching.model) == []
+    assert deferred_adapters(searching.model) == []
 
 
 class Wrapper(nn.Module):

@@ -13,7 +13,7 @@ from transformers import Trainer
 
 from peft_gradinit import load_for_training
 from peft_gradinit.errors import DataError
-from peft_gradinit.tuners import waiting_adapters
+from peft_gradinit.tuners import deferred_adapters
 from tests.helpers import adapted, base_weights, logits, lora_ga, pico_llama, same_weights
 from tests.trainer.interrupted_run import METHODS, N_BYTES, losses_of, make_trainer
 from tests.trainer.runs import mostly_slow, trainer_of
@@ -152,4 +152,4 @@ def test_cut_weights_are_refused_and_the_model_waits_as_before(tmp_path):
     trainer = trainer_of(tmp_path / "resumed", model=model)
     with pytest.raises(Exception, match=r"incomplete metadata|deserializing"):
         trainer.train(resume_from_checkpoint=str(file.parent))
-    assert waiting_adapters(model) == ["default"]
+    assert deferred_adapters(model) == ["default"]

@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
 
 from peft_gradinit import CalibrationCallback, initialize, load_for_training
-from peft_gradinit.tuners import waiting_adapters
+from peft_gradinit.tuners import deferred_adapters
 from tests.helpers import (
     adapted,
     anchors,
@@ -66,7 +66,9 @@ def test_adapter_that_trl_adds_is_the_policy_and_disturbs_nothing(
     model = policy(method, maker, tmp_path / "saved")
     before, state = logits(model), {k: v.clone() for k, v in model.state_dict().items()}
     trainable = {n: p.requires_grad for n, p in model.named_parameters()}
-    monkeypatch.setattr("peft_gradinit.tuners.model.compute_start", lambda *_: pytest.fail("again"))
+    monkeypatch.setattr(
+        "peft_gradinit.tuners.lora.model.compute_start", lambda *_: pytest.fail("again")
+    )
     trainer = trainer_of("dpo", tmp_path / "out", model=model)
     assert torch.equal(logits(model), before)
     assert {k: v for k, v in model.state_dict().items() if k in state}.keys() == state.keys()
@@ -74,7 +76,7 @@ def test_adapter_that_trl_adds_is_the_policy_and_disturbs_nothing(
     assert all(model.get_parameter(n).requires_grad == was for n, was in trainable.items())
     assert not any(p.requires_grad for n, p in model.named_parameters() if ".ref" in n)
     assert same_state(of_adapter(model, "ref"), of_adapter(model, "default"))
-    assert waiting_adapters(model) == (
+    assert deferred_adapters(model) == (
         ["default", "ref"] if maker == "deferred" and method != "SVFit" else []
     )
     with torch.no_grad():
@@ -91,7 +93,7 @@ def test_deferred_policy_and_its_reference_start_together(kind, method, tmp_path
     if method != "SVFit":
         trainer.add_callback(CalibrationCallback(trainer))
     trainer.train()
-    assert waiting_adapters(model) == []
+    assert deferred_adapters(model) == []
     assert same_state(of_adapter(model, "ref"), of_adapter(model, "default"))
     log = trainer.state.log_history[0]
     assert log.get("rewards/margins", log.get("kl")) == pytest.approx(0, abs=1e-6)
@@ -160,7 +162,7 @@ def test_start_of_dpo_is_the_gradient_of_its_loss(tmp_path):
 
 
 def test_config_of_the_user_used_twice_calibrates_twice(tmp_path):
-    """Only a live config makes a copy; a config that the user keeps makes a new adapter."""
+    """Only TRL's name makes a copy; a config that is used again makes a new adapter."""
     config = lora_ga()
     model = get_peft_model(pico_llama(), config)
     train_steps(model)
@@ -175,8 +177,8 @@ def test_copies_hold_everything_that_an_adapter_has(options, tmp_path):
     model = get_peft_model(pico_llama(), lora_ga(target_modules=["q_proj"], **options))
     train_steps(model)
     start = logits(model)
-    model.add_adapter("copy", model.peft_config["default"])
-    model.set_adapter("copy")
+    model.add_adapter("ref", model.peft_config["default"])  # as TRL does
+    model.set_adapter("ref")
     assert torch.equal(logits(model), start)
     train_steps(model)
     model.set_adapter("default")
@@ -187,10 +189,10 @@ def test_copy_keeps_the_precision_of_the_policy():
     model = get_peft_model(pico_llama().to(torch.bfloat16), lora_ga())
     train_steps(model)
     start = logits(model)
-    model.add_adapter("copy", model.peft_config["default"])
-    model.set_adapter("copy")
+    model.add_adapter("ref", model.peft_config["default"])  # as TRL does
+    model.set_adapter("ref")
     assert torch.equal(logits(model), start)
-    assert {p.dtype for n, p in model.named_parameters() if ".copy." in n} == {torch.float32}
+    assert {p.dtype for n, p in model.named_parameters() if ".ref." in n} == {torch.float32}
 
 
 def test_plain_lora_beside_a_live_adapter_is_refused_by_peft():

@@ -6,7 +6,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback, set_seed
 
 from peft_gradinit import CalibrationCallback, calibrate
-from peft_gradinit.tuners import waiting_adapters
+from peft_gradinit.tuners import deferred_adapters
 from tests.helpers import (
     anchors,
     base_weights,
@@ -94,7 +94,7 @@ def test_configs_with_data_or_a_result_give_the_start_of_get_peft_model(kind, wa
     calibration = {"data": data(), "result": result}.get(way) or result.save(tmp_path / "saved")
     trainer = trainer_of(kind, tmp_path, peft_config=config_of("LoRA-GA", calibration))
     want = anchors(trainer.model)
-    assert not waiting_adapters(trainer.model)
+    assert not deferred_adapters(trainer.model)
     assert relative_error(logits(trainer.model), logits(pico_llama())) < 1e-5
     trainer.train()
     assert same_factors(anchors(trainer.model), want)

@@ -3,7 +3,7 @@
 from peft import get_peft_model
 
 from peft_gradinit import SVFitConfig
-from peft_gradinit.tuners.svfit_layer import SVFitLinear
+from peft_gradinit.tuners.svfit.layer import SVFitLinear
 from tests.helpers import pico_gpt2
 
 EXPORT = 1e-5

@@ -18,8 +18,9 @@ from peft_gradinit import (
     load_for_training,
 )
 from peft_gradinit.errors import ConfigError, FingerprintError, ShapeError
-from peft_gradinit.tuners.allocation import offered_rank
-from peft_gradinit.tuners.targets import Target
+from peft_gradinit.records import records_of
+from peft_gradinit.starts.allocation import offered_rank
+from peft_gradinit.starts.target import Target
 from tests.helpers import logits, pico_gpt2, pico_llama, quiet, relative_error, token_batches
 from tests.helpers import train_steps as steps
 
@@ -168,11 +169,11 @@ def test_lora_ga_stays_neutral_and_lora_one_still_lowers_the_loss(method):
 def test_ranks_are_anchored_full_names_that_live_everywhere(method, allocation, tmp_path):
     user = config_of(method, allocation)
     peft_model = get_peft_model(pico_llama(), user)
-    assert not user.rank_pattern  # the user's own config is not changed
-    config, ranks = peft_model.peft_config["default"], ranks_of(peft_model)
+    assert peft_model.peft_config["default"] is user
+    assert not user.rank_pattern  # options stay what the user set
+    config, ranks = user.saved_config(records_of(peft_model)["default"]), ranks_of(peft_model)
     changed = {n for n, r in without_zeros(ranks).items() if r != 4}
-    anchored = {"^" + n.replace(".", r"\.") for n in changed}
-    assert config.rank_pattern.keys() == config.alpha_pattern.keys() == anchored
+    assert config.rank_pattern.keys() == config.alpha_pattern.keys() == changed
     assert json.loads(json.dumps(ranks)) == ranks
 
     steps(peft_model)
@@ -282,16 +283,21 @@ def test_a_rank_above_the_largest_is_refused_before_anything_is_read(method, pat
 
 
 @every_method
-def test_an_allocated_config_can_be_made_again(method):
+def test_an_allocated_config_can_be_made_again(method, tmp_path):
     """Its patterns are within the limits that it was allocated under."""
-    config = allocated(method, rho=4, max_rank=6).peft_config["default"]
+    model = allocated(method, rho=4, max_rank=6)
+    model.save_pretrained(tmp_path)
+    config = load_for_training(pico_llama(), tmp_path).peft_config["default"]
     assert config.rank_pattern
     again = dataclasses.replace(config, calibration=quiet(token_batches()))
     assert again.rank_pattern == config.rank_pattern
 
 
 def test_eva_measures_no_gradient_energy():
-    with pytest.raises(ConfigError, match=r"EvaConfig measures inputs, not gradients; use rank_al"):
+    with pytest.raises(
+        ConfigError,
+        match=r"EvaConfig measures inputs, which serves rank_allocation in .*'explained_variance'",
+    ):
         EvaConfig(rank_allocation="gradient_energy")
 
 

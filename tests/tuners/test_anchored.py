@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from peft_gradinit.tuners.anchored import join, split
+from peft_gradinit.tuners.lora.saving import join, split
 from tests.helpers import (
     adapted,
     anchors,

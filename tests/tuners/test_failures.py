@@ -16,6 +16,8 @@ from peft_gradinit.errors import (
     NotInitializedError,
 )
 from peft_gradinit.tuners import GradInitModel
+from peft_gradinit.tuners.lora import model as model_module
+from tests.failures import assert_as_before, failing_calibration, snapshot
 from tests.helpers import (
     adapted,
     anchors,
@@ -27,33 +29,6 @@ from tests.helpers import (
     token_batches,
     train_steps,
 )
-
-
-def snapshot(model):
-    return (
-        [(n, type(m), m.training, len(m._forward_hooks)) for n, m in model.named_modules()],
-        [(n, p.requires_grad, p.grad) for n, p in model.named_parameters()],
-        {n: t.clone() for n, t in model.state_dict().items()},
-    )
-
-
-def assert_as_before(model, before):
-    modules, flags, weights = snapshot(model)
-    assert (modules, flags) == before[:2]
-    assert all(torch.equal(t, before[2][n]) for n, t in weights.items())
-
-
-def failing_calibration(error, call=2):
-    """The loss raises at its `call`-th use: 1 to 3 are the pass, later ones measure the drift."""
-    calls = []
-
-    def loss_fn(model, batch):
-        calls.append(1)
-        if len(calls) == call:
-            raise error
-        return model(**batch).loss
-
-    return quiet(token_batches(), loss_fn=loss_fn)
 
 
 @pytest.mark.parametrize(
@@ -153,14 +128,14 @@ def test_low_cpu_mem_usage_is_refused_since_a_start_needs_memory():
 def test_damaged_result_is_refused_and_never_plain_lora(damage):
     result = calibrate(pico_llama(), lora_ga(), quiet(token_batches()))
     name = "model.layers.0.self_attn.q_proj"
-    triplets = dict(result.triplets)
+    readouts = dict(result.readouts)
     if damage == "missing":
-        del triplets[name]
+        del readouts[name]
     elif damage == "nan":
-        triplets[name] = triplets[name]._replace(S=triplets[name].S * float("nan"))
+        readouts[name] = {**readouts[name], "S": readouts[name]["S"] * float("nan")}
     else:
-        triplets[name] = triplets[name].truncate(3)
-    broken = dataclasses.replace(result, triplets=triplets)
+        readouts[name] = result.triplets[name].truncate(3)._asdict()
+    broken = dataclasses.replace(result, readouts=readouts)
     with pytest.raises(FingerprintError, match=f"damaged: {name}"):
         adapted(pico_llama(), lora_ga(calibration=broken))
 
@@ -180,13 +155,12 @@ def test_deferred_adapter_refuses_a_backward_in_eval_mode_too():
 
 def test_interrupted_initialize_can_be_repeated(monkeypatch):
     peft_model = adapted(pico_llama(), lora_ga(calibration="deferred"))
-    tuner = peft_model.base_model
 
     def interrupt(*_):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(type(tuner), "_drift", interrupt)
+        patch.setattr(model_module, "drift", interrupt)
         with pytest.raises(KeyboardInterrupt):
             initialize(peft_model, quiet(token_batches()))
     assert initialize(peft_model, quiet(token_batches())).drift <= 1e-5

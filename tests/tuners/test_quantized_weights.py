@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from peft_gradinit.calibration import model_fingerprint, stored_weight
-from peft_gradinit.tuners.weights import is_quantized, linear_weight
+from peft_gradinit.layouts import model_fingerprint, stored_weight
+from peft_gradinit.starts.weights import is_quantized, linear_weight
 from tests.helpers import logits, pico_llama
 
 bnb = pytest.importorskip("bitsandbytes")

@@ -6,7 +6,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from peft_gradinit.errors import TargetError
-from peft_gradinit.tuners.targets import frobenius_of_product, resolve_targets
+from peft_gradinit.linalg.product import frobenius_of_product
+from peft_gradinit.records import records_of
+from peft_gradinit.starts.targets import resolve_targets
 from tests.helpers import (
     adapted,
     anchors,
@@ -151,7 +153,8 @@ def test_patterns_of_lowered_ranks_match_that_layer_only():
     calibration = quiet(data, loss_fn=lambda m, batch: m(batch[0]).square().mean())
     config = lora_ga(calibration=calibration, target_modules=["a"], r=6, task_type=None)
     peft_model = adapted(model, config)
-    assert peft_model.peft_config["default"].rank_pattern == {"^a": 2}
+    saved = config.saved_config(records_of(peft_model)["default"])
+    assert saved.rank_pattern == {"^a": 4}
     assert peft_model.base_model.model["a"].r == {"default": 2}
     assert peft_model.base_model.model["x"]["a"].r == {"default": 6}
 

@@ -2,36 +2,15 @@
 
 import pytest
 import torch
-from transformers import Trainer, TrainingArguments
 
 from peft_gradinit import load_for_training
-from tests.helpers import adapted, logits, lora_ga, pad, pico_llama, rows_of, token_batches
+from tests.helpers import adapted, logits, lora_ga, pico_llama
+from tests.trainers import losses_of, trainer_of
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*pin_memory.*"),
     pytest.mark.filterwarnings("ignore:.*were not in the expected|.*missing keys.*"),
 ]
-
-
-def trainer_of(model, directory, **options):
-    values = {
-        "max_steps": 6,
-        "save_steps": 3,
-        "logging_steps": 1,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-2,
-        "report_to": [],
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
-    }
-    rows = rows_of(token_batches())
-    arguments = TrainingArguments(str(directory), **{**values, **options})
-    return Trainer(model, arguments, train_dataset=rows, eval_dataset=rows[:4], data_collator=pad)
-
-
-def losses_of(trainer):
-    return [log["loss"] for log in trainer.state.log_history if "loss" in log]
 
 
 def deferred(directory):

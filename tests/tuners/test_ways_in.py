@@ -5,11 +5,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from peft_gradinit import LoraGAConfig, calibrate, initialize
-from peft_gradinit.errors import (
-    ConfigError,
-    FingerprintError,
-    NotInitializedError,
-)
+from peft_gradinit.errors import ConfigError, FingerprintError, NotInitializedError
 from tests.helpers import (
     adapted,
     anchors,

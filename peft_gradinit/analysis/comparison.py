@@ -1,0 +1,115 @@
+"""Comparison of two adapters, or of two calibrations, layer by layer."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+import torch
+
+from ..calibration import CalibrationResult
+from ..errors import AdapterError
+from ..linalg import TruncatedSVD, effective_rank, inner_product, principal_angles
+from ..records import SavedAdapter, same_layers
+
+_NEGLIGIBLE = 1e-6
+"""Singular values below this share of the largest are rounding errors of random direction."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerComparison:
+    """Comparison of two updates (or statistics) of one layer.
+
+    Attributes:
+        name: the layer.
+        effective_ranks: effective ranks of both.
+        input_angles: principal angles of the row spaces, radians, ascending.
+        output_angles: those of the column spaces; empty if one of the two has none.
+        cosine: cosine of the two updates as vectors; `None` for calibrations.
+        distance: `|first - second| / |first|`, Frobenius; `None` for calibrations.
+    """
+
+    name: str
+    effective_ranks: tuple[float, float]
+    input_angles: tuple[float, ...]
+    output_angles: tuple[float, ...]
+    cosine: float | None = None
+    distance: float | None = None
+
+
+def compare_adapters(first: SavedAdapter, second: SavedAdapter) -> list[LayerComparison]:
+    """Compare the layers that two adapters of an untouched base have in common."""
+    for adapter in (first, second):
+        adapter.check_untouched_base()
+    lines = []
+    for name in same_layers(first, second):
+        one, other = first.layers[name], second.layers[name]
+        norms = inner_product(one, one), inner_product(other, other)
+        product = inner_product(one, other)
+        cosine = product / math.sqrt(norms[0] * norms[1]) if min(norms) > 0 else 0.0
+        squared = max(0.0, norms[0] + norms[1] - 2 * product)
+        distance = math.sqrt(squared / norms[0]) if norms[0] > 0 else math.inf
+        line = _angles(name, one.svd(), other.svd())
+        lines.append(dataclasses.replace(line, cosine=cosine, distance=distance))
+    return lines
+
+
+def compare_calibrations(
+    first: CalibrationResult, second: CalibrationResult
+) -> list[LayerComparison]:
+    """Compare the subspaces of every layer that two calibrations of one model have measured."""
+    for result in (first, second):
+        if not result.need.size(1):
+            raise AdapterError(
+                f"a calibration that holds {result.need.title} has no subspaces to compare; give "
+                "calibrations of gradients or of inputs."
+            )
+    names = [name for name in first.triplets if name in second.triplets]
+    if not names:
+        raise AdapterError(
+            "the two calibrations have no layer in common; give calibrations of one model."
+        )
+    for name in names:
+        shapes = [tuple(of.fingerprint.targets[name][:2]) for of in (first, second)]
+        if shapes[0] != shapes[1]:
+            raise AdapterError(
+                f"{name} is {shapes[0]} in the first calibration and {shapes[1]} in the second; give "
+                "calibrations of one model."
+            )
+    return [_angles(name, first.triplets[name], second.triplets[name]) for name in names]
+
+
+def summary(lines: list[LayerComparison]) -> Mapping[str, float]:
+    """Medians over the layers, by the words to print for them."""
+
+    def median(values: list[float]) -> float:
+        return torch.tensor(values, dtype=torch.float64).quantile(0.5).item()
+
+    medians = {
+        "effective rank of the first": median([line.effective_ranks[0] for line in lines]),
+        "effective rank of the second": median([line.effective_ranks[1] for line in lines]),
+    }
+    for side in ("input", "output"):
+        largest = [angles[-1] for line in lines if (angles := getattr(line, f"{side}_angles"))]
+        if largest:
+            medians[f"largest {side} angle, degrees"] = math.degrees(median(largest))
+    cosines = [line.cosine for line in lines if line.cosine is not None]
+    return medians | ({"cosine of the updates": median(cosines)} if cosines else {})
+
+
+def _angles(name: str, first: TruncatedSVD, second: TruncatedSVD) -> LayerComparison:
+    first, second = _significant(first), _significant(second)
+    outputs = ()
+    if first.U.shape[0] and second.U.shape[0]:
+        outputs = tuple(principal_angles(first.U, second.U).tolist())
+    return LayerComparison(
+        name=name,
+        effective_ranks=(effective_rank(first.S), effective_rank(second.S)),
+        input_angles=tuple(principal_angles(first.Vh.T, second.Vh.T).tolist()),
+        output_angles=outputs,
+    )
+
+
+def _significant(svd: TruncatedSVD) -> TruncatedSVD:
+    if not len(svd.S):
+        return svd
+    return svd.truncate(int((_NEGLIGIBLE * svd.S[0] < svd.S).sum()))

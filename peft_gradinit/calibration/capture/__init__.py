@@ -1,0 +1,5 @@
+"""Capture of the inputs of layers, and of the gradients of their outputs."""
+
+from .experts import ExpertWeight, Measurable, Product, why_unreached
+from .following import Rows, watched
+from .taps import Capture, capture

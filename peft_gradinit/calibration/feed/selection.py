@@ -1,0 +1,77 @@
+"""Which tokens of a batch count: not padding, and, if wanted, only those that carry loss.
+
+In a causal model the token at `t` predicts the label at `t + 1`, so it carries loss if *that* label
+is kept; elsewhere labels stand at their own tokens.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .tokens import IGNORE_INDEX, is_encoder_decoder, n_sequences, shifts_labels
+
+
+class TokenSelection:
+    """The tokens of one batch that count.
+
+    `n_tokens` is how many of the labels' tokens count; of sequences, if the batch has no tokens.
+    """
+
+    def __init__(self, model: nn.Module, batch: Any, *, use_labels: bool) -> None:
+        masks = _masks(model, batch, use_labels) if isinstance(batch, Mapping) else []
+        self.n_tokens = int(masks[-1].sum()) if masks else n_sequences(batch)
+        kept: dict[tuple[int, ...], Tensor] = {}
+        for mask in masks:  # an encoder and a decoder of equal length: what either keeps
+            shape = tuple(mask.shape)
+            kept[shape] = mask | kept[shape] if shape in kept else mask
+        self._index = {
+            shape: None if mask.all() else mask.flatten().nonzero().squeeze(1)
+            for shape, mask in kept.items()
+        }
+
+    def rows(self, x: Tensor) -> Tensor:
+        """Select the inputs that count from `(*batch, in)`; `x` itself if there is nothing to drop.
+
+        Tokens are also selected from flattened batches: `(tokens, in)` with as many rows as the
+        batch has tokens. Inputs of any other shape (routed to an expert, pooled, of an image) do
+        not belong to this sequence, and all of them count.
+        """
+        shape = tuple(x.shape[:-1])
+        shape = next((s for s in self._index if shape in (s, (s[0] * s[1],))), None)
+        index = None if shape is None else self._index[shape]
+        return x if index is None else x.reshape(-1, x.shape[-1])[index.to(x.device)]
+
+
+def _masks(model: nn.Module, batch: Mapping[str, Any], use_labels: bool) -> list[Tensor]:
+    """Masks `(sequences, tokens)`: of the encoder if there is one, then of the part with labels."""
+    labels = batch.get("labels") if use_labels else None
+    if not is_encoder_decoder(model):
+        mask = _unpadded(batch, "attention_mask", "input_ids")
+        return [] if mask is None else [_with_loss(model, mask, labels)]
+    encoder = _unpadded(batch, "attention_mask", "input_ids")
+    decoder = _unpadded(batch, "decoder_attention_mask", "decoder_input_ids", "labels")
+    decoder = None if decoder is None else _with_loss(model, decoder, labels)
+    return [mask for mask in (encoder, decoder) if mask is not None]
+
+
+def _unpadded(batch: Mapping[str, Any], mask_name: str, *token_names: str) -> Tensor | None:
+    mask = batch.get(mask_name)
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        return mask != 0
+    tokens = (batch.get(name) for name in (*token_names, "inputs_embeds"))
+    found = next((t for t in tokens if isinstance(t, Tensor) and t.dim() >= 2), None)
+    if found is None:
+        return None
+    return torch.ones(found.shape[:2], dtype=torch.bool, device=found.device)
+
+
+def _with_loss(model: nn.Module, mask: Tensor, labels: Any) -> Tensor:
+    """Drop tokens without loss; labels that are classes, targets or of other tokens drop none."""
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.shape != mask.shape:
+        return mask
+    carries = labels != IGNORE_INDEX
+    if shifts_labels(model):
+        carries = torch.cat([carries[:, 1:], torch.zeros_like(carries[:, :1])], dim=1)
+    return mask & carries

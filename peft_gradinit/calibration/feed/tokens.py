@@ -1,0 +1,90 @@
+"""How much a batch counts: tokens read, and the weight of its loss."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+IGNORE_INDEX = -100
+"""Label of tokens without loss, the default of `torch.nn.CrossEntropyLoss` and of Transformers."""
+
+_SHIFTED_LOSSES = ("ForCausalLM", "ForConditionalGeneration", "CsmForConditionalGeneration")
+_SHIFTED_CLASSES = ("LMHeadModel", "DoubleHeadsModel")
+"""Endings of Transformers classes, such as `GPT2LMHeadModel`, that shift but name no loss type."""
+
+
+def n_sequences(batch: Any) -> int:
+    """Leading dimension of the batch's first tensor; 1 if there is none."""
+    first = _first_tensor(batch)
+    return 1 if first is None else first.shape[0]
+
+
+def n_input_tokens(batch: Any) -> int:
+    """Tokens that the model reads, padding not counted; sequences if the batch has no tokens."""
+    return int(sequence_tokens(batch).sum())
+
+
+def sequence_tokens(batch: Any) -> Tensor:
+    """Tokens of each sequence, padding not counted; ones if the batch has no tokens.
+
+    They are counted in a mask, in token ids or in embeddings. A tuple has tokens if its first
+    tensor holds ids.
+    """
+    if isinstance(batch, Mapping):
+        for key in ("attention_mask", "decoder_attention_mask"):
+            if isinstance(mask := batch.get(key), Tensor) and mask.dim() == 2:
+                return (mask != 0).sum(1)
+        # Batches of TRL's online trainers hold prompts and completions side by side.
+        sides = [batch.get(key) for key in ("prompt_mask", "completion_mask")]
+        masks = [mask for mask in sides if isinstance(mask, Tensor) and mask.dim() == 2]
+        if len(masks) == len(sides):
+            return sum(((mask != 0).sum(1) for mask in masks), start=torch.tensor(0))
+        for key in ("input_ids", "inputs_embeds"):
+            if isinstance(tokens := batch.get(key), Tensor) and tokens.dim() >= 2:
+                return torch.full(tokens.shape[:1], tokens.shape[1])
+    else:
+        tokens = _first_tensor(batch)
+        if tokens is not None and tokens.dim() == 2 and tokens.dtype == torch.long:
+            return torch.full(tokens.shape[:1], tokens.shape[1])
+    return torch.ones(n_sequences(batch), dtype=torch.long)
+
+
+def loss_weight(model: nn.Module, batch: Any) -> int:
+    """Number of terms that the batch's loss is the mean of.
+
+    These are the labels that are not -100; for causal models (by `loss_type` or the class's name)
+    without the first position, which has no prediction. Without labels, or if they are not classes,
+    these are the sequences.
+    """
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    if not isinstance(labels, Tensor) or labels.is_floating_point():
+        return n_sequences(batch)
+    if labels.dim() > 1 and shifts_labels(model):
+        labels = labels[..., 1:]
+    return int((labels != IGNORE_INDEX).sum())
+
+
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether the model has two parts, each with tokens of its own."""
+    model = getattr(model, "_orig_mod", model)
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def shifts_labels(model: nn.Module) -> bool:
+    """Whether the label at `t + 1` belongs to the output at `t`."""
+    model = getattr(model, "_orig_mod", model)
+    if is_encoder_decoder(model):
+        return False
+    loss_type = getattr(model, "loss_type", None)
+    return loss_type in _SHIFTED_LOSSES or (
+        loss_type is None and type(model).__name__.endswith(_SHIFTED_CLASSES)
+    )
+
+
+def _first_tensor(batch: Any) -> Tensor | None:
+    if isinstance(batch, Mapping):
+        values = [batch.get("input_ids"), *batch.values()]
+    else:
+        values = list(batch) if isinstance(batch, tuple | list) else [batch]
+    return next((v for v in values if isinstance(v, Tensor) and v.dim() > 0), None)

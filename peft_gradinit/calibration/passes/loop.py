@@ -1,0 +1,195 @@
+"""One pass over the data, for any need: the loop, and the readouts at its end."""
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from ...errors import DataError
+from ...layouts import Processes, processes
+from ...statistics import Fingerprint, Statistic
+from ..capture import Measurable, why_unreached
+from ..feed import Feed
+from ..guards import left_as_found
+from ..needs import Estimator, Gradients, Inputs, Measured, SecondMoments
+from ..replay import Replay
+from ..result import CalibrationResult, PassFacts
+from ..resume import Resume
+from ..spec import Calibration
+from .gradients import GradientRecorder
+from .inputs import InputRecorder
+from .progress import peak_bytes, progress
+from .recorder import Recorder
+from .reduction import shared_out
+from .sharing import LayerStatistics
+
+RECORDERS: Mapping[type[Measured], type[Recorder]] = {
+    Gradients: GradientRecorder,
+    Inputs: InputRecorder,
+    SecondMoments: InputRecorder,
+}
+"""What fills the statistics of each need."""
+
+
+def measure(
+    model: nn.Module,
+    modules: Mapping[str, Measurable],
+    calibration: Calibration,
+    fingerprint: Fingerprint,
+    need: Measured,
+) -> CalibrationResult:
+    """Run a pass and read off what a method needs of every layer.
+
+    The model is left as it was found, whatever happens.
+
+    Args:
+        model: the model to run.
+        modules: linear layers and expert weights by name; the names of `fingerprint.targets`.
+        calibration: data, budgets, estimator; its `loss_fn`, if any, is what runs the model.
+        fingerprint: goes into the result; its targets give shape and rank of each module.
+        need: what to measure.
+
+    Returns:
+        Readouts of every module that could be measured, and the reasons for the others.
+    """
+    started = time.perf_counter()
+    replay = Replay(custom_loss=calibration.loss_fn is not None) if need.keep_batches else None
+    with processes(model) as world:
+        resume = Resume(calibration.checkpoint, fingerprint, world, replay)
+        recorder = recorder_of(model, calibration, fingerprint, need, world)
+        if replay is not None:
+            recorder.on_batch, replay.of_one_process = replay.keep, world.size > 1
+        facts = run_pass(recorder, modules, Feed(calibration, model, world), resume)
+        layers = recorder.layers
+        energy, failures = world.gather(_judged(layers, need, modules, facts.n_batches))[0]
+        names = [name for name in fingerprint.targets if name not in failures]
+        reader = _Reader(layers, need, fingerprint)
+        readouts = shared_out(names, reader, world)
+        for rank, theirs in enumerate(world.gather(reader.energy)):
+            energy |= {name: theirs[name] for name in names[rank :: world.size]}
+        resume.done()
+    return CalibrationResult(
+        readouts=readouts,
+        energy=energy,
+        failures=failures,
+        fingerprint=fingerprint,
+        facts=dataclasses.replace(facts, seconds=time.perf_counter() - started),
+        need=need,
+        probe=recorder.probe,
+        replay=replay if replay and replay.batches else None,
+        options=dataclasses.replace(calibration, data=()),
+    )
+
+
+def recorder_of(
+    model: nn.Module,
+    calibration: Calibration,
+    fingerprint: Fingerprint,
+    need: Measured,
+    world: Processes,
+) -> Recorder:
+    """A recorder with an empty accumulator for every target of the fingerprint.
+
+    Layers of one kind, whose inputs may turn out to be the same, begin with one accumulator; layers
+    of one dimension share test matrices.
+    """
+    estimator = Estimator(calibration.estimator, calibration.sketch_size, calibration.seed)
+    kinds: dict[Any, Statistic] = {}
+    empty: dict[str, Statistic] = {}
+    for name, (out_features, in_features, size) in fingerprint.targets.items():
+        kind = name if need.backward else (in_features, size)
+        if kind not in kinds:
+            kinds[kind] = need.accumulator((out_features, in_features), size, estimator)
+        empty[name] = kinds[kind]
+    layers = LayerStatistics(empty)
+    return RECORDERS[type(need)](model, layers, calibration, need, world, fingerprint.targets)
+
+
+def run_pass(
+    recorder: Recorder, modules: Mapping[str, Measurable], feed: Feed, resume: Resume
+) -> PassFacts:
+    """The loop: read, orient, add, until the data or the budget end, or the components settle.
+
+    Raises:
+        DataError: if the data are empty, or none of them counts.
+    """
+    world, calibration, budget = recorder.world, recorder.calibration, feed.budget
+    with world.together():
+        recorder.check_model()
+    started, peak = time.perf_counter(), peak_bytes()
+    if saved := resume.load():
+        tensors, numbers = saved
+        tensors = {key: tensor.to(recorder.device) for key, tensor in tensors.items()}
+        recorder.resume(tensors, numbers)
+        budget.resume(numbers["feed"])
+
+    def state() -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors, numbers = recorder.state()
+        return tensors, {**numbers, "feed": budget.state()}
+
+    with (
+        left_as_found(recorder.model, calibration.data, calibration.seed),
+        recorder.watching(modules),
+        progress(calibration, world) as bar,
+    ):
+        for step in feed:
+            settled = step.orient and recorder.orient()
+            with world.together():
+                recorder.add(step)
+            bar.update(budget.n_tokens - bar.n)
+            if settled:
+                budget.stopped_by = "settled"
+                break
+            if step.ends_batch:
+                resume.after_batch(state)
+    budget.check_read(calibration.data)
+    recorder.finish()
+    if recorder.weight == 0:
+        raise DataError(recorder.nothing_counted(budget.n_sequences))
+    loss = recorder.loss_sum
+    return PassFacts(
+        **budget.totals(world),
+        loss_weight=recorder.weight,
+        loss=None if loss is None else loss / recorder.weight,
+        seconds=time.perf_counter() - started,
+        state_bytes=sum(s.n_bytes() for s in recorder.layers.distinct()),
+        peak_bytes=max(0, peak_bytes() - peak),
+    )
+
+
+def _judged(
+    layers: LayerStatistics, need: Measured, modules: Mapping[str, Measurable], n_batches: int
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Energies of all layers, and the reasons why some of them cannot be used."""
+    energy, failures = {}, {}
+    for name, module in modules.items():
+        statistic = layers[name]
+        energy[name] = statistic.energy()
+        unreached = why_unreached(module, n_batches)
+        if (reason := need.failure(name, statistic, unreached, n_batches)) is not None:
+            failures[name] = reason
+    return energy, failures
+
+
+class _Reader:
+    """Reads off each layer's statistic what the need keeps; once for layers that share one.
+
+    `energy` is that of the layers that were read.
+    """
+
+    def __init__(self, layers: LayerStatistics, need: Measured, fingerprint: Fingerprint) -> None:
+        self.energy: dict[str, float] = {}
+        self._layers = layers
+        self._need = need
+        self._targets = fingerprint.targets
+        self._known: dict[int, dict[str, Tensor]] = {}
+
+    def __call__(self, name: str) -> dict[str, Tensor]:
+        statistic, is_last = self._layers.pop(name)  # its memory goes before the next one is read
+        if id(statistic) not in self._known:
+            self._known[id(statistic)] = self._need.read(statistic, self._targets[name][2])
+        readouts = self._known.pop(id(statistic)) if is_last else self._known[id(statistic)]
+        self.energy[name] = self._need.energy(statistic, readouts)
+        return readouts

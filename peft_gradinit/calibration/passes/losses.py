@@ -1,0 +1,94 @@
+"""The loss of a batch: the model's own, or the user's."""
+
+import math
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
+
+from ...errors import CalibrationError, DataError
+from ...layouts import Processes, execution_device, processes
+from ..feed import loss_weight
+from ..guards import left_as_found
+from ..replay import Replay
+from ..spec import Calibration
+
+
+def base_loss(model: nn.Module, replay: Replay) -> float:
+    """Mean loss of the base model on a replay's batches, over all processes."""
+    with _processes_of(model, replay) as world:
+        loss_sum, weight = world.total(replay.loss_sum, sum(replay.weights))
+    return loss_sum / weight
+
+
+def mean_loss(model: nn.Module, replay: Replay, calibration: Calibration) -> float:
+    """Mean loss of the model, with its active adapters, on a replay's batches, over all processes.
+
+    Weighted as in the pass. The model is left as it was found.
+    """
+    loss_sum = 0.0
+    device = execution_device(model)
+    with _processes_of(model, replay) as world:
+        runs = len(replay.batches)
+        if calibration.must_run_equally(model):
+            runs = max(world.gather(runs))
+        with world.together(), left_as_found(model, None, calibration.seed), torch.no_grad():
+            for i in range(runs):
+                batch = send_to_device(replay.batches[min(i, len(replay.batches) - 1)], device)
+                loss, _ = loss_and_weight(model, batch, calibration)
+                if i < len(replay.batches) and replay.weights[i]:
+                    loss_sum += float(loss) * replay.weights[i]
+        loss_sum, weight = world.total(loss_sum, sum(replay.weights))
+    return loss_sum / weight
+
+
+def _processes_of(model: nn.Module, replay: Replay) -> AbstractContextManager[Processes]:
+    return processes(model) if replay.of_one_process else nullcontext(Processes())
+
+
+def loss_and_weight(model: nn.Module, batch: Any, calibration: Calibration) -> tuple[Any, float]:
+    """The loss of a batch, unchecked, and the number of terms that it is the mean of."""
+    accelerator = calibration.accelerator
+    with accelerator.autocast() if accelerator else nullcontext():
+        if calibration.loss_fn is None:
+            return _model_loss(model, batch), loss_weight(model, batch)
+        result = calibration.loss_fn(model, batch)
+    if isinstance(result, tuple):
+        return result[0], _checked_weight(result)
+    return result, loss_weight(model, batch)
+
+
+def output_of(model: nn.Module, batch: Any) -> Any:
+    """The model's output for a batch, which may be a dict, a tuple, a list or a tensor."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(*batch) if isinstance(batch, tuple | list) else model(batch)
+
+
+def _model_loss(model: nn.Module, batch: Any) -> Any:
+    loss = getattr(output_of(model, batch), "loss", None)
+    if loss is None:
+        got = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
+        raise DataError(
+            f"{type(model).__name__} returned no loss for a calibration batch of {got}; add "
+            "'labels' to the batches (as DataCollatorForLanguageModeling does), or pass "
+            "Calibration(data, loss_fn=…)."
+        )
+    return loss
+
+
+def _checked_weight(result: tuple[Any, ...]) -> float:
+    weight = result[1] if len(result) == 2 else None
+    if isinstance(weight, Tensor) and weight.numel() == 1:
+        weight = weight.item()
+    if not isinstance(weight, int | float) or not 0 <= weight < math.inf:
+        got = ", ".join(type(r).__name__ for r in result)
+        raise CalibrationError(
+            f"loss_fn returned ({got}) with weight {weight!r} where (loss, weight) with a number "
+            "of at least 0 is expected; return the scalar loss, or the loss and the number of "
+            "tokens that it is the mean of."
+        )
+    return float(weight)

@@ -1,0 +1,37 @@
+"""What is kept of an adapter: its LoRA file, its `gradinit.json`, its report and its card."""
+
+from .adapters import SavedAdapter, read_adapter, relative_norm, same_layers, write_adapter
+from .card import CARD, PICTURE, complete_card, new_card
+from .hub import hub_id
+from .live import (
+    AdapterRecord,
+    WithReports,
+    attach_record,
+    attached_record,
+    init_report,
+    keep_record,
+    records_of,
+)
+from .lora_file import (
+    A_KEY,
+    B_KEY,
+    PREFIX,
+    PROVENANCE_FILE,
+    alpha_growth,
+    alpha_of,
+    doubled,
+    entries,
+    is_prefixed,
+    linear_layers,
+    name_in_file,
+    patterns,
+    plain_config,
+    rank_of,
+    scaling,
+    unscaled,
+)
+from .picture import BLOCK
+from .provenance import EXPORT_FORMAT, facts_of, read_provenance, write_provenance
+from .publishing import attend, card_tags, saved
+from .report import InitReport, LearningRate, ModuleReport, StepCheck, by_parameter
+from .table import as_text, table_of

@@ -1,0 +1,175 @@
+"""Saved LoRA adapters: reading and checking them, and writing them as plain LoRA."""
+
+import dataclasses
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils.save_and_load import load_peft_weights
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..errors import AdapterError
+from ..files import whole_folder
+from ..linalg import Factors
+from .lora_file import PROVENANCE_FILE, alpha_of, entries, linear_layers, scaling, unscaled
+
+_FILES = ("adapter_config.json", SAFETENSORS_WEIGHTS_NAME, "README.md", PROVENANCE_FILE)
+
+OVERWRITES_BASE = ("pissa", "olora", "corda", "lora_ga")
+"""Starts of PEFT that write `W - s B0 A0` into the base; the file is no update of the original."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SavedAdapter:
+    """A LoRA adapter on disk.
+
+    Attributes:
+        directory: folder or Hub name.
+        config: its `adapter_config.json`.
+        layers: updates by module name in the base model, scaling included, float32.
+        others: all other tensors of the file by key (embeddings, convolutions, experts, biases,
+            modules trained in full).
+    """
+
+    directory: str
+    config: LoraConfig
+    layers: Mapping[str, Factors]
+    others: Mapping[str, Tensor]
+
+    @property
+    def overwritten_by(self) -> str | None:
+        """The start that wrote into the base model; `None` for adapters of an untouched base."""
+        start = self.config.init_lora_weights
+        if isinstance(start, str) and start.startswith(OVERWRITES_BASE):
+            return start
+        return None
+
+    def scaling(self, name: str) -> float:
+        """The factor of the product `B A` of a layer's saved factors."""
+        alpha, r = alpha_of(self.config, name), self.layers[name].r
+        return scaling(alpha, r, use_rslora=self.config.use_rslora)
+
+    def check_untouched_base(self) -> None:
+        """Refuse an adapter whose start wrote into the base weights."""
+        if self.overwritten_by:
+            raise AdapterError(
+                f"{self.directory!r} was started with init_lora_weights={self.overwritten_by!r}, "
+                "which writes into the base model, so the file is not an update of the original "
+                "weights; turn it into one with `peft-gradinit convert` first."
+            )
+
+    def check_all_linear(self) -> None:
+        """Refuse an adapter with LoRA factors of other layers than linear ones."""
+        scaled = sorted(key for key in self.others if ".lora_" in key)
+        if scaled:
+            raise AdapterError(
+                f"{self.directory!r} adapts more than linear layers: {len(scaled)} tensors such as "
+                f"{scaled[0]} cannot be written at another rank and scaling; merge it into its base "
+                "model instead (`peft-gradinit export --target merged`)."
+            )
+
+
+def read_adapter(directory: str | os.PathLike[str]) -> SavedAdapter:
+    """Read a LoRA adapter with all its tensors from a folder or, by name, from the Hub.
+
+    Raises:
+        AdapterError: if there is none, it is damaged, or its update is not `s B A`, as with DoRA.
+    """
+    name = str(directory)
+    config = _read_config(name)
+    if config.use_dora:
+        raise AdapterError(
+            f"{name!r} is a DoRA adapter, whose update is not a product of two factors; merge it "
+            "into its base model instead."
+        )
+    try:
+        tensors = load_peft_weights(name, device="cpu")
+    except (OSError, ValueError, SafetensorError, RuntimeError) as error:
+        raise AdapterError(f"cannot read the weights of {name!r}: {error}") from error
+    try:
+        layers, others = linear_layers(tensors, config)
+    except ValueError as error:
+        raise AdapterError(f"{name!r} is damaged: {error}; restore the saved adapter.") from error
+    if not layers:
+        raise AdapterError(
+            f"{name!r} holds no LoRA factors of linear layers ({len(others)} other tensors); give "
+            "an adapter that adapts some."
+        )
+    return SavedAdapter(name, config, layers, others)
+
+
+def write_adapter(
+    directory: str | os.PathLike[str],
+    like: SavedAdapter,
+    layers: Mapping[str, Factors],
+    *,
+    overwrite: bool = False,
+) -> Path:
+    """Write updates, by the names of `like.layers`, as a plain LoRA adapter of scaling 1.
+
+    Targets, task, base model and all other tensors are those of `like`. The folder is written whole
+    or not at all.
+    """
+    like.check_all_linear()
+    with whole_folder(directory, overwrite=overwrite, is_ours=_FILES.__contains__) as folder:
+        ranks = {name: update.r for name, update in layers.items()}
+        unscaled(like.config, ranks, inference_mode=True).save_pretrained(str(folder))
+        others = {key: tensor.contiguous().clone() for key, tensor in like.others.items()}
+        tensors = {**others, **entries(layers)}
+        save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+    return Path(directory)
+
+
+def _read_config(name: str) -> LoraConfig:
+    if not Path(name).exists() and (name.startswith((".", "/")) or name.count("/") != 1):
+        raise AdapterError(f"there is no adapter at {name!r}; give the folder of a saved adapter.")
+    try:
+        config = PeftConfig.from_pretrained(name)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise AdapterError(
+            f"{name!r} holds no readable adapter_config.json: {error}; give the folder of a saved "
+            "PEFT adapter."
+        ) from error
+    kind = getattr(config.peft_type, "value", config.peft_type)
+    if not isinstance(config, LoraConfig) or kind != "LORA":
+        raise AdapterError(
+            f"{name!r} is a {kind} adapter where plain LoRA is expected; for an adapter of this "
+            "package in its compact form, save it with save_format='lora'."
+        )
+    return config
+
+
+def same_layers(first: SavedAdapter, second: SavedAdapter) -> list[str]:
+    """Names of the layers in both adapters, which must agree about their shapes."""
+    names = [name for name in first.layers if name in second.layers]
+    if not names:
+        raise AdapterError(
+            f"{first.directory!r} and {second.directory!r} have no layer in common: "
+            f"{next(iter(first.layers))}, … and {next(iter(second.layers))}, …; give adapters of "
+            "one base model."
+        )
+    for name in names:
+        one, other = (_shape(a.layers[name]) for a in (first, second))
+        if one != other:
+            raise AdapterError(
+                f"{name} is {one} in {first.directory!r} and {other} in {second.directory!r}; give "
+                "adapters of one base model."
+            )
+    return names
+
+
+def _shape(update: Factors) -> tuple[int, int]:
+    return update.B.shape[0], update.A.shape[1]
+
+
+def relative_norm(update: Factors, weight: Tensor) -> float:
+    """`|dW|_F / |W|_F`; infinite for a zero weight."""
+    norm = torch.linalg.matrix_norm(weight.float()).item()
+    size = torch.linalg.vector_norm(update.svd().S).item()
+    return size / norm if norm else math.inf

@@ -1,0 +1,109 @@
+"""Records of live adapters, kept on the base model: the results of injection and start.
+
+A config holds the user's options and is the very object that the user passed. The ranks that the
+layers got, the report of the start and its fingerprint are in the adapter's record.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from ..statistics import Fingerprint
+from .report import InitReport
+
+_ATTRIBUTE = "_gradinit_records"
+"""Attribute of the base model with the records by adapter name, beside PEFT's `peft_config`."""
+
+_RECORD = "_gradinit_record"
+"""Attribute of an injected config with the record of the adapter that it describes."""
+
+
+@dataclasses.dataclass
+class AdapterRecord:
+    """The record of one live adapter.
+
+    Attributes:
+        resolved: options that were injected with another value than the user's: patterns with the
+            ranks that the layers got, exclusions of layers that lost their adapter.
+        ranks: rank of every adapted layer, by name in the base model.
+        requested_ranks: rank that the config asked for, by name, of layers that got another one.
+        fan_in_fan_out: the option of the saved config; for SVFit, whose live config lacks it.
+        report: the report on the start; `None` for deferred adapters.
+        fingerprint: the model, targets and options of the start; `None` for deferred adapters.
+        copy_of: the deferred adapter whose start this one becomes a copy of.
+    """
+
+    resolved: dict[str, Any] = dataclasses.field(default_factory=dict)
+    ranks: dict[str, int] = dataclasses.field(default_factory=dict)
+    requested_ranks: dict[str, int] = dataclasses.field(default_factory=dict)
+    fan_in_fan_out: bool = False
+    report: InitReport | None = None
+    fingerprint: Fingerprint | None = None
+    copy_of: str | None = None
+
+
+def records_of(model: nn.Module) -> dict[str, AdapterRecord]:
+    """The model's own dict of records by adapter name; a new one if the model has none."""
+    for module in (model, *model.modules()):
+        if (found := vars(module).get(_ATTRIBUTE)) is not None:
+            return found
+    return {}
+
+
+def keep_record(base: nn.Module, adapter_name: str, record: AdapterRecord | None) -> None:
+    """Keep the record of an adapter in place of an earlier one; `None` removes that one."""
+    records = vars(base).setdefault(_ATTRIBUTE, {})
+    if record is None:
+        records.pop(adapter_name, None)
+    else:
+        records[adapter_name] = record
+
+
+def attach_record(config: Any, record: AdapterRecord | None) -> None:
+    """Tell a config which adapter it describes from now on; several may share one config.
+
+    PEFT saves an adapter's weights and then calls `save_pretrained` of its config without the
+    adapter's name.
+    """
+    vars(config)[_RECORD] = record
+
+
+def attached_record(config: Any) -> AdapterRecord | None:
+    """The record of the adapter that a config describes; `None` if it was never injected."""
+    return vars(config).get(_RECORD)
+
+
+class WithReports:
+    """A tuner model whose adapters have records; must come before PEFT's class among the bases."""
+
+    model: nn.Module
+
+    @property
+    def init_report(self) -> Mapping[str, InitReport]:
+        """Reports by adapter name.
+
+        Deferred adapters have none, nor have loaded ones unless `load_for_training` restored it.
+        """
+        records = vars(self.model).get(_ATTRIBUTE, {})
+        return {name: record.report for name, record in records.items() if record.report}
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter as PEFT does, and its record."""
+        super().delete_adapter(adapter_name)  # pyright: ignore[reportAttributeAccessIssue]
+        keep_record(self.model, adapter_name, None)
+
+
+def init_report(peft_model: nn.Module, adapter_name: str = "default") -> InitReport | None:
+    """The report on the start of an adapter.
+
+    Args:
+        peft_model: a model with an adapter of this package.
+        adapter_name: which adapter.
+
+    Returns:
+        The report, which prints as a table; `None` for a deferred adapter, and for one of PEFT.
+    """
+    record = records_of(peft_model).get(adapter_name)
+    return record.report if record else None

@@ -1,0 +1,91 @@
+"""Finishing touches on a directory after an adapter was saved and before it goes to the Hub.
+
+`PeftModel.push_to_hub` and `Trainer.push_to_hub` overwrite `README.md` after `save_pretrained`, and
+neither PEFT nor transformers has a hook after that. So two methods of a model with an adapter of
+this package are wrapped: the wrappers call the original and complete the card.
+"""
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig, PeftModel
+from peft.utils import CONFIG_NAME
+from torch import nn
+
+from ..files import write_json
+from .card import complete_card
+from .hub import hub_id
+
+_ALWAYS = frozenset({
+    *("alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "fan_in_fan_out"),
+    *("inference_mode", "init_lora_weights", "lora_alpha", "lora_dropout", "modules_to_save"),
+    *("peft_type", "r", "rank_pattern", "revision", "target_modules", "task_type", "use_rslora"),
+})
+"""Options that readers of `adapter_config.json` look for; PEFT 0.8 knows all of them."""
+
+
+def saved(directory: Path) -> None:
+    """Make a saved adapter readable for old versions of PEFT, and complete its card.
+
+    PEFT writes every option, and PEFT before 0.14 rejects a config with an option it does not know.
+    So options that have their default value are dropped.
+    """
+    if (path := directory / CONFIG_NAME).exists():
+        _leave_out_defaults(path)
+    complete_card(directory)
+
+
+def published(directory: Path, repo_id: str | None = None) -> None:
+    """Prepare a directory of adapters for the Hub: no local path in configs, a complete card."""
+    below = directory.glob(f"*/{CONFIG_NAME}")
+    # A directory with a card of its own is no adapter of this one but a checkpoint of Trainer.
+    named = [path for path in below if not (path.parent / "README.md").exists()]
+    for path in (*directory.glob(CONFIG_NAME), *named):
+        _remove_local_path(path)
+        complete_card(path.parent, repo_id)
+
+
+def attend(model: nn.Module) -> None:
+    """Make a `PeftModel` call `published` before each upload; nothing happens to other models."""
+    if isinstance(model, PeftModel):
+        vars(model).setdefault("create_or_update_model_card", partial(_write_card, model))
+        vars(model).setdefault("_upload_modified_files", partial(_upload, model))
+
+
+def card_tags(tuner: Any) -> list[str]:
+    """Tags of a tuner model for cards that others write: the base model's, one for each method."""
+    methods = [getattr(config, "method", "LoRA").lower() for config in tuner.peft_config.values()]
+    own = [*(getattr(tuner.model, "model_tags", None) or []), "lora", *methods, "peft_gradinit"]
+    return list(dict.fromkeys(own))
+
+
+def _write_card(model: PeftModel, output_dir: str) -> None:
+    type(model).create_or_update_model_card(model, output_dir)
+    published(Path(output_dir))
+
+
+def _upload(model: PeftModel, working_dir: str, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+    published(Path(working_dir), repo_id)
+    return type(model)._upload_modified_files(model, working_dir, repo_id, *args, **kwargs)
+
+
+def _leave_out_defaults(path: Path) -> None:
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if config.get("peft_type") != "LORA":
+        return
+    defaults = {**LoraConfig().to_dict(), "peft_version": config.get("peft_version")}
+    kept = {
+        k: v for k, v in config.items() if k in _ALWAYS or k not in defaults or v != defaults[k]
+    }
+    write_json(path, kept)
+
+
+def _remove_local_path(path: Path) -> None:
+    """Remove the base model's name from a config if it is a path of this machine."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    name = config.get("base_model_name_or_path")
+    if name != (known := hub_id(name)):
+        config["base_model_name_or_path"] = known
+        write_json(path, config)

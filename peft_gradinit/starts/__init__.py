@@ -1,0 +1,18 @@
+"""From a model and a config to the factors of a start; the model is not edited here."""
+
+from .allocation import without_empty
+from .base import base_fingerprint
+from .config import GradInitConfig, RankAllocation
+from .experts import mean_scores
+from .spectral import SpectralConfig
+from .start import Start, compute_start, measured, planned_targets
+from .switching import adapter_alone, adapters_disabled
+from .target import Target
+from .targets import (
+    matched_patterns,
+    resolve_targets,
+    targets_of,
+    with_converted_targets,
+    write_patterns,
+)
+from .weights import LINEAR_KINDS, is_quantized, linear_shape, linear_weight, loses_merges

@@ -1,0 +1,290 @@
+"""The base class of all methods' configs: a `LoraConfig` whose start is computed."""
+
+import abc
+import os
+from dataclasses import InitVar, dataclass, field
+from typing import Any, ClassVar, Literal
+
+import peft
+from peft import LoraConfig, PeftType
+from peft.tuners.lora.config import CordaConfig
+from torch import Tensor
+
+from ..calibration import DEFERRED, RESTORED, Calibration, Need
+from ..errors import ConfigError
+from ..numbers import is_finite_number, is_integer
+from ..records import (
+    AdapterRecord,
+    alpha_growth,
+    attached_record,
+    doubled,
+    plain_config,
+    write_provenance,
+)
+from ..statistics import Readouts
+from .target import Target
+
+_UNUSABLE_OPTIONS = {
+    "lora_ga_config": "that is PEFT's own LoRA-GA, whose options are fields of this config",
+    "eva_config": "that is PEFT's own EVA; use peft_gradinit.EvaConfig",
+    "corda_config": "that is PEFT's own CorDA; use peft_gradinit.CorDAConfig",
+    "kasa_config": "KaSA rewrites the base weights",
+    "arrow_config": "Arrow routes between adapters that are trained already",
+    "use_bdlora": "block-diagonal factors cannot hold the start",
+    "use_qalora": "pooled inputs cannot hold the start",
+    "monteclora_config": "sampled factors cannot hold the start",
+    "velora_config": "compressed inputs cannot hold the start",
+    "megatron_config": "Megatron layers are not supported",
+    "layer_replication": "replicated layers exist only after injection; replicate them before",
+    "ensure_weight_tying": "tied adapters cannot have starts of their own",
+}
+
+
+RankAllocation = Literal["uniform", "explained_variance", "gradient_energy"]
+_ALLOCATIONS = ("uniform", "explained_variance", "gradient_energy")
+
+
+@dataclass
+class GradInitConfig(LoraConfig, abc.ABC):
+    """A LoRA config whose adapter starts from a calibration pass.
+
+    Everything of `peft.LoraConfig` keeps its meaning. `calibration` is not a field: it is shared by
+    copies, absent from `to_dict()`, comparisons and `repr`, and never reaches
+    `adapter_config.json`.
+
+    Args:
+        calibration: the data, a `Calibration(data, …)`, a `CalibrationResult` or the path of a
+            saved one, or `"deferred"` to call `initialize(peft_model, data)` later or to train with
+            a `CalibrationCallback`. There is no default: without it an adapter is plain LoRA.
+        uncalibrated: what happens to targets that the method cannot serve (embeddings,
+            convolutions) or that the data do not reach: `"error"` (default), or `"lora"` for a
+            plain LoRA start with a warning that names them. Single experts of `target_parameters`
+            that no token is routed to get that in any case.
+        rank_allocation: how the layers share the sum of their ranks. `"uniform"` (default): as
+            configured. `"explained_variance"`: a rank goes where it explains the largest share of
+            the layer's own statistic. `"gradient_energy"`: where it captures most of the gradient
+            of all layers together. The sum of the ranks and the scaling of each layer stay exactly
+            as they were. The ranks are in the report (`ranks()`) and in the saved adapter; this
+            config does not change.
+        rho: with an allocation, a layer can get up to `rho * r` ranks. 2, as in the EVA paper; at 1
+            all ranks stay.
+        min_rank: with an allocation, the least that a layer gets; at 0 it may lose its adapter.
+        max_rank: with an allocation, the most that a layer gets; at least `r` and every rank of
+            `rank_pattern`. Default: `rho` times the rank asked for.
+
+    Raises:
+        ConfigError: if a rank or an alpha is not positive, or an option of `LoraConfig` excludes
+            this start.
+    """
+
+    name: ClassVar[str]
+    """Name of the method in lower case; in upper case it is the `PeftType`."""
+    method: ClassVar[str]
+    """Name of the method as the paper writes it."""
+    paper: ClassVar[str]
+    """The paper's arXiv number."""
+    start: ClassVar[str]
+    """Description of the start in half a line."""
+    anchored: ClassVar[bool] = False
+    """Whether `s B0 A0` is subtracted from the function; see `tuners.lora.anchored`."""
+    preserves_output: ClassVar[bool] = True
+    """Whether the function at step 0 is the base model's."""
+    reads_weights: ClassVar[bool] = False
+    """Whether the factors depend on the weight, so that processes must agree on them."""
+
+    uncalibrated: Literal["error", "lora"] = field(
+        default="error",
+        metadata={"help": "What happens to targets without a start: 'error' or plain 'lora'."},
+    )
+    rank_allocation: RankAllocation = field(
+        default="uniform", metadata={"help": f"How layers share their ranks: {_ALLOCATIONS}."}
+    )
+    rho: float = field(default=2.0, metadata={"help": "The largest rank over r."})
+    min_rank: int = field(default=1, metadata={"help": "The least rank of a layer."})
+    max_rank: int | None = field(default=None, metadata={"help": "The largest rank of a layer."})
+    calibration: InitVar[Any] = None
+
+    def __post_init__(self, calibration: Any) -> None:
+        super().__post_init__()
+        # Pyright takes an `InitVar` for no attribute.
+        self.calibration = self._calibration(calibration)  # pyright: ignore[reportAttributeAccessIssue]
+        self.peft_type = PeftType(self.name.upper())
+        self._check_numbers()
+        if self.init_lora_weights is not True:
+            raise ConfigError(
+                f"{self._name} computes the initial weights itself; init_lora_weights must stay "
+                f"True, got {self.init_lora_weights!r}."
+            )
+        if self.uncalibrated not in ("error", "lora"):
+            raise ConfigError(
+                f"{self._name}: uncalibrated must be 'error' or 'lora', got {self.uncalibrated!r}."
+            )
+        _check_allocation(self)
+        for name, reason in _UNUSABLE_OPTIONS.items():
+            if value := getattr(self, name, None):
+                raise ConfigError(f"{self._name} cannot be used with {name}={value!r}: {reason}.")
+
+    def _check_numbers(self) -> None:
+        ranks = {"r": self.r}
+        ranks |= {f"rank_pattern[{k!r}]": v for k, v in (self.rank_pattern or {}).items()}
+        for name, value in ranks.items():
+            if not is_integer(value) or value < 1:
+                raise ConfigError(
+                    f"{self._name}: {name} must be a positive integer, got {value!r}."
+                )
+        alphas = {"lora_alpha": self.lora_alpha}
+        alphas |= {f"alpha_pattern[{k!r}]": v for k, v in (self.alpha_pattern or {}).items()}
+        for name, value in alphas.items():
+            if not is_finite_number(value) or value <= 0:
+                raise ConfigError(f"{self._name}: {name} must be a positive number, got {value!r}.")
+
+    @property
+    def _name(self) -> str:
+        return type(self).__name__
+
+    def _calibration(self, value: Any) -> Any:
+        if isinstance(value, peft.LoraGAConfig | peft.EvaConfig | CordaConfig):
+            raise ConfigError(
+                f"calibration={type(value).__name__}(…) is a sub-config of PEFT's own method, not "
+                f"data; pass the calibration data, and the options as fields of {self._name}."
+            )
+        if value is not None and not self.needs().reads_data:
+            if _is_one_of(value, RESTORED):
+                return value
+            raise ConfigError(
+                f"{self._name} computes its start from the weights alone and reads no data; leave "
+                "calibration out."
+            )
+        if value is None or _is_one_of(value, DEFERRED, RESTORED):
+            return value
+        return Calibration.of(value)
+
+    @property
+    def is_deferred(self) -> bool:
+        """Whether the start comes after the injection, from `initialize` or a saved adapter."""
+        return _is_one_of(self.calibration, DEFERRED, RESTORED)  # pyright: ignore[reportAttributeAccessIssue]
+
+    @property
+    def allocates_ranks(self) -> bool:
+        """Whether the calibration decides the layers' ranks."""
+        restored = _is_one_of(self.calibration, RESTORED)  # pyright: ignore[reportAttributeAccessIssue]
+        return self.rank_allocation != "uniform" and self.rho > 1 and not restored
+
+    # Defined by each method -------------------------------------------------------------------
+
+    @classmethod
+    def needed(cls) -> str:
+        """Name of the measured statistic, for tables: gradients, inputs, nothing, …."""
+        return cls().needs().title
+
+    @classmethod
+    def saved_as(cls) -> str:
+        """Form of the saved adapter for a live one of rank `r`, for tables."""
+        return f"LoRA of rank {'2r' if cls.anchored else 'r'}"
+
+    @property
+    def checks_step(self) -> bool:
+        """Whether the start changes the model's outputs and the loss there must be measured."""
+        return False
+
+    def allocated_alpha(self, times: float) -> float:
+        """Factor for a layer's `lora_alpha` when an allocation multiplies its rank by `times`."""
+        return alpha_growth(times, use_rslora=self.use_rslora)
+
+    @abc.abstractmethod
+    def needs(self) -> Need:
+        """The measurements of every layer that the start needs."""
+
+    @abc.abstractmethod
+    def factors(
+        self, readouts: Readouts, target: Target, scaling: float, seed: int
+    ) -> tuple[Tensor, Tensor]:
+        """Compute the start of one target.
+
+        Args:
+            readouts: measurements of the target, as `needs()` asks for.
+            target: the layer or expert, with its rank, shape and weight.
+            scaling: `s` of the adapter, `lora_alpha / r`.
+            seed: seed of everything random; differs by target.
+
+        Returns:
+            `A0 (r, in)` and `B0 (out, r)`.
+        """
+
+    # Saving -----------------------------------------------------------------------------------
+
+    def saved_config(self, record: AdapterRecord | None = None) -> LoraConfig:
+        """The plain `LoraConfig` under which the saved factors give the live adapter's function.
+
+        An anchored adapter of rank `r` is saved with rank `2 r` at the same scaling.
+
+        Args:
+            record: the record of the live adapter. Default: no option differs from this config's.
+        """
+        plain = plain_config(self, **(record.resolved if record else {}))
+        return doubled(plain) if self.anchored else plain
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Write `adapter_config.json`.
+
+        The config of a live adapter is written as that of the adapter's plain LoRA file, with a
+        `gradinit.json` beside it. Any other config is written as it is.
+
+        Args:
+            save_directory: the folder; made if missing.
+            kwargs: passed on to `LoraConfig.save_pretrained`.
+        """
+        record = attached_record(self)
+        if record is None:
+            super().save_pretrained(str(save_directory), **kwargs)
+            return
+        self.saved_config(record).save_pretrained(str(save_directory), **kwargs)
+        write_provenance(save_directory, self, record)
+
+
+def _is_one_of(calibration: Any, *words: str) -> bool:
+    return isinstance(calibration, str) and calibration in words
+
+
+def _check_allocation(config: "GradInitConfig") -> None:
+    name, allocation = type(config).__name__, config.rank_allocation
+    if allocation not in _ALLOCATIONS:
+        raise ConfigError(
+            f"{name}: rank_allocation must be one of {_ALLOCATIONS}, got {allocation!r}."
+        )
+    if not is_finite_number(config.rho) or config.rho < 1:
+        raise ConfigError(f"{name}: rho must be a number of at least 1, got {config.rho!r}.")
+    _check_limits(name, config)
+    if allocation not in (possible := config.needs().allocations):
+        raise ConfigError(
+            f"{name} measures {config.needs().title}, which serves rank_allocation in {possible}, got "
+            f"{allocation!r}."
+        )
+    if config.allocates_ranks and config.is_deferred:
+        raise ConfigError(
+            f"{name}: rank_allocation={allocation!r} decides shapes from data, which a deferred "
+            "adapter does not have yet, and an optimiser (of Trainer, of TRL) is built on shapes; "
+            "calibrate first, calibrate(model, config, data).save(path) with this config and "
+            "calibration=path or data, or keep the ranks with rank_allocation='uniform' or rho=1."
+        )
+
+
+def _check_limits(name: str, config: "GradInitConfig") -> None:
+    """Refuse a `min_rank` or `max_rank` that contradicts the ranks asked for."""
+    highest = config.max_rank
+    if not is_integer(config.min_rank) or not 0 <= config.min_rank <= config.r:
+        raise ConfigError(
+            f"{name}: min_rank must be between 0 and r={config.r}, got {config.min_rank!r}."
+        )
+    if highest is None:
+        return
+    if not is_integer(highest) or highest < config.r:
+        raise ConfigError(
+            f"{name}: max_rank must be an integer of at least r={config.r}, got {highest!r}."
+        )
+    for pattern, r in (config.rank_pattern or {}).items():
+        if r > highest:
+            raise ConfigError(
+                f"{name}: rank_pattern[{pattern!r}] must be at most max_rank={highest}, got {r}; "
+                "raise max_rank, or lower the pattern."
+            )

@@ -1,0 +1,62 @@
+"""Contexts that choose which adapters run and, unlike PEFT's, do not touch `requires_grad`."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import nn
+
+from ..errors import ConfigError
+
+
+@contextmanager
+def adapters_disabled(model: nn.Module) -> Iterator[None]:
+    """Run the base model alone; `ConfigError` if an adapter is merged into it."""
+    layers = _adapted_layers(model)
+    for layer in layers:
+        if isinstance(layer, BaseTunerLayer) and layer.merged:
+            raise ConfigError(
+                f"the adapters {layer.merged_adapters} are merged into the base weights, which "
+                "cannot be calibrated so; call unmerge_adapter() first."
+            )
+    with _attributes(layers, _disable_adapters=True):
+        yield
+
+
+@contextmanager
+def adapter_alone(model: nn.Module, adapter_name: str) -> Iterator[None]:
+    """Run one adapter, with its own copies of the modules that it trains in full."""
+    layers = _adapted_layers(model)
+    having = [layer for layer in layers if adapter_name in _adapters_of(layer)]
+    # Some of PEFT's layers fail on the name of an adapter that they do not have.
+    with (
+        _attributes(layers, _disable_adapters=False, _active_adapter=[]),
+        _attributes(having, _active_adapter=[adapter_name]),
+    ):
+        yield
+
+
+def _adapted_layers(model: nn.Module) -> list[Any]:
+    kinds = BaseTunerLayer | AuxiliaryTrainingWrapper
+    return [module for module in model.modules() if isinstance(module, kinds)]
+
+
+def _adapters_of(layer: Any) -> set[str]:
+    if isinstance(layer, BaseTunerLayer):
+        return set(layer._all_available_adapter_names())
+    return set(layer._get_available_adapters())
+
+
+@contextmanager
+def _attributes(layers: list[Any], **values: Any) -> Iterator[None]:
+    """Set attributes of all layers, and put the old values back at the end."""
+    before = [{name: getattr(layer, name) for name in values} for layer in layers]
+    try:
+        for layer in layers:
+            vars(layer).update(values)
+        yield
+    finally:
+        for layer, old in zip(layers, before, strict=True):
+            vars(layer).update(old)

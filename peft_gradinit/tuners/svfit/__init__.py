@@ -1,0 +1,4 @@
+"""Layers that train singular values: the tuner model, the layer, the saved forms."""
+
+from .model import SVFitModel
+from .saving import live_layers

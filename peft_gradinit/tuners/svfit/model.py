@@ -1,0 +1,198 @@
+"""The SVFit tuner: wraps linear layers, computes their bases, and saves and loads both forms."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ...errors import ConfigError, TargetError, warn
+from ...layouts import weight_hash
+from ...records import (
+    AdapterRecord,
+    WithReports,
+    attach_record,
+    attend,
+    card_tags,
+    keep_record,
+    patterns,
+    records_of,
+)
+from ...starts import SpectralConfig, base_fingerprint
+from ...statistics import Fingerprint
+from ..copying import copied_from, copy_adapter
+from ..offloaded import OffloadedBase, check_modules_to_save
+from ..rollback import all_or_nothing, remove_adapter
+from .layer import SVFitLinear, checked_shape
+from .saving import compact_form, live_form, live_layers, lora_form
+
+
+class SVFitModel(WithReports, OffloadedBase, BaseTuner):
+    """Adapters that train the `r` numbers of `delta` in `y = W x + U (delta * (Vh x))`."""
+
+    prefix: str = "svfit_"
+    tuner_layer_cls = SVFitLinear
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    @property
+    def model_tags(self) -> list[str]:
+        """Tags that `Trainer` and TRL put on the cards that they write."""
+        return card_tags(self)
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Wrap the targets and compute their bases; after a failure the model is as it was.
+
+        `autocast_adapter_dtype` has no effect, since the adapter is float32, nor has
+        `low_cpu_mem_usage`, since a basis cannot be computed on the meta device.
+        """
+        with all_or_nothing(model, lambda: remove_adapter(self, adapter_name)):
+            self._inject(model, adapter_name, (autocast_adapter_dtype, False, state_dict))
+
+    def _inject(self, model: nn.Module, adapter_name: str, options: tuple[Any, ...]) -> None:
+        config = cast("SpectralConfig", self.peft_config[adapter_name])
+        source = copied_from(self.peft_config, adapter_name)
+        _check_not_merged(model)
+        check_modules_to_save(model, config)
+        weights = base_fingerprint(model, config)
+        super().inject_adapter(model, adapter_name, *options)
+        layers = live_layers(model, adapter_name)
+        lowered = _lowered_ranks(config, layers, adapter_name)
+        if source is not None:
+            copy_adapter(model, source, adapter_name)
+        for name, layer in layers.items():
+            if source is None:
+                weight = _finite_matrix(name, layer)
+                layer.fill(adapter_name, *config.basis(weight, layer.r[adapter_name], name))
+            layer.weight_hash[adapter_name] = weight_hash(layer.get_base_layer())
+        bases = [layer.get_base_layer() for layer in layers.values()]
+        ranks = {name: layer.r[adapter_name] for name, layer in layers.items()}
+        record = AdapterRecord(
+            resolved={"rank_pattern": {**lowered, **config.rank_pattern}} if lowered else {},
+            ranks=ranks,
+            fan_in_fan_out=any(isinstance(base, Conv1D) for base in bases),
+            fingerprint=Fingerprint(
+                statistic=config.needs().statistic,
+                weights=weights,
+                targets={n: [x.out_features, x.in_features, ranks[n]] for n, x in layers.items()},
+                options=config.basis_options(),
+            ),
+        )
+        keep_record(model, adapter_name, record)
+        attach_record(config, record)
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        shape = checked_shape(current_key, base)
+        r = min(*shape, peft_config.requested_rank(current_key, shape))
+        layer = target if isinstance(target, SVFitLinear) else SVFitLinear(target)
+        layer.add_adapter(adapter_name, r)
+        if layer is not target:
+            setattr(parent, target_name, layer)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        # PEFT would ignore the argument without a warning.
+        if kwargs.get("adapter_names") is not None:
+            raise ConfigError(
+                f"SVFit cannot mix adapters in one batch, got adapter_names="
+                f"{kwargs['adapter_names']!r}; save the adapters and load them as plain LoRA with "
+                "PeftModel.from_pretrained, which can."
+            )
+        yield
+
+    def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
+        """Refuse with `ConfigError`: a sum of spectral adapters is no spectral adapter."""
+        raise ConfigError(
+            f"add_weighted_adapter cannot combine the live SVFit adapters {adapters}; save them and "
+            "combine them as plain LoRA, loaded with PeftModel.from_pretrained."
+        )
+
+    # Saving and loading: PEFT's hooks ---------------------------------------------------------
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: Any,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        attend(model)
+        attach_record(config, records_of(model).get(adapter_name))
+        entries = super()._get_adapter_state_dict(
+            model, config, adapter_name, state_dict, unwanted_adapter_names
+        )
+        if config.saves_lora:
+            return lora_form(entries, adapter_name, config.factors)
+        return compact_form(entries, adapter_name, live_layers(model, adapter_name))
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        layers = live_layers(model, adapter_name)
+        state_dict = live_form(state_dict, config, adapter_name, layers)
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
+
+def _check_not_merged(model: nn.Module) -> None:
+    for layer in model.modules():
+        if isinstance(layer, BaseTunerLayer) and layer.merged:
+            raise ConfigError(
+                f"the adapters {layer.merged_adapters} are merged into the base weights, whose "
+                "singular vectors a new adapter needs; call unmerge_adapter() first."
+            )
+
+
+def _finite_matrix(name: str, layer: SVFitLinear) -> Tensor:
+    shape = (layer.out_features, layer.in_features)
+    weight = layer.base_matrix()
+    if weight.is_meta or tuple(weight.shape) != shape:
+        raise TargetError(
+            f"SVFit needs the whole weight of {name}, {shape}, but got {tuple(weight.shape)} on "
+            f"{weight.device}; load or gather the weights before adding the adapter."
+        )
+    if not weight.isfinite().all():
+        raise TargetError(
+            f"the weight of {name} has values that are not finite and no singular vectors; repair "
+            "the base model, or add the module to exclude_modules."
+        )
+    return weight
+
+
+def _lowered_ranks(
+    config: SpectralConfig, layers: dict[str, SVFitLinear], adapter_name: str
+) -> dict[str, int]:
+    """A `rank_pattern` for the layers with fewer directions than asked for; warns of them."""
+    lowered, notes = {}, []
+    for name, layer in layers.items():
+        shape, r = (layer.out_features, layer.in_features), layer.r[adapter_name]
+        if r < (requested := config.requested_rank(name, shape)):
+            lowered[name] = r
+            notes.append(f"{name} ({r} of {requested})")
+    if lowered:
+        warn(
+            "these layers have fewer singular directions than asked for and get a lower rank: "
+            f"{', '.join(notes)}."
+        )
+    return patterns(lowered, None)

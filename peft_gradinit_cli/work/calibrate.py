@@ -1,0 +1,210 @@
+"""What `peft-gradinit calibrate` does."""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import PartialState
+
+from peft_gradinit.calibration import CalibrationResult
+from peft_gradinit.errors import ConfigError
+from peft_gradinit.methods import METHODS
+from peft_gradinit.recipes import (
+    CalibrationSection,
+    DataSection,
+    Estimate,
+    MethodSection,
+    ModelSection,
+    section_of,
+)
+
+from ..output import Listing, console, human_bytes
+from .jobs import NO_DATA, Job, Place
+
+_Fields = Mapping[str, Any]
+
+
+def run(
+    *,
+    model: _Fields,
+    data: _Fields,
+    method: _Fields,
+    calibration: _Fields,
+    place: _Fields,
+    device: str | None,
+    processes: int | None,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Measure what a method needs, and keep it in a folder; or say what it would cost.
+
+    Args:
+        model: fields of the section.
+        data: the same; the path can be missing from a dry run.
+        method: the same, with targets and options as the command line has them.
+        calibration: the same.
+        place: fields of the place; the folder can be missing from a dry run.
+        device: name of the device. Default: the first accelerator.
+        processes: that would share the data of a dry run. Default: those that were launched.
+        dry_run: say the costs and stop.
+        as_json: print JSON.
+    """
+    _check(data["path"], place["folder"], method["name"], calibration["estimator"], dry_run)
+    job = Job(
+        section_of(ModelSection, **model),
+        section_of(DataSection, **{**data, "path": data["path"] or NO_DATA}),
+        section_of(
+            MethodSection,
+            **{
+                **method,
+                "target_modules": _names(method["target_modules"]),
+                "options": _options(method["options"]),
+            },
+        ),
+        CalibrationSection(**calibration),
+    )
+    state = PartialState()
+    where = _device(device or str(state.device or "cpu"))
+    if dry_run:
+        costs = job.estimate(where, processes or state.num_processes)
+        if state.is_main_process:
+            _show_estimate(costs, as_json)
+        return
+    there = Place(**place)
+    result = job.run(where, there, progress=state.is_main_process)
+    if state.is_main_process:
+        there.write(result, job)
+        _show_result(result, there.folder, job, as_json)
+    state.wait_for_everyone()
+
+
+def _check(
+    path: str | None, folder: Path | None, method: str, estimator: str, dry_run: bool
+) -> None:
+    if not dry_run and (path is None or folder is None):
+        raise ConfigError(
+            f"a calibration needs DATA and OUTPUT, got {path!r} and {str(folder)!r}; only --dry-run "
+            "can do without."
+        )
+    names = [m.name for m in METHODS if m.needed() != "nothing"]
+    if method not in names:
+        raise ConfigError(f"method must be one of {names}, got {method!r}.")
+    if estimator not in ("sketch", "dense"):
+        raise ConfigError(f"estimator must be 'sketch' or 'dense', got {estimator!r}.")
+
+
+def _show_estimate(costs: Estimate, as_json: bool) -> None:
+    if as_json:
+        Listing("", (), (), dataclasses.asdict(costs)).show(as_json=True)
+        return
+    facts = {
+        "reads": f"{costs.n_sequences:,} sequences, {costs.n_tokens:,} tokens",
+        "measures": f"{costs.n_targets:,} matrices",
+        "memory": f"{human_bytes(costs.weight_bytes)} of weights, "
+        f"{human_bytes(costs.statistic_bytes)} of statistics, about "
+        f"{human_bytes(costs.activation_bytes)} of activations",
+        "volume": f"{human_bytes(costs.result_bytes)} on disk",
+        "between processes": _traffic(costs),
+        "arithmetic": f"{costs.flops:.2e} FLOP, {costs.statistic_flops:.2e} of them for statistics",
+        "time": f"about {costs.seconds:.3g} s at the speed measured here",
+        "whole matrices instead": f"{human_bytes(costs.dense_bytes)} of statistics, "
+        f"{human_bytes(costs.dense_summed_bytes)} summed, {costs.dense_flops:.2e} FLOP",
+    }
+    Listing("", (), (), facts).show(as_json=False)
+
+
+def _traffic(costs: Estimate) -> str:
+    if costs.n_processes == 1:
+        return "nothing: one process"
+    sent = costs.agreed_bytes + costs.broadcast_bytes
+    return (
+        f"{human_bytes(costs.summed_bytes)} summed, {human_bytes(sent)} broadcast, "
+        f"{costs.n_processes} processes"
+    )
+
+
+def _show_result(result: CalibrationResult, output: Path, job: Job, as_json: bool) -> None:
+    facts = dataclasses.asdict(result.facts)
+    if as_json:
+        Listing("", (), (), {"output": str(output), **facts, "failures": result.failures}).show(
+            True
+        )
+        return
+    loss = "" if result.facts.loss is None else f", loss {result.facts.loss:.4f}"
+    name = type(job.config()).__name__
+    console.print(
+        f"{len(result.readouts)} layers from {result.facts.n_sequences:,} sequences "
+        f"({result.facts.n_tokens:,} tokens; ended by {result.facts.stopped_by}){loss}, "
+        f"{result.facts.seconds:.1f} s",
+        highlight=False,
+    )
+    for layer, reason in result.failures.items():
+        console.print(f"not measured: {layer}: {reason}", highlight=False)
+    console.print(
+        f"{name}(r={job.method.r}, target_modules={job.method.target_modules!r}, "
+        f'calibration="{output}")',
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def _names(text: str) -> str | list[str]:
+    """Plain names become a list, in which PEFT looks for suffixes; else it is one regular expression."""
+    if text == "all-linear" or not re.fullmatch(r"[\w.,]+", text):
+        return text
+    return text.split(",")
+
+
+def _device(name: str) -> torch.device:
+    """A device by its name.
+
+    Args:
+        name: from the command line.
+
+    Returns:
+        The device.
+
+    Raises:
+        ConfigError: if there is none of that name here.
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(
+            f"--device {name!r} cannot be used here ({reason}); `peft-gradinit doctor` lists what "
+            "can."
+        ) from error
+    return device
+
+
+def _options(pairs: list[str]) -> dict[str, Any]:
+    """Parse KEY=VALUE, the value as YAML.
+
+    Args:
+        pairs: from the command line.
+
+    Returns:
+        The values by key.
+
+    Raises:
+        ConfigError: if a pair has no `=`, or a value is not YAML.
+    """
+    return dict(map(_key_and_value, pairs))
+
+
+def _key_and_value(pair: str) -> tuple[str, Any]:
+    key, equals, value = pair.partition("=")
+    if not equals:
+        raise ConfigError(f"--option takes KEY=VALUE, got {pair!r}.")
+    try:
+        return key, yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"--option {pair!r}: the value is not YAML: {reason}.") from error

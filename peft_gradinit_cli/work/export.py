@@ -1,0 +1,80 @@
+"""What `peft-gradinit export` does."""
+
+from pathlib import Path
+from typing import get_args
+
+from peft import PeftModel
+
+from peft_gradinit.errors import ConfigError, GradInitError
+from peft_gradinit.export import ExportTarget, export_adapter
+from peft_gradinit.files import check_writable
+from peft_gradinit.records import SavedAdapter, read_adapter, read_provenance
+from peft_gradinit.tuners import load_for_training
+
+from ..output import Column, Listing
+from .bases import load_base
+
+
+def run(
+    adapter: str,
+    output: Path,
+    *,
+    base: str | None,
+    target: str,
+    rank: int | None,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Write an adapter in the form that is needed.
+
+    Args:
+        adapter: folder or Hub name.
+        output: folder to write.
+        base: its base model. Default: the one that the adapter names.
+        target: which form.
+        rank: to which every layer is truncated.
+        overwrite: replace what is in `output`.
+        as_json: print JSON.
+
+    Raises:
+        ConfigError: if there is no such form, or no base model is named.
+    """
+    if target not in get_args(ExportTarget):
+        raise ConfigError(f"--target must be one of {get_args(ExportTarget)}, got {target!r}.")
+    check_writable(output.parent)
+    saved = read_adapter(adapter)
+    saved.check_untouched_base()
+    name = base or saved.config.base_model_name_or_path
+    if not name:
+        raise ConfigError(f"{adapter!r} does not name its base model; give --base.")
+    peft_model = _loaded(saved, name)
+    report = export_adapter(
+        peft_model,
+        output,
+        target,  # pyright: ignore[reportArgumentType] checked above
+        rank,
+        overwrite=overwrite,
+    )
+    rows = [
+        {"layer": x.name, "r": x.r, "exported_r": x.exported_r, "error": x.relative_error}
+        for x in report.layers
+    ]
+    columns = (
+        Column("layer", "layer"),
+        Column("r", "r", "d"),
+        Column("exported_r", "exported", "d"),
+        Column("error", "relative error", ".2e"),
+    )
+    facts = {"written": str(output), "target": target, "rank": report.rank}
+    facts["largest relative error"] = report.largest_error
+    Listing("", columns, rows, facts).show(as_json)
+
+
+def _loaded(saved: SavedAdapter, base: str) -> PeftModel:
+    """The adapter in its live form if it is from this package, else as PEFT loads it."""
+    model = load_base(base, saved)
+    try:
+        read_provenance(saved.directory)
+    except GradInitError:
+        return PeftModel.from_pretrained(model, saved.directory)
+    return load_for_training(model, saved.directory)

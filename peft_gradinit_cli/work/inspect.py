@@ -1,0 +1,172 @@
+"""What `peft-gradinit inspect` does."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from peft_gradinit.analysis import draw_drift, draw_rank_map, draw_spectra, suggested_ranks
+from peft_gradinit.calibration import CalibrationResult
+from peft_gradinit.errors import GradInitError
+from peft_gradinit.linalg import effective_rank
+from peft_gradinit.records import SavedAdapter, read_adapter, read_provenance, relative_norm
+
+from ..output import Column, Listing
+from .bases import weights_of
+from .kinds import is_calibration
+
+_FULL, _EMPTY = 0.8, 0.3
+"""Effective rank over `r` above which a layer could use more, and below which less would do."""
+
+
+def run(path: str, *, base: str | None, rank: int | None, plot: Path | None, as_json: bool) -> None:
+    """Show a calibration or an adapter layer by layer.
+
+    Args:
+        path: of either.
+        base: the original base model of an adapter.
+        rank: mean rank that the suggestions for a calibration share out. Default: half of the largest
+            that it serves.
+        plot: folder of the pictures.
+        as_json: print JSON.
+    """
+    if is_calibration(path):
+        listing = _of_calibration(CalibrationResult.load(path), rank, plot)
+    else:
+        adapter = read_adapter(path)
+        listing = _of_adapter(adapter, base, plot)
+    listing.show(as_json)
+
+
+def _of_calibration(result: CalibrationResult, rank: int | None, plot: Path | None) -> Listing:
+    need, columns = result.need, [Column("layer", "layer"), Column("shape", "out x in")]
+    columns.append(Column("norm", need.norm, ".3g"))
+    rows: list[dict[str, Any]] = [_measured(result, name) for name in result.readouts]
+    facts: dict[str, Any] = {
+        "statistic": result.fingerprint.statistic,
+        "data": f"{result.facts.n_sequences:,} sequences, {result.facts.n_tokens:,} tokens, ended "
+        f"by {result.facts.stopped_by}",
+        "loss": result.facts.loss,
+    }
+    if triplets := result.triplets:
+        most = max(1, min(len(svd.S) for svd in triplets.values()) // max(1, need.size(1)))
+        rank = rank or max(1, most // 2)
+        suggested = suggested_ranks(result, rank)
+        rows = [row | _spectrum(result, row["layer"], (rank, most), suggested) for row in rows]
+        facts["suggestion"] = _most_and_least(suggested, rank)
+        columns += [
+            Column("captured", f"in r {rank}", ".1%"),
+            Column("captured_by_all", f"in r {most}", ".1%"),
+            Column("effective_rank", "effective rank", ".1f"),
+            Column("suggested_rank", "suggested r", "d"),
+        ]
+        if plot is not None:
+            facts["pictures"] = ", ".join((
+                str(draw_spectra(result, plot / "spectra.png")),
+                str(draw_rank_map(suggested, plot / "ranks.png", title="suggested rank")),
+            ))
+    facts["not measured"] = dict(result.failures) or None
+    return Listing("", columns, rows, {k: v for k, v in facts.items() if v is not None})
+
+
+def _measured(result: CalibrationResult, name: str) -> dict[str, Any]:
+    out_features, in_features, _ = result.fingerprint.targets[name]
+    shape = f"{out_features} x {in_features}"
+    return {"layer": name, "shape": shape, "norm": result.energy[name] ** 0.5}
+
+
+def _spectrum(
+    result: CalibrationResult, name: str, ranks: tuple[int, int], suggested: Mapping[str, int]
+) -> dict[str, Any]:
+    readouts, energy = result.readouts[name], result.energy[name]
+    captured = [result.need.captured(readouts, r, energy) for r in ranks]
+    return {
+        "captured": captured[0],
+        "captured_by_all": captured[1],
+        "effective_rank": effective_rank(readouts["S"].double()),
+        "suggested_rank": suggested.get(name) or suggested[name.rpartition("[")[0]],
+        "singular_values": readouts["S"].double().tolist(),
+    }
+
+
+def _of_adapter(adapter: SavedAdapter, base: str | None, plot: Path | None) -> Listing:
+    report = _report(adapter.directory)
+    weight = weights_of(base, adapter) if base else None
+    if weight is not None:
+        adapter.check_untouched_base()
+    captured = {line["name"]: line["captured_energy"] for line in report.get("modules", ())}
+    rows = []
+    for name, update in adapter.layers.items():
+        S = update.svd().S
+        row = {
+            "layer": name,
+            "shape": f"{update.B.shape[0]} x {update.A.shape[1]}",
+            "r": update.r,
+            "scaling": adapter.scaling(name),
+            "norm": math.hypot(*S.tolist()),
+            "effective_rank": effective_rank(S),
+            "captured": captured.get(name),
+            "singular_values": S.tolist(),
+        }
+        if weight is not None:
+            row["drift"] = relative_norm(update, weight(name))
+        rows.append(row)
+    facts = _facts_of_adapter(adapter, report, rows)
+    if plot is not None:
+        drawn = [draw_rank_map({r["layer"]: r["r"] for r in rows}, plot / "ranks.png")]
+        if weight is not None:
+            moved = {r["layer"]: r["drift"] for r in rows}
+            drawn.append(draw_drift({adapter.directory: moved}, plot / "drift.png"))
+        facts["pictures"] = ", ".join(map(str, drawn))
+    columns = [
+        Column("layer", "layer"),
+        Column("shape", "out x in"),
+        Column("r", "r", "d"),
+        Column("scaling", "scaling", ".3g"),
+        Column("norm", "|sBA|", ".3g"),
+        Column("effective_rank", "effective rank", ".1f"),
+    ]
+    columns += [Column("drift", "|sBA| / |W|", ".2%")] if weight is not None else []
+    columns += [Column("captured", "captured at start", ".1%")] if captured else []
+    return Listing("", columns, rows, {k: v for k, v in facts.items() if v})
+
+
+def _facts_of_adapter(
+    adapter: SavedAdapter, report: Mapping[str, Any], rows: list[dict[str, Any]]
+) -> dict[str, Any]:
+    full = [r["layer"] for r in rows if r["r"] > 1 and r["effective_rank"] > _FULL * r["r"]]
+    empty = [r["layer"] for r in rows if r["r"] > 1 and r["effective_rank"] < _EMPTY * r["r"]]
+    overwritten = adapter.overwritten_by
+    return {
+        "started by": report.get("method") or overwritten,
+        "base model": adapter.config.base_model_name_or_path,
+        "base overwritten": overwritten
+        and f"{overwritten} writes into the base: `peft-gradinit convert` frees the adapter of it",
+        "could use more rank": _shortened(full),
+        "less rank would do": _shortened(empty),
+        "other tensors": len(adapter.others),
+    }
+
+
+def _report(directory: str) -> Mapping[str, Any]:
+    """What the start reported, if the adapter is from this package."""
+    try:
+        content = read_provenance(directory)
+    except GradInitError:
+        return {}
+    return content.get("report") or {"method": content.get("method")}
+
+
+def _most_and_least(suggested: Mapping[str, int], rank: int) -> str:
+    ordered = sorted(suggested, key=lambda name: -suggested[name])
+    most = ", ".join(f"{name} {suggested[name]}" for name in ordered[:3])
+    least = ", ".join(f"{name} {suggested[name]}" for name in ordered[::-1][:3])
+    return (
+        f"at a mean rank of {rank}, most to {most}; least to {least} (all with --json, or let "
+        "rank_allocation in the config do it)"
+    )
+
+
+def _shortened(names: list[str]) -> str:
+    shown = ", ".join(names[:4])
+    return f"{len(names)} layers: {shown}{', …' if len(names) > 4 else ''}" if names else ""

@@ -1,0 +1,202 @@
+"""What a calibration of the command line is made of: what is measured, and where the result goes."""
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+
+from peft_gradinit import __version__
+from peft_gradinit.calibration import FILE_NAME, CalibrationResult, Checkpoint
+from peft_gradinit.errors import DataError, OutputError
+from peft_gradinit.files import check_writable, write_json
+from peft_gradinit.recipes import (
+    CalibrationSection,
+    DataSection,
+    Estimate,
+    MethodSection,
+    ModelSection,
+    adapter_config,
+    calibration_of,
+    empty_model,
+    encode,
+    estimate,
+    labels_of,
+    load_model,
+    load_processor,
+    load_rows,
+    task_of,
+)
+from peft_gradinit.starts import planned_targets
+from peft_gradinit.tuners import calibrate as run_calibration
+
+NO_DATA = "none"
+"""In place of a path: an estimate takes sequences of the full length."""
+
+PARTIAL_NAME, RECORD_NAME = "partial.safetensors", "calibration.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where the result goes, and how.
+
+    Attributes:
+        folder: of the result.
+        overwrite: replace a result that is there.
+        resume: continue with the unfinished sums that are there.
+        save_every: seconds between two saves of them.
+
+    Raises:
+        OutputError: if there is a result already, or the folder cannot be written to.
+    """
+
+    folder: Path
+    overwrite: bool
+    resume: bool
+    save_every: float
+
+    def __post_init__(self) -> None:
+        if (self.folder / FILE_NAME).exists() and not self.overwrite:
+            raise OutputError(
+                f"{str(self.folder)!r} holds a calibration already; give another folder, or "
+                "--overwrite."
+            )
+        check_writable(self.folder)
+
+    @property
+    def partial(self) -> Path:
+        """Where the unfinished sums are kept."""
+        return self.folder / PARTIAL_NAME
+
+    def checkpoint(self, job: "Job") -> Checkpoint:
+        """Where and how often the pass of a job saves its sums."""
+        if not self.resume:
+            self.partial.unlink(missing_ok=True)
+        return Checkpoint(self.partial, job.identity(), self.save_every)
+
+    def write(self, result: CalibrationResult, job: "Job") -> None:
+        """Write the result, and what it was made from."""
+        result.save(self.folder)
+        record = {
+            "peft_gradinit": __version__,
+            "model": job.model.model_dump(),
+            "data": job.data.model_dump(),
+            "method": job.method.model_dump(),
+            "calibration": job.calibration.model_dump(),
+            "facts": dataclasses.asdict(result.facts),
+        }
+        write_json(self.folder / RECORD_NAME, record)
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What is measured on what.
+
+    Attributes:
+        model: which model, and how it is loaded.
+        data: which data, and how they are read.
+        method: tells the statistic, the targets and their ranks.
+        calibration: budgets and estimator.
+    """
+
+    model: ModelSection
+    data: DataSection
+    method: MethodSection
+    calibration: CalibrationSection
+
+    def run(self, device: torch.device, place: Place, *, progress: bool) -> CalibrationResult:
+        """Calibrate.
+
+        Args:
+            device: where the model runs.
+            place: where the unfinished sums go.
+            progress: show a progress bar.
+
+        Returns:
+            The result.
+        """
+        rows, processor, labels = self._data()
+        model = load_model(self.model, labels)
+        if self.model.quantization is None:
+            model.to(device)
+        data = calibration_of(
+            rows, self.calibration, processor, progress=progress, checkpoint=place.checkpoint(self)
+        )
+        return run_calibration(model, self.config(), data)
+
+    def identity(self) -> str:
+        """Tells the sums of this job apart from those of others.
+
+        Of the model as well: fingerprints are the same for a float32 model and its bfloat16 copy.
+        Of a file that was changed in between, size and time.
+        """
+        path = Path(self.data.path)
+        stamp = [path.stat().st_size, path.stat().st_mtime_ns] if path.is_file() else None
+        model, data = self.model.model_dump(), self.data.model_dump()
+        return json.dumps([model, data, self.calibration.batch_size, stamp], sort_keys=True)
+
+    def estimate(self, device: torch.device, n_processes: int = 1) -> Estimate:
+        """What running it would cost; reads the data, if there are any, but no weights.
+
+        Args:
+            device: whose speed is measured.
+            n_processes: that would share the data.
+
+        Returns:
+            The costs.
+        """
+        lengths, labels = self._lengths()
+        model, config = empty_model(self.model, labels), self.config()
+        return estimate(
+            model,
+            planned_targets(model, config),
+            config.needs(),
+            lengths,
+            self.calibration,
+            device=device,
+            quantization=self.model.quantization,
+            n_processes=n_processes,
+        )
+
+    def _lengths(self) -> tuple[list[int], list[str] | None]:
+        """Lengths of the sequences that will be read, and names of the classes."""
+        if self.data.path == NO_DATA:
+            calibration = calibration_of((), self.calibration, None)
+            rows = itertools.repeat({"input_ids": range(self.data.max_length)})
+            return list(_lengths(rows, calibration)), None
+        rows, processor, labels = self._data()
+        return list(_lengths(rows, calibration_of(rows, self.calibration, processor))), labels
+
+    def _data(self) -> tuple[Any, Any, list[str] | None]:
+        datasets.disable_progress_bars()
+        rows = load_rows(self.data)
+        labels, processor = labels_of(rows, self.data), load_processor(self.model)
+        if isinstance(rows, datasets.Dataset):
+            rows = rows.to_iterable_dataset()  # nothing is tokenised that is not read
+        encoded = encode(rows, self.data, task_of(self.model), processor)
+        if next(iter(encoded), None) is None:  # bad data are told before a model is loaded
+            raise DataError(
+                f"the data {self.data.path!r} have no usable row in the split {self.data.split!r}."
+            )
+        return encoded, processor, labels
+
+    def config(self) -> Any:
+        """The config of the method; what its calibration is, is not asked here."""
+        return adapter_config(self.method, task_of(self.model), calibration="unused")
+
+
+def _lengths(rows: Any, calibration: Any) -> Iterator[int]:
+    """Lengths of the sequences that fit into the budget."""
+    n_batches, budget = calibration.max_batches, calibration.token_budget
+    stop = None if n_batches is None else n_batches * calibration.batch_size
+    total = 0
+    for row in itertools.islice(rows, stop):
+        length = len(row["input_ids"]) if "input_ids" in row else 1
+        total += length
+        yield length
+        if budget is not None and total >= budget:
+            return
