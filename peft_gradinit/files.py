@@ -1,16 +1,25 @@
 """Writes files and folders as a whole or not at all.
 
-Content goes to a temporary name beside its place, is flushed to the disk, and is then renamed. A
+Content goes into a work folder beside its place, is flushed to the disk, and is then renamed. A
 full disk, a missing permission or a killed process leaves what was there before; the error says
 what to do.
+
+The work folder `.NAME.….part` has a random name, and only its owner can read it: nobody can foresee
+it or put a link into it, and savers that run at the same time do not meet. The saver holds a lock
+on it. The next save to the same place removes work folders without a saver, which killed runs
+leave. Where the system has no such locks, they stay.
 """
 
 import errno
+import hashlib
 import json
 import os
+import platform
 import re
 import shutil
+import stat
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -19,6 +28,19 @@ from typing import Any
 from safetensors import SafetensorError
 
 from .errors import ExportError, OutputError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+_HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
+"""Part of the names of this machine's work folders; its locks may be unknown to other machines."""
+
+_ABANDONED_SECONDS = 86_400
+"""Work folders of other machines, and of earlier versions, are left-overs after this time."""
+
+_OCCUPIED = (errno.ENOTEMPTY, errno.EEXIST)
 
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 """How safetensors, written in Rust, reports an error of the system."""
@@ -44,17 +66,15 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     cannot be written) it is still there.
     """
     path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     with _errors_explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            yield beside
-            beside.chmod(0o666 & ~_umask())  # safetensors makes files that only the owner can read
-            _flush(beside)
-            beside.replace(path)
+        with _work_folder(path) as work:
+            new = work / path.name
+            yield new
+            new.chmod(0o666 & ~_umask())  # safetensors makes files that only the owner can read
+            _flush(new)
+            new.replace(path)
             _flush(path.parent)
-        finally:
-            beside.unlink(missing_ok=True)
 
 
 def write_json(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
@@ -70,8 +90,9 @@ def whole_folder(
     """Yield an empty folder; rename it to `folder` when the block ends without an error.
 
     After an error nothing has changed. A folder cannot be exchanged in one step: if the process is
-    killed between the two renames, `folder` is missing, and the old one lies beside it under a name
-    that ends in `.old`.
+    killed between the two renames, `folder` is missing, and the old one lies in the work folder
+    `.NAME.….part/old` beside it; the next call puts it back first. Of several calls at the same
+    time the last one stays.
 
     Args:
         folder: where the folder goes; missing parents are made.
@@ -85,20 +106,34 @@ def whole_folder(
         OutputError: if it cannot be written.
     """
     target = Path(os.path.abspath(folder))  # noqa: PTH100 `resolve` would follow a link
+    with _errors_explained(target):
+        _remove_left_overs(target)
     _check_replaceable(target, overwrite, is_ours)
     with _errors_explained(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        part = _empty_folder_beside(target, ".part")
-        try:
-            yield part
-            part.chmod(0o777 & ~_umask())  # made so that only the owner can read it
-            for path in [*part.rglob("*"), part]:
+        with _work_folder(target) as work:
+            new = work / "new"
+            new.mkdir()
+            yield new
+            for path in [*new.rglob("*"), new]:
                 _flush(path)
             _check_replaceable(target, overwrite, is_ours)
-            _replace_folder(target, part)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
-        _flush(target.parent)
+            _put_in_place(new, target, lambda: _check_replaceable(target, overwrite, is_ours))
+            _flush(target.parent)
+
+
+def check_is_file(path: str | os.PathLike[str]) -> None:
+    """Refuse to open what is no ordinary file: a FIFO or a device may never end.
+
+    Args:
+        path: what is to be read; a missing file is left to the reader.
+
+    Raises:
+        OSError: if there is something else.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise OSError(f"{str(path)!r} is a FIFO, a device or a socket, not a file")
 
 
 def check_writable(folder: str | os.PathLike[str]) -> None:
@@ -135,8 +170,79 @@ def _number(error: Exception) -> int | None:
     return int(found.group(1)) if found else None
 
 
-def _empty_folder_beside(target: Path, ending: str) -> Path:
-    return Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=ending))
+@contextmanager
+def _work_folder(target: Path) -> Iterator[Path]:
+    """A new folder beside `target` that is locked until the block ends, and then removed."""
+    _remove_left_overs(target)
+    folder, lock = _new_locked_folder(target)
+    try:
+        yield folder
+    finally:
+        _discard(folder, target)
+        if lock is not None:
+            os.close(lock)
+
+
+def _new_locked_folder(target: Path) -> tuple[Path, int | None]:
+    while True:
+        prefix = f".{target.name}.{_HOST}."
+        folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=prefix, suffix=".part"))
+        with suppress(FileNotFoundError):
+            lock = _lock(folder, wait=True)
+            if folder.exists():
+                return folder, lock
+            if lock is not None:
+                os.close(lock)
+        # Another saver took it for a left-over before it was locked.
+
+
+def _lock(folder: Path, *, wait: bool) -> int | None:
+    """Lock a folder until its handle is closed; `None` if it is locked already or cannot be."""
+    if fcntl is None:
+        return None
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        os.close(handle)
+        return None
+    return handle
+
+
+def _remove_left_overs(target: Path) -> None:
+    """Remove work folders of killed savers of `target`."""
+    if fcntl is None or not target.parent.is_dir():
+        return
+    name = re.compile(
+        rf"\.{re.escape(target.name)}\.(?P<host>{_HOST}\.)?[a-z0-9_]{{8}}\.(part|old)"
+    )
+    for folder in target.parent.iterdir():
+        if not (found := name.fullmatch(folder.name)):
+            continue
+        with suppress(OSError):  # another saver removes it as well, or it is not ours
+            if not _is_own_folder(folder, old_enough=bool(found["host"])):
+                continue
+            if (lock := _lock(folder, wait=False)) is not None:
+                _discard(folder, target)
+                os.close(lock)
+
+
+def _is_own_folder(folder: Path, *, old_enough: bool) -> bool:
+    """Whether `tempfile` made a folder for this user, and its saver is known here or long gone."""
+    facts = folder.lstat()
+    private = stat.S_ISDIR(facts.st_mode) and facts.st_uid == os.geteuid()
+    return private and (old_enough or time.time() - facts.st_mtime > _ABANDONED_SECONDS)
+
+
+def _discard(work: Path, target: Path) -> None:
+    """Remove a work folder; an old folder in it goes back first if nothing is in its place."""
+    old = work if work.suffix == ".old" else work / "old"
+    if old.is_dir() and not target.exists() and (old != work or any(old.iterdir())):
+        try:
+            old.rename(target)
+        except OSError:
+            return  # it is the only one
+    shutil.rmtree(work, ignore_errors=True)
 
 
 def _check_replaceable(target: Path, overwrite: bool, is_ours: Callable[[str], bool]) -> None:
@@ -146,7 +252,10 @@ def _check_replaceable(target: Path, overwrite: bool, is_ours: Callable[[str], b
         raise ExportError(
             f"{str(target)!r} is not a directory, and an export is one; pass another path."
         )
-    names = sorted(path.name for path in target.iterdir())
+    try:
+        names = sorted(path.name for path in target.iterdir())
+    except FileNotFoundError:
+        return  # another export is just replacing it
     others = [name for name in names if not is_ours(name)]
     if others:
         raise ExportError(
@@ -160,22 +269,20 @@ def _check_replaceable(target: Path, overwrite: bool, is_ours: Callable[[str], b
         )
 
 
-def _replace_folder(target: Path, part: Path) -> None:
-    if not target.exists():
-        part.rename(target)
-        return
-    old = _empty_folder_beside(target, ".old")
-    try:
-        target.rename(old)  # onto an empty folder
-    except BaseException:
-        old.rmdir()
-        raise
-    try:
-        part.rename(target)
-    except BaseException:
-        old.rename(target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+def _put_in_place(new: Path, target: Path, check: Callable[[], None]) -> None:
+    """Rename a folder; one that is in the way is moved into the work folder if `check` allows."""
+    old = new.with_name("old")
+    while True:
+        try:
+            new.rename(target)  # also onto an empty folder
+            return
+        except OSError as error:
+            if error.errno not in _OCCUPIED:
+                raise
+        check()
+        shutil.rmtree(old, ignore_errors=True)
+        with suppress(FileNotFoundError):  # another export was faster
+            target.rename(old)
 
 
 def _umask() -> int:

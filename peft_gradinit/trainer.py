@@ -71,8 +71,8 @@ class CalibrationCallback(TrainerCallback):
 
         if not isinstance(trainer, Trainer):
             raise ConfigError(
-                f"CalibrationCallback needs the trainer, got {type(trainer).__name__}; make the trainer "
-                "first, then trainer.add_callback(CalibrationCallback(trainer))."
+                f"CalibrationCallback needs the trainer, got {type(trainer).__name__}; make the "
+                "trainer first, then trainer.add_callback(CalibrationCallback(trainer))."
             )
         self.trainer = trainer
         self.adapter_name = adapter_name
@@ -101,9 +101,9 @@ class CalibrationCallback(TrainerCallback):
             self._warn_of_no_work(state)
         elif state.global_step:
             raise NotInitializedError(
-                f"training resumes at step {state.global_step}, but the checkpoint gave the adapters "
-                f"{waiting} no start, and a new one would not fit the rest of the run; resume from a "
-                "checkpoint that holds them, or train from the beginning."
+                f"training resumes at step {state.global_step}, but the checkpoint gave the "
+                f"adapters {waiting} no start, and a new one would not fit the rest of the run; "
+                "resume from a checkpoint that holds them, or train from the beginning."
             )
         for name in waiting:
             if name in deferred_adapters(peft_model):  # a copy of an earlier one is filled by now
@@ -127,7 +127,8 @@ class CalibrationCallback(TrainerCallback):
         self._has_warned = True
         warn(
             "CalibrationCallback has nothing to do: every adapter has its start already. It serves "
-            "adapters made with calibration='deferred'; remove the callback, or defer the calibration."
+            "adapters made with calibration='deferred'; remove the callback, or defer the "
+            "calibration."
         )
 
     def _start(self, model: nn.Module, peft_model: PeftModel, adapter_name: str) -> None:
@@ -183,10 +184,10 @@ def _peft_model(model: nn.Module) -> PeftModel:
             return peft_model
     kinds = [str(config.peft_type) for m in peft_models for config in m.peft_config.values()]
     raise ConfigError(
-        f"CalibrationCallback found no adapter of this package in {type(model).__name__} (adapters: "
-        f"{kinds or None}), so training would not start from a calibration; pass a config such as "
-        "peft_gradinit.LoraGAConfig(…, calibration='deferred') to get_peft_model or as peft_config, or "
-        "remove the callback."
+        f"CalibrationCallback found no adapter of this package in {type(model).__name__} "
+        f"(adapters: {kinds or None}), so training would not start from a calibration; pass a "
+        "config such as peft_gradinit.LoraGAConfig(…, calibration='deferred') to get_peft_model or "
+        "as peft_config, or remove the callback."
     )
 
 
@@ -204,9 +205,9 @@ def _drop_meaningless_check(config: Any, trainer: "Trainer") -> None:
     if _is_online(trainer) and config.checks_step:
         config.check_step = False
         warn(
-            f"the step that {config.method} starts with is not checked: the value of a policy-gradient "
-            f"loss ({type(trainer).__name__}) does not tell a good step from a bad one; set "
-            "check_step=False to accept that, or another method."
+            f"the step that {config.method} starts with is not checked: the value of a "
+            f"policy-gradient loss ({type(trainer).__name__}) does not tell a good step from a bad "
+            "one; set check_step=False to accept that, or another method."
         )
 
 
@@ -269,8 +270,8 @@ def _rereadable(dataset: Any) -> Any:
     except Exception as error:
         raise DataError(
             f"the training data ({type(dataset).__name__}) are a stream that cannot be copied "
-            f"({error}), so the calibration would take samples away from training; open the stream in "
-            "__iter__, or calibrate first: calibrate(model, config, data).save(path), then "
+            f"({error}), so the calibration would take samples away from training; open the stream "
+            "in __iter__, or calibrate first: calibrate(model, config, data).save(path), then "
             "calibration=path in the config."
         ) from error
 

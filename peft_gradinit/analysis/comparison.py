@@ -72,8 +72,8 @@ def compare_calibrations(
         shapes = [tuple(of.fingerprint.targets[name][:2]) for of in (first, second)]
         if shapes[0] != shapes[1]:
             raise AdapterError(
-                f"{name} is {shapes[0]} in the first calibration and {shapes[1]} in the second; give "
-                "calibrations of one model."
+                f"{name} is {shapes[0]} in the first calibration and {shapes[1]} in the second; "
+                "give calibrations of one model."
             )
     return [_angles(name, first.triplets[name], second.triplets[name]) for name in names]
 

@@ -1,8 +1,8 @@
 r"""Converting adapters whose start wrote into the base to plain LoRA on the untouched base.
 
-PiSSA, OLoRA, CorDA and PEFT's LoRA-GA train `B A` beside `W - s B0 A0`. On the original `W` the same
-function is `W + s (B A - B0 A0)`: a LoRA of rank `2r`. The product `s B0 A0` is not in the trained
-adapter. It comes from one of three sources:
+PiSSA, OLoRA, CorDA and PEFT's LoRA-GA train `B A` beside `W - s B0 A0`. On the original `W` the
+same function is `W + s (B A - B0 A0)`: a LoRA of rank `2r`. The product `s B0 A0` is not in the
+trained adapter. It comes from one of three sources:
 
 - the adapter saved right after its start (`initial_update`);
 - the original weights (`recomputed_update`), for PiSSA with the full SVD, and for OLoRA. Their
@@ -117,8 +117,8 @@ def residual_update(
         if not lost <= RESIDUAL_TOLERANCE * whole:
             raise AdapterError(
                 f"the two base models differ in {name} by a matrix that rank "
-                f"{trained.layers[name].r} misses {(lost / whole).item():.0%} of; give the original "
-                f"model, and the one that {trained.directory!r} was trained on."
+                f"{trained.layers[name].r} misses {(lost / whole).item():.0%} of; give the "
+                f"original model, and the one that {trained.directory!r} was trained on."
             )
         return _scaled(svd)
 

@@ -1,4 +1,4 @@
-r"""Intruder dimensions: leading singular vectors of a fine-tuned weight that its base does not have.
+r"""Intruder dimensions: leading singular vectors of a fine-tuned weight that its base lacks.
 
 A leading left singular vector of `W + dW` is an intruder if it resembles none of `W` itself
 (https://arxiv.org/abs/2410.21228). `W` is always the *original* weight. Scaling an intruder's
@@ -47,7 +47,7 @@ def find_intruders(
     factor: float = 0.0,
     rank: int | None = None,
 ) -> list[LayerIntruders]:
-    """Find the intruders among the `top` leading vectors of every layer, and scale them by `factor`.
+    """Find the intruders among the `top` leading vectors of every layer; scale them by `factor`.
 
     A vector is an intruder if its largest cosine is below `threshold`. A `factor` of 0 removes
     intruders, 1 keeps them. `rank` truncates the mitigated updates, which are exact by default.

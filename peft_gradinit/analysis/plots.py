@@ -32,7 +32,7 @@ def check_available() -> None:
 
 
 def draw_spectra(result: CalibrationResult, path: str | os.PathLike[str]) -> Path:
-    """Draw the singular values of every layer, over its statistic's norm, in a panel for each kind."""
+    """Draw singular values over their statistic's norm, in a panel for each kind of layer."""
     kinds: dict[str, list[str]] = {}
     for name in result.triplets:
         kinds.setdefault(_place(name)[1], []).append(name)

@@ -23,8 +23,9 @@ def suggested_ranks(result: CalibrationResult, mean_rank: int) -> dict[str, int]
     measured = min((len(values) for values in scores.values()), default=0)
     if not 1 <= mean_rank <= measured:
         raise ConfigError(
-            f"the calibration serves ranks up to {measured} in its smallest layer, so the mean rank "
-            f"must be between 1 and {measured}, got {mean_rank}; calibrate with a larger r or rho."
+            f"the calibration serves ranks up to {measured} in its smallest layer, so the mean "
+            f"rank must be between 1 and {measured}, got {mean_rank}; calibrate with a larger r or "
+            "rho."
         )
     return allocate_ranks(scores, mean_rank * len(scores), min_rank=1)
 

@@ -169,10 +169,7 @@ class _Triplets(Measured):
 
 @dataclasses.dataclass(frozen=True)
 class Gradients(_Triplets):
-    """Needs triplets of the loss's gradient with respect to the weight.
-
-    `keep_batches` keeps the first batches in the result, see `Replay`.
-    """
+    """Needs triplets of the loss's gradient with respect to the weight."""
 
     statistic = "gradient"
     title = "gradients"
@@ -221,8 +218,8 @@ class Inputs(_Triplets):
         centered: components of `x - mean`, else of `x`.
         use_labels: count only tokens that carry loss, where batches have labels for each token.
         settle: end the pass when, in every layer, the components at one orientation of the sketches
-            explain this share of the variance that those at the next one explain. `None`: never
-            before the end of the budget or of the data.
+            explain this share of what those at the next one explain. `None`: only budget or data
+            end it.
     """
 
     statistic = "inputs"

@@ -74,7 +74,7 @@ class ExportReport:
 
     Attributes:
         target: `"peft"`, `"serving"` or `"merged"`.
-        rank: the one rank of all layers for `"serving"`; the largest for `"peft"`; 0 if there are no
+        rank: the one rank of all layers for `"serving"`; the largest for `"peft"`; 0 without
             factors.
         layers: one line per layer with factors.
     """

@@ -51,7 +51,8 @@ def _check_mergeable(model: nn.Module) -> None:
         if is_quantized(module.get_base_layer()):
             raise ExportError(
                 f"{name} is quantised, and merging would round the adapter away; load the base "
-                "unquantised, add the saved adapter with PeftModel.from_pretrained, and export that."
+                "unquantised, add the saved adapter with PeftModel.from_pretrained, and export "
+                "that."
             )
 
 
@@ -109,7 +110,7 @@ def _must_untie(model: PreTrainedModel, tensors: dict[str, Tensor]) -> bool:
     if apart and model.config.is_encoder_decoder:
         raise ExportError(
             f"the adapter changes one of the tied weights {sorted(tied)}, and a "
-            f"{type(model).__name__} computes something else once they are untied; save the adapter "
-            "with target='peft'."
+            f"{type(model).__name__} computes something else once they are untied; save the "
+            "adapter with target='peft'."
         )
     return apart

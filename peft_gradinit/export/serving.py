@@ -63,8 +63,8 @@ def served_rank(layers: Mapping[str, Factors]) -> int:
         if rank >= layers[largest].r:
             return rank
     raise ExportError(
-        f"{largest} has rank {layers[largest].r}, and servers take at most {SERVED_RANKS[-1]}; pass "
-        f"rank={SERVED_RANKS[-1]} or less to truncate, or use target='merged'."
+        f"{largest} has rank {layers[largest].r}, and servers take at most {SERVED_RANKS[-1]}; "
+        f"pass rank={SERVED_RANKS[-1]} or less to truncate, or use target='merged'."
     )
 
 

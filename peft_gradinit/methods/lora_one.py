@@ -12,7 +12,7 @@ rsLoRA, `s = alpha / r^(1/2)`, as the paper reads.
 |---|---|
 | SVD of the negative gradient, Algorithm 1, lines 2-3 | `calibration.passes.gradients`, `lora_one_factors` |
 | normalised spectral initialisation, Algorithm 1, lines 4-6 | `lora_one_factors` |
-| preconditioned updates, Algorithm 1, lines 7-9 | not here: `peft.optimizers` has a Riemannian optimiser |
+| preconditioned updates, Algorithm 1, lines 7-9 | not here: an optimiser, which would build on `pairs` |
 
 **Departures from the authors' code.**
 

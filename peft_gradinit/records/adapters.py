@@ -70,8 +70,8 @@ class SavedAdapter:
         if scaled:
             raise AdapterError(
                 f"{self.directory!r} adapts more than linear layers: {len(scaled)} tensors such as "
-                f"{scaled[0]} cannot be written at another rank and scaling; merge it into its base "
-                "model instead (`peft-gradinit export --target merged`)."
+                f"{scaled[0]} cannot be written at another rank and scaling; merge it into its "
+                "base model instead (`peft-gradinit export --target merged`)."
             )
 
 

@@ -58,7 +58,7 @@ def complete_card(directory: Path, repo_id: str | None = None) -> None:
 
 
 def new_card(directory: Path) -> None:
-    """Write the Hub's form of a card beside a transformers model, for `complete_card` to replace."""
+    """Write the Hub's form of a card beside a transformers model; `complete_card` replaces it."""
     card = ModelCard.from_template(ModelCardData(library_name="transformers"))
     card.save(directory / CARD)
 
@@ -160,8 +160,8 @@ def _section(facts: dict[str, Any]) -> str:
     if about.get("paper"):
         lead = (
             f"The adapter started from **{facts['method']}** "
-            f"([arXiv:{about['paper']}](https://arxiv.org/abs/{about['paper']})), {about['start']}, "
-            "computed by `peft_gradinit`."
+            f"([arXiv:{about['paper']}](https://arxiv.org/abs/{about['paper']})), {about['start']}"
+            ", computed by `peft_gradinit`."
         )
     parts = [f"## {facts['method']}", lead, _form(facts), _table(facts)]
     if facts["picture"]:
@@ -170,7 +170,8 @@ def _section(facts: dict[str, Any]) -> str:
     parts += ["### Use", _usage(facts)]
     if not facts["base"]:
         parts.append(
-            "The base model had no name on the Hub where this was saved, so the card cannot give it."
+            "The base model had no name on the Hub where this was saved, so the card cannot give "
+            "it."
         )
     return "\n\n".join(part for part in parts if part)
 

@@ -54,8 +54,8 @@ def read_provenance(directory: str | os.PathLike[str]) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise DataError(
-            f"{str(directory)!r} holds no {PROVENANCE_FILE}, so it was not saved from an adapter of this "
-            "package; load plain LoRA with PeftModel.from_pretrained(…, is_trainable=True)."
+            f"{str(directory)!r} holds no {PROVENANCE_FILE}, so it was not saved from an adapter "
+            "of this package; load plain LoRA with PeftModel.from_pretrained(…, is_trainable=True)."
         ) from error
     except (OSError, ValueError) as error:
         raise DataError(

@@ -143,9 +143,9 @@ class InitReport:
             loss = "" if facts.loss is None else f", loss {facts.loss:.4f}"
             lines = [
                 (
-                    f"{self.method}: {len(self.modules)} modules from {facts.n_sequences:,} sequences "
-                    f"({facts.n_tokens:,} tokens, {facts.loss_weight:,.0f} with loss; ended by "
-                    f"{facts.stopped_by}){loss}"
+                    f"{self.method}: {len(self.modules)} modules from {facts.n_sequences:,} "
+                    f"sequences ({facts.n_tokens:,} tokens, {facts.loss_weight:,.0f} with loss; "
+                    f"ended by {facts.stopped_by}){loss}"
                 ),
                 (
                     f"time {facts.seconds:.2f} s, statistics {facts.state_bytes / 2**20:.1f} MiB, "

@@ -1,8 +1,10 @@
 """The base class of all methods' configs: a `LoraConfig` whose start is computed."""
 
 import abc
+import difflib
 import os
 from dataclasses import InitVar, dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import peft
@@ -31,6 +33,7 @@ _UNUSABLE_OPTIONS = {
     "kasa_config": "KaSA rewrites the base weights",
     "arrow_config": "Arrow routes between adapters that are trained already",
     "use_bdlora": "block-diagonal factors cannot hold the start",
+    "alora_invocation_tokens": "the start would be of all tokens, not of the activated ones",
     "use_qalora": "pooled inputs cannot hold the start",
     "monteclora_config": "sampled factors cannot hold the start",
     "velora_config": "compressed inputs cannot hold the start",
@@ -157,6 +160,10 @@ class GradInitConfig(LoraConfig, abc.ABC):
             )
         if value is None or _is_one_of(value, DEFERRED, RESTORED):
             return value
+        if isinstance(value, str) and not Path(value).exists() and _is_like(value, DEFERRED):
+            raise ConfigError(
+                f"{self._name}: there is no calibration at {value!r}; did you mean {DEFERRED!r}?"
+            )
         return Calibration.of(value)
 
     @property
@@ -246,6 +253,10 @@ def _is_one_of(calibration: Any, *words: str) -> bool:
     return isinstance(calibration, str) and calibration in words
 
 
+def _is_like(word: str, known: str) -> bool:
+    return bool(difflib.get_close_matches(word.lower(), [known], cutoff=0.7))
+
+
 def _check_allocation(config: "GradInitConfig") -> None:
     name, allocation = type(config).__name__, config.rank_allocation
     if allocation not in _ALLOCATIONS:
@@ -257,15 +268,15 @@ def _check_allocation(config: "GradInitConfig") -> None:
     _check_limits(name, config)
     if allocation not in (possible := config.needs().allocations):
         raise ConfigError(
-            f"{name} measures {config.needs().title}, which serves rank_allocation in {possible}, got "
-            f"{allocation!r}."
+            f"{name} measures {config.needs().title}, which serves rank_allocation in {possible}, "
+            f"got {allocation!r}."
         )
     if config.allocates_ranks and config.is_deferred:
         raise ConfigError(
-            f"{name}: rank_allocation={allocation!r} decides shapes from data, which a deferred "
-            "adapter does not have yet, and an optimiser (of Trainer, of TRL) is built on shapes; "
-            "calibrate first, calibrate(model, config, data).save(path) with this config and "
-            "calibration=path or data, or keep the ranks with rank_allocation='uniform' or rho=1."
+            f"{name}: pass rho=1 with calibration={DEFERRED!r}; rank_allocation={allocation!r} "
+            "decides shapes from data, which a deferred adapter does not have yet, and an optimiser "
+            "(of Trainer, of TRL) is built on shapes. To have ranks from data, calibrate first: "
+            "calibrate(model, config, data).save(path) and calibration=path, or calibration=data."
         )
 
 

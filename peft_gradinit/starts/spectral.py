@@ -101,8 +101,8 @@ class SpectralConfig(PeftConfig, abc.ABC):
     def _check_parameters(self) -> None:
         if self.target_parameters:
             raise ConfigError(
-                f"{self._name} trains singular values of linear layers, not of parameters without a "
-                f"layer of their own; got target_parameters={self.target_parameters!r}. Use "
+                f"{self._name} trains singular values of linear layers, not of parameters without "
+                f"a layer of their own; got target_parameters={self.target_parameters!r}. Use "
                 "one of the LoRA types, such as LoraGAConfig, for experts."
             )
 

@@ -70,10 +70,10 @@ def compute_start(
     calibration: Any,
     runner: nn.Module | None = None,
 ) -> Start:
-    """Measure, or take a saved result, and compute every target's factors; the model stays as it is.
+    """Measure, or take a saved result, and compute every target's factors.
 
-    `calibration` is a value of `calibration=` other than `"deferred"`. `runner` is the wrapper of a
-    sharded model.
+    The model stays as it is. `calibration` is a value of `calibration=` other than `"deferred"`.
+    `runner` is the wrapper of a sharded model.
 
     Raises:
         ConfigError: if `calibration` is `None`.
@@ -85,8 +85,8 @@ def compute_start(
         raise ConfigError(
             f"{type(config).__name__} has no calibration, and without one the adapter would be "
             "plain LoRA; pass calibration=<DataLoader, dataset, or path of a saved "
-            "CalibrationResult>, or calibration='deferred' and call initialize(peft_model, data), or "
-            "train with a CalibrationCallback."
+            "CalibrationResult>, or calibration='deferred' and call initialize(peft_model, data), "
+            "or train with a CalibrationCallback."
         )
     calibration = Calibration.of(calibration)
     result = measured(model, targets, config, calibration, runner)

@@ -39,8 +39,8 @@ class Target:
         if not weight.isfinite().all():
             raise TargetError(
                 f"the weight of {self.name} has values that are not finite, which no start can be "
-                "computed with; repair the base model, or add it to exclude_modules, or take it out "
-                "of target_parameters."
+                "computed with; repair the base model, or add it to exclude_modules, or take it "
+                "out of target_parameters."
             )
         return weight
 

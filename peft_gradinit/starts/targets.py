@@ -1,4 +1,4 @@
-"""The modules and parameters that a config targets, their kinds, and the rank that each can have."""
+"""Modules and parameters that a config targets, their kinds, and the ranks that they can have."""
 
 import copy
 import warnings
@@ -49,8 +49,8 @@ def _check_parameter_options(config: GradInitConfig, names: list[str]) -> None:
     for option in _UNUSABLE_OPTIONS:
         if names and (value := getattr(config, option, None)):
             raise ConfigError(
-                f"{option}={value!r} does not work on parameters, but {names[0]} is targeted; leave "
-                f"{option} out, or target layers only (target_modules=['q_proj', …])."
+                f"{option}={value!r} does not work on parameters, but {names[0]} is targeted; "
+                f"leave {option} out, or target layers only (target_modules=['q_proj', …])."
             )
 
 
@@ -103,9 +103,9 @@ def write_patterns(targets: Mapping[str, Target], config: GradInitConfig) -> dic
     if not config.allocates_ranks:
         ranks = {t.adapted: f"{t.adapted} ({t.r} of {t.requested_r})" for t in lowered}
         warn(
-            f"{config.method} needs {max(config.r, config.needs().size(config.r))} singular directions for "
-            f"r={config.r}; these layers have fewer and get a lower rank at the same scaling: "
-            f"{', '.join(ranks.values())}."
+            f"{config.method} needs {max(config.r, config.needs().size(config.r))} singular "
+            f"directions for r={config.r}; these layers have fewer and get a lower rank at the "
+            f"same scaling: {', '.join(ranks.values())}."
         )
     return {t.adapted: t.requested_r for t in lowered}
 
@@ -150,8 +150,9 @@ def _check_kinds(targets: Mapping[str, Target], config: GradInitConfig) -> None:
     others = {n: type(t.module).__name__ for n, t in targets.items() if t.shape is None}
     if others and config.uncalibrated == "error":
         raise TargetError(
-            f"{config.method} starts linear layers ({LINEAR_KINDS}), but target_modules also matches "
-            f"{others}; exclude them, or set uncalibrated='lora' to give them a plain LoRA start."
+            f"{config.method} starts linear layers ({LINEAR_KINDS}), but target_modules also "
+            f"matches {others}; exclude them, or set uncalibrated='lora' to give them a plain LoRA "
+            "start."
         )
 
 

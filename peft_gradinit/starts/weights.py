@@ -10,8 +10,8 @@ from transformers.pytorch_utils import Conv1D
 from ..layouts import is_hqq, is_packed, onloaded, whole, with_stored_weight
 
 LINEAR_KINDS = (
-    "nn.Linear and Conv1D, plain or offloaded, and linear layers quantised by bitsandbytes, torchao "
-    "(weight-only), HQQ or optimum-quanto"
+    "nn.Linear and Conv1D, plain or offloaded, and linear layers quantised by bitsandbytes, "
+    "torchao (weight-only), HQQ or optimum-quanto"
 )
 """The kinds that `linear_shape` knows, for messages."""
 

@@ -7,17 +7,19 @@ another fingerprint is refused, with both values in the message. Nothing is pick
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import FingerprintError
-from ..files import whole_file
+from ..files import check_is_file, whole_file
 
 FORMAT = "peft_gradinit.calibration/2"
 _READ = ("peft_gradinit.calibration/1", FORMAT)
@@ -85,17 +87,20 @@ def save_readouts(
         batches: batches of the data to keep as well.
     """
     tensors = {f"{name}.{part}": t for name, parts in readouts.items() for part, t in parts.items()}
-    tensors |= batch_entries(batches, _BATCH)
+    # Layers that are given the same inputs share what was measured, which is written once.
     first = {id(tensor): key for key, tensor in reversed(tensors.items())}
     same = {key: first[id(t)] for key, t in tensors.items() if first[id(t)] != key}
+    distinct = {key: t for key, t in tensors.items() if key not in same}
+    distinct |= batch_entries(batches, _BATCH)
     # Cloned: tensors may share memory, which safetensors refuses.
-    own = {key: t.detach().cpu().contiguous().clone() for key, t in tensors.items() if key not in same}
+    own = {key: t.detach().cpu().contiguous().clone() for key, t in distinct.items()}
     metadata = {
-        "same": json.dumps(same),  # layers that are given the same inputs share what was measured
         "format": FORMAT,
+        "same": json.dumps(same, sort_keys=True),
         "fingerprint": json.dumps(dataclasses.asdict(fingerprint), sort_keys=True),
         "facts": json.dumps(facts, sort_keys=True),
     }
+    metadata["sha256"] = _digest(own, metadata)
     with whole_file(path) as beside:
         save_file(own, beside, metadata=metadata)
 
@@ -109,10 +114,10 @@ def load_readouts(
         FingerprintError: if the file is missing, damaged, or was not written by `save_readouts`.
     """
     try:
+        check_is_file(path)
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            names = [key for key in file.keys() if not key.startswith(_BATCH)]  # noqa: SIM118
-            tensors = {name: file.get_tensor(name) for name in names}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             same = json.loads(metadata.get("same", "{}"))
     except (OSError, SafetensorError, ValueError) as error:
         raise FingerprintError(
@@ -125,10 +130,17 @@ def load_readouts(
             f"{FORMAT!r}, got {metadata.get('format')!r}; pass the file that "
             "`CalibrationResult.save` wrote."
         )
+    stored = metadata.pop("sha256", None)  # format 1 has none
+    if stored is not None and stored != _digest(tensors, metadata):
+        raise FingerprintError(
+            f"{str(path)!r} is a damaged calibration: its content is not what was written (another "
+            "SHA-256); calibrate and save it again."
+        )
     try:
         fingerprint = Fingerprint(**json.loads(metadata["fingerprint"]))
         readouts: dict[str, dict[str, Tensor]] = {}
-        for key, tensor in (tensors | {k: tensors[first] for k, first in same.items()}).items():
+        tensors |= {key: tensors[first] for key, first in same.items()}
+        for key, tensor in tensors.items():
             name, _, part = key.rpartition(".")
             if name in fingerprint.targets:
                 readouts.setdefault(name, {})[part] = tensor
@@ -163,6 +175,16 @@ def batches_of(entries: Mapping[str, Tensor], prefix: str) -> list[dict[str, Ten
             i, _, key = name.removeprefix(prefix).partition("/")
             batches.setdefault(int(i), {})[key] = tensor
     return [batches[i] for i in sorted(batches)]
+
+
+def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """SHA-256 of everything that a file holds, so that a flipped bit is noticed."""
+    hashed = hashlib.sha256(json.dumps(sorted(metadata.items())).encode())
+    for key in sorted(tensors):
+        tensor = tensors[key]
+        hashed.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        hashed.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return hashed.hexdigest()
 
 
 def _compare(what: str, stored: Mapping[str, Any], expected: Mapping[str, Any], unit: str) -> None:

@@ -4,10 +4,10 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from ..errors import ConfigError
+from ..errors import ConfigError, NotInitializedError
 from ..linalg import lora_rate, spectral_rate
 from ..records import LearningRate, init_report
-from .lora import pairs
+from .lora import deferred_adapters, pairs
 from .svfit import live_layers
 
 
@@ -27,15 +27,22 @@ def suggest_learning_rate(peft_model: nn.Module, adapter_name: str = "default") 
 
     Raises:
         ConfigError: if no layer has such an adapter, or only layers that are no matrices.
+        NotInitializedError: if the adapter is deferred.
     """
+    if adapter_name in deferred_adapters(peft_model):
+        raise NotInitializedError(
+            f"adapter {adapter_name!r} is deferred, and its rate depends on the start that it gets; "
+            "call initialize(model, data) before, or read init_report(model).learning_rate after "
+            "training has begun with a CalibrationCallback."
+        )
     report = init_report(peft_model, adapter_name)
     if report is not None and report.learning_rate is not None:
         return report.learning_rate
     rate = LearningRate.of_layers(_rates_of_shapes(peft_model, adapter_name))
     if rate is None:
         raise ConfigError(
-            f"no layer of the model has a LoRA or SVFit adapter named {adapter_name!r} on a matrix, so "
-            "there is nothing to suggest a learning rate for."
+            f"no layer of the model has a LoRA or SVFit adapter named {adapter_name!r} on a "
+            "matrix, so there is nothing to suggest a learning rate for."
         )
     return rate
 

@@ -99,8 +99,8 @@ def _check_weights(directory: str | os.PathLike[str]) -> None:
     names = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
     if not any((Path(directory) / name).exists() for name in names):
         raise DataError(
-            f"{str(directory)!r} holds none of {names}, so there is no adapter to load; restore the "
-            "saved adapter."
+            f"{str(directory)!r} holds none of {names}, so there is no adapter to load; restore "
+            "the saved adapter."
         )
     file = Path(directory) / SAFETENSORS_WEIGHTS_NAME
     try:
@@ -109,8 +109,8 @@ def _check_weights(directory: str | os.PathLike[str]) -> None:
                 pass
     except (SafetensorError, OSError) as error:
         raise DataError(
-            f"{str(file)!r} cannot be read ({error}); a run that was killed while it saved leaves such a "
-            "file: load the checkpoint before it, or restore the saved adapter."
+            f"{str(file)!r} cannot be read ({error}); a run that was killed while it saved leaves "
+            "such a file: load the checkpoint before it, or restore the saved adapter."
         ) from error
 
 
@@ -120,8 +120,8 @@ def _check_complete(model: nn.Module, adapter_name: str, directory: str | os.Pat
     lacking = [name for name, layer in layers if is_deferred(layer, adapter_name)]
     if lacking:
         raise DataError(
-            f"the weights in {str(directory)!r} lack {len(lacking)} layers that their gradinit.json "
-            f"describes ({lacking[0]}, …); restore the saved adapter."
+            f"the weights in {str(directory)!r} lack {len(lacking)} layers that their "
+            f"gradinit.json describes ({lacking[0]}, …); restore the saved adapter."
         )
 
 
@@ -137,8 +137,8 @@ def _check_options(
         versions = content.get("versions") or {}
         wrote = ", ".join(f"{n} {versions.get(n, '?')}" for n in ("peft_gradinit", "peft"))
         raise DataError(
-            f"the gradinit.json of {str(directory)!r} has options that {config_cls.__name__} does not know "
-            f"here: {unknown}; they were written by {wrote}: update these packages."
+            f"the gradinit.json of {str(directory)!r} has options that {config_cls.__name__} does "
+            f"not know here: {unknown}; they were written by {wrote}: update these packages."
         )
 
 
@@ -176,6 +176,6 @@ def _check_base(
     for name, got in base_fingerprint(base, config).items():
         if (want := stored["weights"].get(name)) != got:
             raise FingerprintError(
-                f"the adapter in {str(directory)!r} was made on another base model: {name} has hash "
-                f"{want} there and {got} here; load that base, or pass allow_mismatch=True."
+                f"the adapter in {str(directory)!r} was made on another base model: {name} has "
+                f"hash {want} there and {got} here; load that base, or pass allow_mismatch=True."
             )

@@ -30,7 +30,7 @@ def all_or_nothing(model: nn.Module, undo: Callable[[], object]) -> Iterator[Non
 
 
 def remove_adapter(tuner: BaseTuner, adapter_name: str) -> None:
-    """Remove all parts of an adapter, which may be incomplete, and all wrappers if no other is left."""
+    """Remove all there is of an adapter, and the wrappers of its layers if it was the only one."""
     injected = any(
         isinstance(layer, BaseTunerLayer) and adapter_name in layer._all_available_adapter_names()
         for layer in tuner.model.modules()

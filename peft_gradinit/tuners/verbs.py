@@ -39,8 +39,8 @@ def calibrate(model: nn.Module, config: GradInitConfig, data: Any) -> Calibratio
     _check_config(config)
     if not config.needs().reads_data:
         raise ConfigError(
-            f"{type(config).__name__} computes its start from the weights alone: there is nothing to "
-            "calibrate; pass the config to get_peft_model."
+            f"{type(config).__name__} computes its start from the weights alone: there is nothing "
+            "to calibrate; pass the config to get_peft_model."
         )
     if isinstance(model, PeftModel):
         model = model.get_base_model()

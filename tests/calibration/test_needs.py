@@ -118,6 +118,7 @@ def test_more_components_than_a_layer_has_inputs_are_all_of_them():
     readouts = need.read(filled(need, shape, r=9), 9)
     assert len(readouts["S"]) == 5
     assert need.is_whole(readouts, shape, 9)
+    assert need.accumulator(shape, 9, Estimator(sketch_size=30)).width == 5  # enough for five
 
 
 @measured

@@ -241,16 +241,16 @@ def test_what_is_not_finite_shows_in_the_energy(make, value):
 
 
 def test_merging_in_any_order_gives_what_one_accumulator_of_all_gives(make):
-    data = split([7, 93, 100], tokens())
-    for parts in (data, data[::-1]):
-        merged, *others = (filled(make(), part) for part in parts)
+    data = split([7, 93, 30, 70], tokens())
+    for parts in ([data[:1], data[1:3], data[3:]], [data[:2], data[2:]]):
+        merged, *others = (filled(make(), *batches) for batches in parts[::-1])
         before = [copies(other) for other in others]
 
         for other in others:
             merged.merge(other)
 
         assert_same(merged, filled(make(), *data))
-        assert merged.n_calls == 3
+        assert merged.n_calls == 4
         for other, tensors in zip(others, before, strict=True):
             assert_untouched(other, tensors)
 
@@ -309,9 +309,9 @@ def test_a_cleared_accumulator_measures_anew_in_the_same_way(make):
 
 def test_orienting_keeps_what_was_summed_and_the_sum_goes_on(make):
     data, more = few_directions(), few_directions(seed=2)
-    statistic = filled(make(), data)
+    statistic = filled(make(), *split([60, 140], data))
     statistic.orient()
-    assert (statistic.weight, statistic.n_calls) == (N_TOKENS, 1)
+    assert (statistic.weight, statistic.n_calls) == (N_TOKENS, 2)
     assert relative_error(read(statistic).matrix(), exact(statistic, *data)) < PRODUCT
     both = map(torch.cat, zip(data, more, strict=True))
     assert relative_error(read(filled(statistic, more)).matrix(), exact(statistic, *both)) < PRODUCT

@@ -125,6 +125,7 @@ def test_a_pilot_shorter_than_the_width_still_leads_to_the_components():
 def test_constant_inputs_have_no_variance(make):
     constant = torch.full((50, IN), 0.1)
     assert filled(make(), constant[:1], constant).energy() == 0.0
+    assert filled(make(), constant, constant[:1]).energy() == 0.0  # their mean is rounded
     assert filled(make(centered=False), 0 * constant).energy() == 0.0
     assert filled(make(centered=False), constant).energy() == pytest.approx(0.01 * IN, rel=FLOAT32)
 

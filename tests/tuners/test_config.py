@@ -7,7 +7,8 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from peft_gradinit import Calibration, LoraGAConfig
+from peft_gradinit import Calibration, EvaConfig, LoraGAConfig
+from peft_gradinit.errors import ConfigError
 from tests.helpers import (
     adapted,
     lora_ga,
@@ -57,3 +58,20 @@ def test_config_is_a_lora_config_and_takes_tensors_and_arrays_as_data():
     assert isinstance(lora_ga(), LoraConfig)
     data = torch.arange(6).reshape(2, 3).numpy()  # `data == "deferred"` would be an array
     assert isinstance(LoraGAConfig(calibration=data).calibration, Calibration)
+
+
+@pytest.mark.parametrize("word", ["defered", "deffered", "Deferred", "differed"])
+def test_a_misspelt_deferred_gets_the_word(word):
+    with pytest.raises(ConfigError, match=f"no calibration at {word!r}; did you mean 'deferred'"):
+        lora_ga(calibration=word)
+
+
+def test_activated_lora_is_refused():
+    with pytest.raises(ConfigError, match="start would be of all tokens, not of the activated"):
+        lora_ga(alora_invocation_tokens=[1, 2])
+
+
+def test_eva_says_first_how_it_is_deferred():
+    with pytest.raises(ConfigError, match=r"^EvaConfig: pass rho=1 with calibration='deferred'"):
+        EvaConfig(calibration="deferred")
+    assert EvaConfig(calibration="deferred", rho=1).is_deferred

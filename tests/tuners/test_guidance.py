@@ -13,9 +13,10 @@ from peft_gradinit import (
     LearningRate,
     LoraOneConfig,
     SVFitConfig,
+    initialize,
     suggest_learning_rate,
 )
-from peft_gradinit.errors import ConfigError
+from peft_gradinit.errors import ConfigError, NotInitializedError
 from tests.helpers import adapted, lora_ga, pico_gpt2, pico_llama, quiet, token_batches
 from tests.moe.models import qwen3_moe
 
@@ -112,3 +113,12 @@ def test_layers_of_high_rank_count_more():
     layers = [(1e-2, 1), (1e-3, 8), (1e-2, 2), (None, 100)]
     assert LearningRate.of_layers(layers) == (1e-3, 5e-4, 2e-3)
     assert LearningRate.of_layers([(None, 4), (1e-3, 0)]) is None
+
+
+def test_a_deferred_adapter_has_no_rate_yet():
+    """Plain LoRA's would be several times too high for the start that it will get."""
+    model = get_peft_model(pico_llama(), lora_ga(calibration="deferred"))
+    with pytest.raises(NotInitializedError, match="its rate depends on the start that it gets"):
+        suggest_learning_rate(model)
+    report = initialize(model, quiet(token_batches()))
+    assert suggest_learning_rate(model) == report.learning_rate

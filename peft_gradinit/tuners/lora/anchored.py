@@ -53,7 +53,7 @@ def anchor_layer(layer: LoraLayer, adapter_name: str) -> None:
 
 
 def fill(pair: Pair, A0: Tensor, B0: Tensor) -> None:
-    """Set the trainable factors, and the anchor if there is one, to a start in the pair's layout."""
+    """Set the trainable factors, and the anchor if there is one, to a start in that layout."""
     assign(pair.A, A0)
     assign(pair.B, B0)
     if pair.anchor is not None:

@@ -73,7 +73,8 @@ def _refuse_to_train(module: nn.Module, args: Any, output: torch.Tensor) -> None
 
 def _raise_deferred(*_: Any) -> None:
     raise NotInitializedError(
-        "this adapter was made with calibration='deferred' and has no start yet; before training, call "
-        "peft_gradinit.initialize(model, data), or load a checkpoint; with transformers.Trainer or TRL, "
+        "this adapter was made with calibration='deferred' and has no start yet; before training, "
+        "call peft_gradinit.initialize(model, data), or load a checkpoint; with "
+        "transformers.Trainer or TRL, "
         "trainer.add_callback(peft_gradinit.CalibrationCallback(trainer))."
     )

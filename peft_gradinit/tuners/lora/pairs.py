@@ -1,7 +1,7 @@
 """The pairs of a live adapter: `A`, `B` and the anchor of every adapted layer.
 
 PEFT wraps a module once for each of its targeted parameters and keeps the factors of all experts in
-one pair: `lora_A (experts * r, in)`, expert by expert, and `lora_B (out, r * experts)`, in which the
+one pair. `lora_A (experts * r, in)` has them expert by expert. In `lora_B (out, r * experts)` the
 columns of all experts for one rank are next to each other.
 """
 
@@ -70,7 +70,7 @@ class Pair:
 def pairs(model: nn.Module, adapter_name: str = "default") -> Iterator[Pair]:
     """The pairs of an adapter of this package, or of a plain LoRA of PEFT.
 
-    Embeddings and convolutions have no pair, since their factors do not multiply inputs as matrices.
+    Embeddings and convolutions have no pair: their factors are no matrices that multiply inputs.
 
     Args:
         model: a `PeftModel`, or a base model with adapters in it.
@@ -95,7 +95,7 @@ def pairs(model: nn.Module, adapter_name: str = "default") -> Iterator[Pair]:
 
 
 def adapted_layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Any]]:
-    """PEFT's LoRA layers with an adapter, and the names of their modules or parameters in the base."""
+    """PEFT's LoRA layers with an adapter, after the names of their modules or parameters."""
     for path, layer in model.named_modules():
         if isinstance(layer, LoraLayer) and adapter_name in layer.r:
             name = plain_name(path).removeprefix(PREFIX)

@@ -37,7 +37,8 @@ def check_savable(model: nn.Module, adapter_name: str) -> None:
             raise ConfigError(
                 f"{pair.name} has factors of rank {rank:g}, but the adapter {adapter_name!r} has "
                 f"r={pair.r} there: the model was changed, as prepare_model_for_compiled_hotswap "
-                "does. Save before that, and prepare the adapter that PeftModel.from_pretrained loads."
+                "does. Save before that, and prepare the adapter that PeftModel.from_pretrained "
+                "loads."
             )
 
 
@@ -104,9 +105,9 @@ def split(
         r, n = anchored.get(layer, (tensor.shape[dim] // 2, 1))
         if tensor.shape[dim] != 2 * r * n:
             raise ShapeError(
-                f"{key} has rank {tensor.shape[dim] / n:g}, but the live adapter has r={r} and loads "
-                f"files of rank {2 * r}; load an adapter that this method saved, with the same r, or "
-                "load this one with PeftModel.from_pretrained."
+                f"{key} has rank {tensor.shape[dim] / n:g}, but the live adapter has r={r} and "
+                f"loads files of rank {2 * r}; load an adapter that this method saved, with the "
+                "same r, or load this one with PeftModel.from_pretrained."
             )
         first, second = _halves(tensor, dim, n)
         if layer in anchored:

@@ -122,8 +122,8 @@ class SVFitLinear(nn.Module, BaseTunerLayer):
         if is_quantized(self.get_base_layer()):
             raise ConfigError(
                 f"a {type(self.get_base_layer()).__name__} cannot take in an adapter without being "
-                "quantised anew, which may round it away; merge it into the unquantised model: save "
-                "the adapter and load it there with PeftModel.from_pretrained."
+                "quantised anew, which may round it away; merge it into the unquantised model: "
+                "save the adapter and load it there with PeftModel.from_pretrained."
             )
         weight = self.weight.data
         return (weight + sign * self.get_delta_weight(adapter_name)).to(weight.dtype)

@@ -122,8 +122,8 @@ class SVFitModel(WithReports, OffloadedBase, BaseTuner):
     def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
         """Refuse with `ConfigError`: a sum of spectral adapters is no spectral adapter."""
         raise ConfigError(
-            f"add_weighted_adapter cannot combine the live SVFit adapters {adapters}; save them and "
-            "combine them as plain LoRA, loaded with PeftModel.from_pretrained."
+            f"add_weighted_adapter cannot combine the live SVFit adapters {adapters}; save them "
+            "and combine them as plain LoRA, loaded with PeftModel.from_pretrained."
         )
 
     # Saving and loading: PEFT's hooks ---------------------------------------------------------

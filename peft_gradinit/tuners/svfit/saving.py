@@ -135,8 +135,8 @@ def _from_compact(
     name, here = f"{stem.removeprefix(PREFIX)}.weight", layer.weight_hash[adapter_name]
     if digest != here:
         raise FingerprintError(
-            f"the compact adapter belongs to another base model: {name} has hash {digest} there and "
-            f"{here} here; load that base, from whose weights the bases are computed."
+            f"the compact adapter belongs to another base model: {name} has hash {digest} there "
+            f"and {here} here; load that base, from whose weights the bases are computed."
         )
     want, got = state_dict[stem + _PROBE].to(U.device), _probe((U, delta, Vh))
     if (got - want).norm() > _PROBE_TOLERANCE * delta.float().norm() * len(want) ** 0.5:
