@@ -214,24 +214,24 @@ def _remove_left_overs(target: Path) -> None:
     if fcntl is None or not target.parent.is_dir():
         return
     name = re.compile(
-        rf"\.{re.escape(target.name)}\.(?P<host>{_HOST}\.)?[a-z0-9_]{{8}}\.(part|old)"
+        rf"\.{re.escape(target.name)}\.(?:([0-9a-f]{{8}})\.)?[a-z0-9_]{{8}}\.(part|old)"
     )
     for folder in target.parent.iterdir():
         if not (found := name.fullmatch(folder.name)):
             continue
         with suppress(OSError):  # another saver removes it as well, or it is not ours
-            if not _is_own_folder(folder, old_enough=bool(found["host"])):
+            if not _is_own_folder(folder, of_this_machine=found[1] == _HOST):
                 continue
             if (lock := _lock(folder, wait=False)) is not None:
                 _discard(folder, target)
                 os.close(lock)
 
 
-def _is_own_folder(folder: Path, *, old_enough: bool) -> bool:
+def _is_own_folder(folder: Path, *, of_this_machine: bool) -> bool:
     """Whether `tempfile` made a folder for this user, and its saver is known here or long gone."""
     facts = folder.lstat()
     private = stat.S_ISDIR(facts.st_mode) and facts.st_uid == os.geteuid()
-    return private and (old_enough or time.time() - facts.st_mtime > _ABANDONED_SECONDS)
+    return private and (of_this_machine or time.time() - facts.st_mtime > _ABANDONED_SECONDS)
 
 
 def _discard(work: Path, target: Path) -> None:

@@ -206,7 +206,8 @@ def killed_while(tmp_path, place):
         Path.rename = stop
         manager = whole_file if place == "file" else partial(write_folder, text="newer")
         if place == "file":
-            manager(tmp_path / "out").__enter__()
+            saver = manager(tmp_path / "out")
+            saver.__enter__()
         else:
             manager(tmp_path / "out")
         os.kill(os.getpid(), signal.SIGKILL)

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import FingerprintError
 from ..linalg import TruncatedSVD
-from ..statistics import Fingerprint, Readouts, load_batches, load_readouts, save_readouts
+from ..statistics import Fingerprint, Readouts, load_readouts, save_readouts
 from .needs import NEEDS, Need, triplets_of
 from .replay import Replay
 
@@ -22,13 +22,14 @@ class PassFacts:
     Attributes:
         n_batches: batches read from the data.
         n_sequences: number of sequences read.
-        n_tokens: input tokens, padding not counted.
+        n_tokens: input tokens, padding not counted; sequences that are not of tokens count as one.
         loss_weight: tokens (or sequences) that carried loss; the denominator of every mean.
         loss: their mean loss; `None` if the pass needs no loss.
         seconds: wall time of the pass, factorisation included.
         state_bytes: what the accumulators held.
         peak_bytes: growth of the device's (on CPU: the process's) peak memory during the pass.
-        stopped_by: why it ended: `"end of data"`, `"max_tokens"`, `"max_batches"` or `"settled"`.
+        stopped_by: why it ended: `"end of data"`, `"max_tokens"`, `"max_batches"`, `"settled"`, or
+            `"max_sequences"`, the default for sequences that are not of tokens.
     """
 
     n_batches: int
@@ -118,12 +119,12 @@ class CalibrationResult:
         path = Path(path)
         if path.is_dir():
             path = path / FILE_NAME
-        readouts, fingerprint, facts = load_readouts(path)
+        readouts, fingerprint, facts, batches = load_readouts(path)
         try:
             passed = PassFacts(**facts["pass"])
             energy, failures = facts["energy"], facts["failures"]
             need = NEEDS[fingerprint.statistic](**facts.get("need", {}))
-            replay = Replay(load_batches(path), **facts["replay"]) if "replay" in facts else None
+            replay = Replay(batches, **facts["replay"]) if "replay" in facts else None
         except (KeyError, TypeError) as error:
             raise FingerprintError(
                 f"the facts in {str(path)!r} are not those of this version ({error}); recalibrate."

@@ -16,6 +16,9 @@ from .resume import Checkpoint
 DEFAULT_MAX_TOKENS = 65_536
 """Budget if none is given: 128 sequences of 512 tokens, the most that the LoRA-GA authors use."""
 
+DEFAULT_MAX_SEQUENCES = 128
+"""Budget of sequences that are not of tokens (audio clips, images, series), if none is given."""
+
 DEFERRED = "deferred"
 """The value of `calibration=` that postpones the pass to `initialize` or the Trainer callback."""
 
@@ -35,7 +38,9 @@ class Calibration:
             tokenised `datasets.Dataset`, map-style or streaming; a `CalibrationResult` or the path
             of a saved one.
         max_tokens: budget in input tokens, padding not counted. The pass stops at the first
-            sequence that reaches it. Default: 65,536 if `max_batches` is not given either.
+            sequence that reaches it. Sequences that are not of tokens (audio clips, images, series)
+            count as one each. Default, if `max_batches` is not given either: 65,536, but 128
+            sequences that are not of tokens.
         max_batches: budget in batches of `data`. Default: no limit of its own, since batches are of
             any size and tokens say better how much is measured.
         estimator: `"sketch"` (default) keeps `O(sketch_size (out + in))` floats a layer, or the exact
@@ -59,7 +64,7 @@ class Calibration:
             loader. Fixed at 0, so that a second run, or another process, finds the same start.
         accelerator: the user's `accelerate.Accelerator`, if its autocast is to be used. None is
             ever created here.
-        progress: show a progress bar of the tokens read. On by default: a pass may take minutes.
+        progress: show a progress bar of what is read. On by default: a pass may take minutes.
         checkpoint: where to keep the unfinished sums, so that a killed pass continues to the same
             result; for one process. The data must give the same batches in the same order again.
             Default: nowhere, since most passes take no longer than loading the model.
@@ -129,6 +134,12 @@ class Calibration:
         if self.max_tokens is None and self.max_batches is None:
             return DEFAULT_MAX_TOKENS
         return self.max_tokens
+
+    @property
+    def sequence_budget(self) -> int | None:
+        """The default for sequences that are not of tokens; `None` if a budget was given."""
+        given = self.max_tokens is not None or self.max_batches is not None
+        return None if given else DEFAULT_MAX_SEQUENCES
 
     def must_run_equally(self, model: nn.Module) -> bool:
         """Whether a process that runs the model less often than others leaves them waiting."""

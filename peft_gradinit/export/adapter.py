@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
@@ -239,7 +240,9 @@ def _save_as_peft(peft_model: PeftModel, part: Path, adapter_name: str) -> None:
         return
     for path in (part / adapter_name).iterdir():
         path.replace(part / path.name)
-    (part / adapter_name).rmdir()
+    shutil.rmtree(part / Path(adapter_name).parts[0])
+    (part / CARD).unlink()  # it names the folder that the adapter was in
+    peft_model.create_or_update_model_card(str(part))
     complete_card(part)
 
 

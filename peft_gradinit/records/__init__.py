@@ -2,6 +2,14 @@
 
 from .adapters import SavedAdapter, read_adapter, relative_norm, same_layers, write_adapter
 from .card import CARD, PICTURE, complete_card, new_card
+from .digests import (
+    check_digests,
+    check_finite,
+    meaning,
+    note_entries,
+    read_dict,
+    read_tensors,
+)
 from .hub import hub_id
 from .live import (
     AdapterRecord,

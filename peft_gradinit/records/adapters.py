@@ -5,18 +5,21 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from peft import LoraConfig, PeftConfig
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from peft.utils.save_and_load import load_peft_weights
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import AdapterError
-from ..files import whole_folder
+from ..files import check_is_file, whole_folder
 from ..linalg import Factors
+from ..numbers import is_finite_number, is_integer
+from .digests import check_digests, check_finite, read_dict
 from .lora_file import PROVENANCE_FILE, alpha_of, entries, linear_layers, scaling, unscaled
 
 _FILES = ("adapter_config.json", SAFETENSORS_WEIGHTS_NAME, "README.md", PROVENANCE_FILE)
@@ -79,7 +82,8 @@ def read_adapter(directory: str | os.PathLike[str]) -> SavedAdapter:
     """Read a LoRA adapter with all its tensors from a folder or, by name, from the Hub.
 
     Raises:
-        AdapterError: if there is none, it is damaged, or its update is not `s B A`, as with DoRA.
+        AdapterError: if there is none, it is damaged, its files are of different saves, or its
+            update is not `s B A`, as with DoRA.
     """
     name = str(directory)
     config = _read_config(name)
@@ -89,12 +93,15 @@ def read_adapter(directory: str | os.PathLike[str]) -> SavedAdapter:
             "into its base model instead."
         )
     try:
+        for file in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME):
+            check_is_file(Path(name) / file)
         tensors = load_peft_weights(name, device="cpu")
-    except (OSError, ValueError, SafetensorError, RuntimeError) as error:
+    except (OSError, ValueError, SafetensorError, RuntimeError, UnpicklingError) as error:
         raise AdapterError(f"cannot read the weights of {name!r}: {error}") from error
+    _check_save(Path(name), tensors)
     try:
         layers, others = linear_layers(tensors, config)
-    except ValueError as error:
+    except (AttributeError, TypeError, ValueError) as error:
         raise AdapterError(f"{name!r} is damaged: {error}; restore the saved adapter.") from error
     if not layers:
         raise AdapterError(
@@ -102,6 +109,13 @@ def read_adapter(directory: str | os.PathLike[str]) -> SavedAdapter:
             "an adapter that adapts some."
         )
     return SavedAdapter(name, config, layers, others)
+
+
+def _check_save(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse weights that are not of the save that a `gradinit.json` beside them describes."""
+    if (folder / PROVENANCE_FILE).exists():
+        check_digests(folder, read_dict(folder / PROVENANCE_FILE), tensors)
+    check_finite(folder, tensors)
 
 
 def write_adapter(
@@ -130,8 +144,9 @@ def _read_config(name: str) -> LoraConfig:
     if not Path(name).exists() and (name.startswith((".", "/")) or name.count("/") != 1):
         raise AdapterError(f"there is no adapter at {name!r}; give the folder of a saved adapter.")
     try:
+        check_is_file(Path(name) / CONFIG_NAME)
         config = PeftConfig.from_pretrained(name)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise AdapterError(
             f"{name!r} holds no readable adapter_config.json: {error}; give the folder of a saved "
             "PEFT adapter."
@@ -142,7 +157,23 @@ def _read_config(name: str) -> LoraConfig:
             f"{name!r} is a {kind} adapter where plain LoRA is expected; for an adapter of this "
             "package in its compact form, save it with save_format='lora'."
         )
+    _check_options(name, config)
     return config
+
+
+def _check_options(name: str, config: LoraConfig) -> None:
+    """Refuse options from which no scaling can be computed."""
+    ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
+    if isinstance(ranks, dict) and isinstance(alphas, dict):
+        whole = all(is_integer(r) and r > 0 for r in (config.r, *ranks.values()))
+        if whole and all(map(is_finite_number, (config.lora_alpha, *alphas.values()))):
+            return
+    raise AdapterError(
+        f"the adapter_config.json of {name!r} is damaged: ranks must be positive integers and "
+        f"alphas numbers, got r={config.r!r}, lora_alpha={config.lora_alpha!r}, "
+        f"rank_pattern={config.rank_pattern!r}, alpha_pattern={config.alpha_pattern!r}; restore "
+        "the saved adapter."
+    )
 
 
 def same_layers(first: SavedAdapter, second: SavedAdapter) -> list[str]:

@@ -33,6 +33,8 @@ class AdapterRecord:
         report: the report on the start; `None` for deferred adapters.
         fingerprint: the model, targets and options of the start; `None` for deferred adapters.
         copy_of: the deferred adapter whose start this one becomes a copy of.
+        entries: keys and digest of the entries that PEFT took to write them; `None` if none are to
+            be written.
     """
 
     resolved: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -42,6 +44,7 @@ class AdapterRecord:
     report: InitReport | None = None
     fingerprint: Fingerprint | None = None
     copy_of: str | None = None
+    entries: tuple[frozenset[str], str] | None = None
 
 
 def records_of(model: nn.Module) -> dict[str, AdapterRecord]:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
-from ..files import write_json
+from ..files import check_is_file, write_json
+from .digests import digest_of_facts, file_digests
 from .hub import hub_id
 from .live import AdapterRecord
 from .lora_file import PROVENANCE_FILE
@@ -22,8 +23,12 @@ _PACKAGES = ("peft_gradinit", "peft", "transformers", "accelerate", "torch")
 
 def write_provenance(directory: str | os.PathLike[str], config: Any, record: AdapterRecord) -> None:
     """Write a live adapter's `gradinit.json` into an existing folder, and complete its card."""
-    write_json(Path(directory) / PROVENANCE_FILE, {"format": FORMAT, **facts_of(config, record)})
-    saved(Path(directory))
+    directory = Path(directory)
+    content = {"format": FORMAT, **facts_of(config, record)}
+    content["files"] = file_digests(directory, record)
+    content["sha256"] = digest_of_facts(content)
+    write_json(directory / PROVENANCE_FILE, content)
+    saved(directory)
 
 
 def facts_of(config: Any, record: AdapterRecord | None) -> dict[str, Any]:
@@ -32,7 +37,8 @@ def facts_of(config: Any, record: AdapterRecord | None) -> dict[str, Any]:
     `config` is of this package or of PEFT. Adapters of PEFT have no record.
     """
     record = record or AdapterRecord()
-    values = _plain({**config.to_dict(), **record.resolved})
+    values = _plain({**dataclasses.asdict(config), **record.resolved})
+    values.pop("runtime_config", None)  # as PEFT does on saving
     values["base_model_name_or_path"] = hub_id(values.get("base_model_name_or_path"))
     fingerprint = record.fingerprint
     return {
@@ -51,13 +57,14 @@ def read_provenance(directory: str | os.PathLike[str]) -> dict[str, Any]:
     """Read the `gradinit.json` of a saved adapter; `DataError` if it cannot serve training."""
     path = Path(directory) / PROVENANCE_FILE
     try:
+        check_is_file(path)
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise DataError(
             f"{str(directory)!r} holds no {PROVENANCE_FILE}, so it was not saved from an adapter "
             "of this package; load plain LoRA with PeftModel.from_pretrained(…, is_trainable=True)."
         ) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(
             f"cannot read {str(path)!r}: {error}; restore the saved adapter."
         ) from error
@@ -71,6 +78,11 @@ def read_provenance(directory: str | os.PathLike[str]) -> dict[str, Any]:
             )
         raise DataError(
             f"{str(path)!r} has format {got!r}, expected {FORMAT!r}; update the package."
+        )
+    if content.get("sha256", digest := digest_of_facts(content)) != digest:
+        raise DataError(
+            f"{str(path)!r} is damaged or was changed: its SHA-256 is not the one that it holds; "
+            "restore the saved adapter."
         )
     return content
 

@@ -9,6 +9,7 @@ from .start import Start, compute_start, measured, planned_targets
 from .switching import adapter_alone, adapters_disabled
 from .target import Target
 from .targets import (
+    loaded_layers,
     matched_patterns,
     resolve_targets,
     targets_of,

@@ -1,19 +1,40 @@
 """Hashes that tell which base model an adapter was made on."""
 
+import re
+from collections.abc import Collection
 from typing import Any
 
 from torch import nn
 
 from ..layouts import model_fingerprint
+from ..records import PREFIX
 
 _ADAPTER_PARAMETERS = (".lora_", ".svfit_", ".modules_to_save.", ".trainable_tokens_")
 
 
-def base_fingerprint(model: nn.Module, config: Any) -> dict[str, str]:
-    """Hashes of the base weights that an adapter depends on: all but modules trained in full."""
+def base_fingerprint(model: nn.Module, config: Any, saved: Collection[str] = ()) -> dict[str, str]:
+    """Hashes of the base weights that an adapter depends on.
+
+    Args:
+        model: the base model.
+        config: of the adapter; modules that it trains in full are left out.
+        saved: keys of the adapter's file. Weights that it brings along are left out, with those
+            tied to them: embeddings of a resized vocabulary, or those with trained tokens.
+    """
     hashes = base_hashes(model)
     heads = set(config.modules_to_save or ())
-    return {name: value for name, value in hashes.items() if not heads & set(name.split("."))}
+    brought = {hashes[name] for key in saved if (name := _base_name(key)) in hashes}
+    return {
+        name: value
+        for name, value in hashes.items()
+        if not heads & set(name.split(".")) and value not in brought
+    }
+
+
+def _base_name(key: str) -> str:
+    """Name in the base model of the weight that an entry of an adapter's file replaces."""
+    name = key.removeprefix(PREFIX).replace(".base_layer", "")
+    return re.sub(r"(\.token_adapter)?\.trainable_tokens_delta$", ".weight", name)
 
 
 def base_hashes(model: nn.Module) -> dict[str, str]:

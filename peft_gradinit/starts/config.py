@@ -231,6 +231,14 @@ class GradInitConfig(LoraConfig, abc.ABC):
         plain = plain_config(self, **(record.resolved if record else {}))
         return doubled(plain) if self.anchored else plain
 
+    def to_dict(self) -> dict[str, Any]:
+        """The options; those of the plain LoRA file once the config describes a live adapter.
+
+        Scripts that save `get_peft_model_state_dict` themselves write this dict beside it.
+        """
+        record = attached_record(self)
+        return super().to_dict() if record is None else self.saved_config(record).to_dict()
+
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Write `adapter_config.json`.
 

@@ -89,6 +89,9 @@ def compute_start(
             "or train with a CalibrationCallback."
         )
     calibration = Calibration.of(calibration)
+    if all(target.shape is None for target in targets.values()):  # there is nothing to measure
+        fingerprint = _fingerprint(model, targets, config, {})
+        return _start(model, targets, config, (fingerprint, None, calibration), runner)
     result = measured(model, targets, config, calibration, runner)
     check_complete(result, config)
     check_failures(result.failures, targets, config)

@@ -7,12 +7,12 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
-from peft import PeftType
+from peft import LoraConfig, PeftType
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import get_pattern_key
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import ConfigError, TargetError, warn
 from ..layouts import is_offloaded
@@ -69,14 +69,18 @@ def matched_patterns(config: GradInitConfig, names: Collection[str]) -> Iterator
 
 
 def resolve_targets(
-    model: nn.Module, config: GradInitConfig, others: Mapping[str, Any] | None = None
+    model: nn.Module,
+    config: GradInitConfig,
+    others: Mapping[str, Any] | None = None,
+    state_dict: dict[str, Tensor] | None = None,
 ) -> dict[str, Target]:
     """Find the targets, by full name, exactly as PEFT's injection would, without the injection.
 
     Ranks are lowered where the method needs more singular triplets than the layer has. `others` are
-    the configs of the model's other adapters, so that PEFT can refuse a combination.
+    the configs of the model's other adapters, so that PEFT can refuse a combination. A `state_dict`
+    of an adapter names the layers in place of the config.
     """
-    recorded = _TargetRecorder(model, copy.deepcopy(config), others or {}).record()
+    recorded = _TargetRecorder(model, copy.deepcopy(config), others or {}).record(state_dict)
     _check_parameter_options(config, [name for name, (_, param) in recorded.items() if param])
     targets = {}
     for name, (module, parameter) in recorded.items():
@@ -85,6 +89,11 @@ def resolve_targets(
     _check_kinds(targets, config)
     _check_loaded_for_dora(targets, config)
     return targets
+
+
+def loaded_layers(model: nn.Module, plain: LoraConfig) -> set[str]:
+    """Names of the layers and parameters that PEFT adapts when it loads an adapter's plain form."""
+    return set(_TargetRecorder(model, copy.deepcopy(plain), {}).record())
 
 
 def write_patterns(targets: Mapping[str, Target], config: GradInitConfig) -> dict[str, int]:
@@ -181,21 +190,24 @@ class _TargetRecorder(LoraModel):
     later versions of PEFT have PEFT's meaning.
     """
 
-    def __init__(self, model: nn.Module, config: GradInitConfig, others: Mapping[str, Any]) -> None:
+    def __init__(self, model: nn.Module, config: LoraConfig, others: Mapping[str, Any]) -> None:
         nn.Module.__init__(self)
         self.model = model
+        config.peft_type = PeftType.LORA  # whose layers PEFT checks, such as Mamba's out_proj
         self.peft_config = {**others, _RECORDED: config}
         self.active_adapter = _RECORDED
         self.targeted_module_names = []
         self.targeted_parameter_names = []
         self._found: dict[str, tuple[nn.Module, str | None]] = {}
 
-    def record(self) -> dict[str, tuple[nn.Module, str | None]]:
+    def record(
+        self, state_dict: dict[str, Tensor] | None = None
+    ) -> dict[str, tuple[nn.Module, str | None]]:
         """By name, the modules that an injection would adapt, with a parameter's name or `None`."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the real injection repeats them
             with suppress(_Recorded):
-                LoraModel.inject_adapter(self, self.model, _RECORDED)
+                LoraModel.inject_adapter(self, self.model, _RECORDED, state_dict=state_dict)
         return self._found
 
     def _create_and_replace(self, *args: Any, **kwargs: Any) -> None:

@@ -10,7 +10,7 @@ from .store import (
     Readouts,
     batch_entries,
     batches_of,
-    load_batches,
+    digest,
     load_readouts,
     save_readouts,
 )

@@ -25,6 +25,9 @@ FORMAT = "peft_gradinit.calibration/2"
 _READ = ("peft_gradinit.calibration/1", FORMAT)
 """Formats that are read. Version 1 holds `U`, `S` and `Vh` of every target under the same names."""
 
+_TOLERANCE = 1e-2
+"""Relative error of triplets that are not damaged; half precision needs about that."""
+
 Readouts = Mapping[str, Tensor]
 """Tensors that were read off the statistic of one layer, by name; names contain no dot."""
 _BATCH = "batch/"
@@ -46,6 +49,11 @@ class Fingerprint:
     weights: Mapping[str, str]
     targets: Mapping[str, list[int]]
     options: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        for name in ("weights", "targets", "options"):
+            if not isinstance(value := getattr(self, name), Mapping):
+                raise TypeError(f"{name} of a fingerprint must be a mapping, got {value!r}")
 
     def check(self, expected: "Fingerprint") -> None:
         """Refuse to serve a caller who expects something else.
@@ -100,25 +108,55 @@ def save_readouts(
         "fingerprint": json.dumps(dataclasses.asdict(fingerprint), sort_keys=True),
         "facts": json.dumps(facts, sort_keys=True),
     }
-    metadata["sha256"] = _digest(own, metadata)
+    metadata["sha256"] = digest(own, metadata)
     with whole_file(path) as beside:
         save_file(own, beside, metadata=metadata)
 
 
 def load_readouts(
     path: str | os.PathLike[str],
-) -> tuple[dict[str, dict[str, Tensor]], Fingerprint, dict[str, Any]]:
-    """Read the readouts by module name, the fingerprint and the facts that `save_readouts` wrote.
+) -> tuple[dict[str, dict[str, Tensor]], Fingerprint, dict[str, Any], list[dict[str, Tensor]]]:
+    """Read what `save_readouts` wrote: readouts by module name, fingerprint, facts and batches.
 
     Raises:
         FingerprintError: if the file is missing, damaged, or was not written by `save_readouts`.
     """
+    tensors, metadata = _checked_content(path)
+    try:
+        fingerprint = Fingerprint(**json.loads(metadata["fingerprint"]))
+        same = json.loads(metadata.get("same", "{}"))
+        readouts: dict[str, dict[str, Tensor]] = {}
+        tensors |= {key: tensors[first] for key, first in same.items()}
+        for key, tensor in tensors.items():
+            name, _, part = key.rpartition(".")
+            if name in fingerprint.targets:
+                readouts.setdefault(name, {})[part] = tensor
+        ordered = {name: readouts[name] for name in fingerprint.targets if name in readouts}
+        facts, batches = json.loads(metadata["facts"]), batches_of(tensors, _BATCH)
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise FingerprintError(
+            f"{str(path)!r} is a damaged calibration: {error!r}; calibrate and save it again."
+        ) from error
+    if metadata["format"] != FORMAT:
+        _check_triplets(path, ordered)
+    return ordered, fingerprint, facts, batches
+
+
+def digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """SHA-256 of everything that a file holds, so that a flipped bit is noticed."""
+    hashed = hashlib.sha256(json.dumps(sorted(metadata.items())).encode())
+    for key in sorted(tensors):
+        tensor = tensors[key]
+        hashed.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        hashed.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return hashed.hexdigest()
+
+
+def _checked_content(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of a calibration, as they were written."""
     try:
         check_is_file(path)
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            same = json.loads(metadata.get("same", "{}"))
+        tensors, metadata = _read(path)
     except (OSError, SafetensorError, ValueError) as error:
         raise FingerprintError(
             f"cannot read a calibration from {str(path)!r}: {error}; pass the file that "
@@ -130,33 +168,57 @@ def load_readouts(
             f"{FORMAT!r}, got {metadata.get('format')!r}; pass the file that "
             "`CalibrationResult.save` wrote."
         )
-    stored = metadata.pop("sha256", None)  # format 1 has none
-    if stored is not None and stored != _digest(tensors, metadata):
+    stored = metadata.pop("sha256", None)
+    has_digest = stored is not None or metadata["format"] == FORMAT  # format 1 has none
+    if has_digest and stored != digest(tensors, metadata):
         raise FingerprintError(
             f"{str(path)!r} is a damaged calibration: its content is not what was written (another "
             "SHA-256); calibrate and save it again."
         )
-    try:
-        fingerprint = Fingerprint(**json.loads(metadata["fingerprint"]))
-        readouts: dict[str, dict[str, Tensor]] = {}
-        tensors |= {key: tensors[first] for key, first in same.items()}
-        for key, tensor in tensors.items():
-            name, _, part = key.rpartition(".")
-            if name in fingerprint.targets:
-                readouts.setdefault(name, {})[part] = tensor
-        ordered = {name: readouts[name] for name in fingerprint.targets if name in readouts}
-        return ordered, fingerprint, json.loads(metadata["facts"])
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise FingerprintError(
-            f"{str(path)!r} is a damaged calibration: {error!r}; calibrate and save it again."
-        ) from error
+    return tensors, metadata
 
 
-def load_batches(path: str | os.PathLike[str]) -> list[dict[str, Tensor]]:
-    """Read the batches that `save_readouts` kept, in order; none if none were kept."""
-    with safe_open(path, framework="pt") as file:
-        names = [name for name in file.keys() if name.startswith(_BATCH)]  # noqa: SIM118
-        return batches_of({name: file.get_tensor(name) for name in names}, _BATCH)
+def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of one file, also while other processes save to its path.
+
+    safetensors opens a path twice, and a save in between puts another file there.
+    """
+    while True:
+        before = os.stat(path)
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        after = os.stat(path)
+        if (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns):
+            return tensors, metadata
+
+
+def _check_triplets(path: str | os.PathLike[str], readouts: Mapping[str, Readouts]) -> None:
+    """Refuse readouts of format 1, which has no digest, that are no singular triplets."""
+    for name, parts in readouts.items():
+        for part, tensor in parts.items():
+            if part in ("U", "S", "Vh") and (got := _fault_of(part, tensor)):
+                raise FingerprintError(
+                    f"{str(path)!r} is a damaged calibration: {name} should hold singular triplets, "
+                    f"but its {part} {got}; calibrate and save it again."
+                )
+
+
+def _fault_of(part: str, tensor: Tensor) -> str | None:
+    """What excludes that a tensor is a part of singular triplets; `None` if nothing does."""
+    if not tensor.is_floating_point() or tensor.dim() != (1 if part == "S" else 2):
+        return f"is {tensor.dtype} of shape {tuple(tensor.shape)}"
+    values = tensor.float()
+    if not values.isfinite().all():
+        return "has values that are not finite"
+    if part == "S":
+        is_ordered = (values >= 0).all() and (values.diff() <= _TOLERANCE * values.max()).all()
+        return None if is_ordered else "is not descending to 0 or more"
+    rows = values.T if part == "U" else values
+    if rows.shape[1] == 0:
+        return None  # inputs have no `U`
+    error = (rows @ rows.T - torch.eye(len(rows))).abs().max() if len(rows) else 0
+    return None if error < _TOLERANCE else f"is not orthonormal (error {error:.1g})"
 
 
 def batch_entries(batches: Sequence[Mapping[str, Tensor]], prefix: str) -> dict[str, Tensor]:
@@ -175,16 +237,6 @@ def batches_of(entries: Mapping[str, Tensor], prefix: str) -> list[dict[str, Ten
             i, _, key = name.removeprefix(prefix).partition("/")
             batches.setdefault(int(i), {})[key] = tensor
     return [batches[i] for i in sorted(batches)]
-
-
-def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """SHA-256 of everything that a file holds, so that a flipped bit is noticed."""
-    hashed = hashlib.sha256(json.dumps(sorted(metadata.items())).encode())
-    for key in sorted(tensors):
-        tensor = tensors[key]
-        hashed.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        hashed.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
-    return hashed.hexdigest()
 
 
 def _compare(what: str, stored: Mapping[str, Any], expected: Mapping[str, Any], unit: str) -> None:

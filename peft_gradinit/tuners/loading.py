@@ -2,7 +2,10 @@
 
 import dataclasses
 import os
+import re
+from collections.abc import Collection
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, cast
 
 import peft
@@ -10,18 +13,30 @@ from peft import PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import (
+    CONFIG_NAME,
     SAFETENSORS_WEIGHTS_NAME,
     WEIGHTS_NAME,
+    get_peft_model_state_dict,
     load_peft_weights,
     set_peft_model_state_dict,
 )
-from safetensors import SafetensorError, safe_open
-from torch import nn
+from safetensors import SafetensorError
+from torch import Tensor, nn
 
 from ..calibration import RESTORED
-from ..errors import DataError, FingerprintError
+from ..errors import AdapterError, DataError, FingerprintError, GradInitError
+from ..files import check_is_file
 from ..layouts import has_offloaded
-from ..records import InitReport, read_provenance, records_of
+from ..records import (
+    InitReport,
+    check_digests,
+    check_finite,
+    meaning,
+    read_dict,
+    read_provenance,
+    read_tensors,
+    records_of,
+)
 from ..starts import GradInitConfig, SpectralConfig, base_fingerprint
 from ..statistics import Fingerprint
 from .lora import adapted_layers, is_deferred
@@ -50,33 +65,44 @@ def load_for_training(
         The `PeftModel`, its adapter active and trainable.
 
     Raises:
-        DataError: if the directory holds no readable `gradinit.json`, or no readable weights.
+        DataError: if the directory holds no readable `gradinit.json` or no readable weights, or if
+            they are damaged or of different saves.
         FingerprintError: if the base model has other weights.
     """
     content = read_provenance(directory)
     config = _restored_config(content, directory)
     fingerprint, report = _restored_facts(content, directory)
+    weights = _checked_weights(directory, content, config)
     if not allow_mismatch:
-        _check_base(model, config, content["fingerprint"], directory)
-    _check_weights(directory)
-    if isinstance(model, PeftModel):
-        peft_model = model
-        peft_model.add_adapter(adapter_name, config)
-    else:
-        peft_model = get_peft_model(model, config, adapter_name)
+        _check_base(model, config, content["fingerprint"], directory, weights)
+    peft_model = _with_adapter(model, config, adapter_name, directory)
     tuner = cast("BaseTuner", peft_model.base_model)
     with all_or_nothing(peft_model, lambda: remove_adapter(tuner, adapter_name)):
-        if has_offloaded(peft_model):  # PEFT's `load_adapter` would dispatch the model anew
-            set_peft_model_state_dict(
-                peft_model, load_peft_weights(str(directory), "cpu"), adapter_name
-            )
-        else:
-            peft_model.load_adapter(str(directory), adapter_name, is_trainable=True)
-        _check_complete(peft_model, adapter_name, directory)
+        _load(peft_model, adapter_name, directory, weights)
     peft_model.set_adapter(adapter_name)
     record = records_of(peft_model)[adapter_name]
     record.fingerprint, record.report = fingerprint, report
     return peft_model
+
+
+def _with_adapter(
+    model: nn.Module,
+    config: GradInitConfig | SpectralConfig,
+    adapter_name: str,
+    directory: str | os.PathLike[str],
+) -> PeftModel:
+    try:
+        if not isinstance(model, PeftModel):
+            return get_peft_model(model, config, adapter_name)
+        model.add_adapter(adapter_name, config)
+        return model
+    except GradInitError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise DataError(
+            f"PEFT cannot add the adapter that the gradinit.json of {str(directory)!r} describes: "
+            f"{error!r}; give the model that it was made on, or restore the saved adapter."
+        ) from error
 
 
 def _restored_facts(
@@ -88,40 +114,116 @@ def _restored_facts(
             Fingerprint(**fingerprint) if fingerprint else None,
             InitReport.from_dict(report) if report else None,
         )
-    except (KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise DataError(
             f"the gradinit.json of {str(directory)!r} is damaged: {error!r}; restore the saved "
             "adapter, or update the package if a later version wrote it."
         ) from error
 
 
-def _check_weights(directory: str | os.PathLike[str]) -> None:
+def _checked_weights(
+    directory: str | os.PathLike[str],
+    content: dict[str, Any],
+    config: GradInitConfig | SpectralConfig,
+) -> dict[str, Tensor]:
+    """Read the weights, which must be finite and of the same save as the files beside them."""
+    folder = Path(directory)
+    weights = _read_weights(folder)
+    try:
+        check_digests(folder, content, weights)
+        check_finite(folder, weights)
+        _check_config(folder, config)
+    except AdapterError as error:
+        raise DataError(str(error)) from error
+    return weights
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
     names = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
-    if not any((Path(directory) / name).exists() for name in names):
+    file = next((folder / name for name in names if (folder / name).exists()), None)
+    if file is None:
         raise DataError(
-            f"{str(directory)!r} holds none of {names}, so there is no adapter to load; restore "
+            f"{str(folder)!r} holds none of {names}, so there is no adapter to load; restore "
             "the saved adapter."
         )
-    file = Path(directory) / SAFETENSORS_WEIGHTS_NAME
     try:
-        if file.exists():
-            with safe_open(file, "pt"):
-                pass
-    except (SafetensorError, OSError) as error:
+        if file.name == SAFETENSORS_WEIGHTS_NAME:
+            return read_tensors(file)
+        check_is_file(file)
+        return load_peft_weights(str(folder), "cpu")
+    except (SafetensorError, OSError, ValueError, RuntimeError, UnpicklingError) as error:
         raise DataError(
             f"{str(file)!r} cannot be read ({error}); a run that was killed while it saved leaves "
             "such a file: load the checkpoint before it, or restore the saved adapter."
         ) from error
 
 
-def _check_complete(model: nn.Module, adapter_name: str, directory: str | os.PathLike[str]) -> None:
-    """Refuse loaded weights without a layer that would then run without its adapter."""
-    layers = adapted_layers(model, adapter_name)
-    lacking = [name for name, layer in layers if is_deferred(layer, adapter_name)]
-    if lacking:
+def _check_config(folder: Path, config: GradInitConfig | SpectralConfig) -> None:
+    """Refuse an `adapter_config.json` that gives the same file another function."""
+    if isinstance(config, SpectralConfig) or not (folder / CONFIG_NAME).exists():
+        return
+    want, got = meaning(config.saved_config().to_dict()), meaning(read_dict(folder / CONFIG_NAME))
+    for name in ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"):
+        if want.get(name) != got.get(name):
+            raise AdapterError(
+                f"{str(folder / CONFIG_NAME)!r} has {name}={got.get(name)!r}, but the "
+                f"gradinit.json beside it needs {want.get(name)!r}: one of them is damaged or of "
+                "another save; restore the saved adapter."
+            )
+
+
+def _load(
+    model: PeftModel,
+    adapter_name: str,
+    directory: str | os.PathLike[str],
+    weights: dict[str, Tensor],
+) -> None:
+    """Load weights with PEFT; refuse keys that are unknown or lacking, and shapes that differ."""
+    try:
+        if has_offloaded(model):  # PEFT's `load_adapter` would dispatch the model anew
+            result = set_peft_model_state_dict(model, weights, adapter_name)
+        else:
+            result: Any = model.load_adapter(str(directory), adapter_name, is_trainable=True)
+    except (KeyError, TypeError, ZeroDivisionError) as error:
         raise DataError(
-            f"the weights in {str(directory)!r} lack {len(lacking)} layers that their "
-            f"gradinit.json describes ({lacking[0]}, …); restore the saved adapter."
+            f"the weights in {str(directory)!r} are not those that their gradinit.json describes: "
+            f"{error!r}; restore the saved adapter."
+        ) from error
+    except RuntimeError as error:
+        if (first := re.search(r"size mismatch for .*", str(error))) is None:
+            raise
+        raise DataError(
+            f"the weights in {str(directory)!r} have other shapes than their gradinit.json "
+            f"describes: {first[0].rstrip('.')}; load them on the base model that they were made "
+            "on, with its vocabulary, or restore the saved adapter."
+        ) from error
+    _check_keys(model, result, adapter_name, directory)
+
+
+def _check_keys(
+    model: PeftModel, result: Any, adapter_name: str, directory: str | os.PathLike[str]
+) -> None:
+    """Refuse loaded weights that lack entries of the adapter, or have entries of another one."""
+    name = re.compile(rf"\.{re.escape(adapter_name)}(?:\.|$)")
+    lacking = {name.split(key)[0] for key in result.missing_keys if name.search(key)}
+    layers = adapted_layers(model, adapter_name)
+    waiting = {layer for layer, module in layers if is_deferred(module, adapter_name)}
+    if absent := sorted(lacking or waiting):  # a layer that waits would run without its adapter
+        raise DataError(
+            f"the weights in {str(directory)!r} lack {len(absent)} entries that their "
+            f"gradinit.json describes ({absent[0]}, …); restore the saved adapter."
+        )
+    if not result.unexpected_keys:
+        return
+    # PEFT saves trained tokens of tied embeddings twice, and loads them once.
+    embeddings = hasattr(model, "get_input_embeddings")
+    own = get_peft_model_state_dict(
+        model, adapter_name=adapter_name, save_embedding_layers=embeddings
+    )
+    if unknown := sorted(set(result.unexpected_keys) - own.keys()):
+        raise DataError(
+            f"the weights in {str(directory)!r} have {len(unknown)} entries that are unknown to "
+            f"the adapter ({unknown[0]}, …); restore the saved adapter."
         )
 
 
@@ -150,9 +252,12 @@ def _restored_config(
         config_cls = PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(values.pop("peft_type"))]
         _check_options(config_cls, values, content, directory)
         config = cast("GradInitConfig | SpectralConfig", config_cls(**values))
+        names = config.modules_to_save or []
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise TypeError(f"modules_to_save={names!r} is no list of names")
     except DataError:
         raise
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise DataError(
             f"the config in the gradinit.json of {str(directory)!r} cannot be restored: {error!r}; "
             "restore the saved adapter, or update the package if a later version wrote it."
@@ -169,11 +274,12 @@ def _check_base(
     config: GradInitConfig | SpectralConfig,
     stored: dict[str, Any] | None,
     directory: str | os.PathLike[str],
+    saved: Collection[str],
 ) -> None:
     if stored is None:
         return
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    for name, got in base_fingerprint(base, config).items():
+    for name, got in base_fingerprint(base, config, saved).items():
         if (want := stored["weights"].get(name)) != got:
             raise FingerprintError(
                 f"the adapter in {str(directory)!r} was made on another base model: {name} has "

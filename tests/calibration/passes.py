@@ -63,13 +63,13 @@ def sketches(model: nn.Module, data, rank: int = 4, **options) -> dict[str, Tens
     return {n: (t.U * t.S) @ t.Vh for n, t in triplets.items()}
 
 
-def measure(model: nn.Module, data, rank: int = 2, **options):
+def measure(model: nn.Module, data, rank: int = 2, need=None, **options):
     """Triplets of the gradient of every linear layer."""
     calibration = quiet(data, **{"estimator": "dense", **options})
     modules = linears(model)
     targets = {n: [*shape_of(m), rank] for n, m in modules.items()}
     fingerprint = Fingerprint("gradient", {}, targets, calibration.measurement_options())
-    return measure_need(model, modules, calibration, fingerprint, Gradients())
+    return measure_need(model, modules, calibration, fingerprint, need or Gradients())
 
 
 def worst_error(got: dict[str, Tensor], want: dict[str, Tensor]) -> float:

@@ -221,7 +221,8 @@ def steps(data, **options):
     calibration = quiet(data, **options)
     budget = Budget(calibration)
     model = torch.nn.Linear(1, 1)
-    return list(budgeted(read(calibration, model), calibration, model, budget)), budget
+    batches, separable = read(calibration, model), calibration.loss_fn is None
+    return list(budgeted(batches, calibration, model, budget, separable=separable)), budget
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 8, 32, 80])

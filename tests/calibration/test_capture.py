@@ -244,7 +244,7 @@ def test_sinks_run_in_float32_also_under_autocast():
         linears(model), lambda x, dy: enabled.append(torch.is_autocast_enabled("cpu"))
     )
     with capture(linears(model), sinks) as seen, torch.autocast("cpu", torch.bfloat16):
-        toy_loss(model, toy_batches()[0]).backward(inputs=[seen.anchor])
+        seen.backward(toy_loss(model, toy_batches()[0]))
     assert enabled == [False] * 3
 
 

@@ -227,7 +227,7 @@ def test_reading_ends_when_the_subspaces_have_settled():
     batches = [(torch.randn(4, 5, 8) * spread,) for _ in range(60)]
     model = nn.Sequential(nn.Linear(8, 8))
     early = measure(model, batches, rank=2, settle=0.99)
-    late = measure(model, batches, rank=2)
+    late = measure(model, batches, rank=2, max_tokens=10_000)
 
     # Two orientations, at 8 and at 24 sequences, and the batch that followed the second.
     assert (early.facts.stopped_by, early.facts.n_sequences) == ("settled", 28)

@@ -51,7 +51,9 @@ def test_one_process_holds_what_was_said_and_sends_nothing(config_cls, n_sequenc
 @pytest.mark.parametrize("n_sequences", [1, 8, 9, 24, 25, 72, 73, 100])
 def test_orientations_are_those_of_the_loop(n_sequences):
     calibration = quiet(token_batches(n=n_sequences, batch_size=7))
-    steps = budgeted(calibration.data, calibration, pico_llama(), Budget(calibration))
+    steps = budgeted(
+        calibration.data, calibration, pico_llama(), Budget(calibration), separable=True
+    )
     assert sum(step.orient for step in steps) == n_orientations(n_sequences)
 
 

@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from peft_gradinit import Calibration, EvaConfig, LoraGAConfig, LoraOneConfig, calibrate
 from peft_gradinit.calibration import Checkpoint
@@ -162,3 +163,18 @@ def test_after_kill_9_in_the_middle(tmp_path):
         warnings.simplefilter("error")
         result = measured(LoraGAConfig, BATCHES, Checkpoint(path, "data", 0))
     same(result, measured(LoraGAConfig, BATCHES))
+
+
+def test_a_pass_whose_sums_cannot_be_saved_warns_once_and_goes_on(tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr("peft_gradinit.calibration.resume.save_file", full)
+    checkpoint = Checkpoint(tmp_path / "partial.safetensors", every_seconds=0)
+    with pytest.warns(
+        UserWarning, match=r"cannot be saved \(.*No space left.*it goes on"
+    ) as caught:
+        found = measured(LoraGAConfig, BATCHES, checkpoint)
+    assert len(caught) == 1
+    same(found, measured(LoraGAConfig, BATCHES))
+    assert list(tmp_path.iterdir()) == []

@@ -53,6 +53,17 @@ from tests.helpers import (
     train_steps,
 )
 from tests.methods.models import narrow
+from tests.methods.rows import (
+    FLOAT32,
+    INFO,
+    WITH_DATA,
+    config_of,
+    every_method,
+    saved_factors,
+    started,
+    with_data,
+    with_gradients,
+)
 from tests.trainers import losses_of, trainer_of
 
 ROWS = {
@@ -65,33 +76,13 @@ ROWS = {
     "olora": OLoRAConfig,
     "svfit": SVFitConfig,
 }
-FLOAT32 = 1e-5
-"""Relative error of float32 logits that were computed in another order."""
-
 TURNED = 2e-3
 """The same of factors: singular vectors turn by the rounding over the gap to the next value, here
 some hundredths."""
 
-INFO = {m.name: m for m in METHODS}
-WITH_DATA = [m.name for m in METHODS if m.needed() != "nothing"]
-WITH_GRADIENTS = [m.name for m in METHODS if m.needed() == "gradients"]
-every_method = pytest.mark.parametrize("method", [m.name for m in METHODS])
-with_data = pytest.mark.parametrize("method", WITH_DATA)
-with_gradients = pytest.mark.parametrize("method", WITH_GRADIENTS)
 every_model = pytest.mark.parametrize(
     "make", [pytest.param(pico_llama, id="llama"), pytest.param(pico_gpt2, id="gpt2-conv1d-tied")]
 )
-
-
-def config_of(method, data=..., **options):
-    values = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-    if method in WITH_DATA:
-        values |= {"lora_alpha": 8, "calibration": quiet(token_batches()) if data is ... else data}
-    return ROWS[method](**{**values, **options})
-
-
-def started(method, model=None, name="default", **options):
-    return get_peft_model(model or pico_llama(), config_of(method, **options), name)
 
 
 def trained(method, model=None, name="default", **options):
@@ -102,15 +93,6 @@ def trained(method, model=None, name="default", **options):
 
 def saved_in(directory, name="default"):
     return directory if name == "default" else directory / name
-
-
-def saved_factors(peft_model, directory):
-    """`(A, B)` by layer, as they stand in the file."""
-    peft_model.save_pretrained(directory)
-    entries = load_file(directory / "adapter_model.safetensors")
-    stems = sorted(k.removesuffix(".lora_A.weight") for k in entries if ".lora_A." in k)
-    assert len(entries) == 2 * len(stems)
-    return {s: (entries[f"{s}.lora_A.weight"], entries[f"{s}.lora_B.weight"]) for s in stems}
 
 
 def assert_close(one, other, tolerance):

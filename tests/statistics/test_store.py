@@ -2,15 +2,17 @@
 
 import dataclasses
 import json
+import os
 import re
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from peft_gradinit.calibration import CalibrationResult, Gradients, Inputs, PassFacts
 from peft_gradinit.errors import FingerprintError
-from peft_gradinit.statistics import Fingerprint, load_batches, load_readouts, save_readouts, store
+from peft_gradinit.statistics import Fingerprint, load_readouts, save_readouts, store
 
 TARGETS = {"model.q_proj": [20, 16, 4], "model.v_proj": [8, 16, 2]}
 FINGERPRINT = Fingerprint(
@@ -33,7 +35,10 @@ def triplets(seed=0, rows=None):
     found = {}
     for name, (out, in_, size) in TARGETS.items():
         shapes = {"U": (out if rows is None else rows, size), "S": (size,), "Vh": (size, in_)}
-        found[name] = {k: torch.randn(shape, generator=generator) for k, shape in shapes.items()}
+        parts = {k: torch.randn(shape, generator=generator) for k, shape in shapes.items()}
+        U, Vh = torch.linalg.qr(parts["U"])[0], torch.linalg.qr(parts["Vh"].T)[0].T
+        S = parts["S"].abs().sort(descending=True).values
+        found[name] = {"U": U.contiguous() if len(U) else parts["U"], "S": S, "Vh": Vh.contiguous()}
     return found
 
 
@@ -63,7 +68,7 @@ def changed(**values):
 def test_a_round_trip_gives_everything_back_bit_for_bit(path):
     save(path)
 
-    loaded, fingerprint, facts = load_readouts(path)
+    loaded, fingerprint, facts, _ = load_readouts(path)
 
     assert loaded.keys() == TARGETS.keys()
     assert_holds(path, seed=0)
@@ -100,7 +105,7 @@ def test_names_of_targets_may_have_dots_and_indices_and_begin_alike(path):
 def test_a_target_without_readouts_is_absent_after_loading(path):
     save_readouts(path, {"model.q_proj": triplets()["model.q_proj"]}, FINGERPRINT, {})
 
-    loaded, fingerprint, _ = load_readouts(path)
+    loaded, fingerprint, *_ = load_readouts(path)
 
     assert loaded.keys() == {"model.q_proj"}
     assert fingerprint.targets == TARGETS
@@ -125,9 +130,17 @@ def test_batches_are_kept_beside_the_readouts_in_their_order(path):
     save_readouts(path, triplets(), FINGERPRINT, FACTS, batches)
 
     assert_holds(path, seed=0)
-    assert equal(dict(enumerate(load_batches(path))), dict(enumerate(batches)))
+    assert equal(dict(enumerate(load_readouts(path)[3])), dict(enumerate(batches)))
     save(path)
-    assert load_batches(path) == []
+    assert load_readouts(path)[3] == []
+
+
+def test_batches_whose_tensors_are_one_come_back_in_full(path):
+    ids = torch.arange(6).view(2, 3)
+    batches = [{"input_ids": ids, "labels": ids}, {"input_ids": ids}]
+    save_readouts(path, triplets(), FINGERPRINT, FACTS, batches)
+
+    assert equal(dict(enumerate(load_readouts(path)[3])), dict(enumerate(batches)))
 
 
 # --- the older format ----------------------------------------------------------------------------
@@ -193,6 +206,66 @@ def test_readouts_that_are_not_whole_are_refused_in_either_format(path, part, da
         write()
         with pytest.raises(FingerprintError, match=r"damaged calibration: model\.q_proj should"):
             CalibrationResult.load(path)
+
+
+def _with_nan(tensor):
+    return torch.where(tensor == tensor.max(), torch.nan, tensor)
+
+
+DAMAGE = [
+    ("U", lambda U: U > 0, "its U is torch.bool"),
+    ("U", lambda U: (100 * U).to(torch.int8), "its U is torch.int8"),
+    ("U", lambda U: U * 1e20, r"its U .* not (finite|orthonormal)"),
+    ("U", torch.zeros_like, "its U is not orthonormal"),
+    ("Vh", lambda Vh: Vh[:1].expand(4, -1).contiguous(), "its Vh is not orthonormal"),
+    ("Vh", _with_nan, "its Vh has values that are not finite"),
+    ("S", lambda S: S.flip(0).contiguous(), "its S is not descending"),
+    ("S", lambda S: -S, "its S is not descending"),
+    ("S", lambda S: S[None], "its S is .* of shape"),
+]
+
+
+@pytest.mark.parametrize(("part", "damage", "message"), DAMAGE)
+def test_triplets_that_cannot_be_are_refused_without_a_digest(path, part, damage, message):
+    readouts = triplets()
+    readouts["model.q_proj"][part] = damage(readouts["model.q_proj"][part])
+    write_format_1(path, readouts, "gradient")
+    with pytest.raises(FingerprintError, match=rf"damaged calibration: model\.q_proj .*{message}"):
+        CalibrationResult.load(path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_triplets_of_any_precision_are_taken_without_a_digest(path, dtype):
+    readouts = {n: {k: t.to(dtype) for k, t in parts.items()} for n, parts in triplets().items()}
+    write_format_1(path, readouts, "gradient")
+    assert equal(load_readouts(path)[0], readouts)
+
+
+@pytest.mark.parametrize("change", [{"sha256": None}, {"sha256": "0"}, {"format": "…/1"}])
+def test_a_changed_digest_or_none_is_refused(path, change):
+    save(path)
+    with safe_open(path, "pt") as file:
+        metadata = {**file.metadata(), **change}
+    metadata = {k: v.replace("…", "peft_gradinit.calibration") for k, v in metadata.items() if v}
+    save_file(load_file(path), path, metadata=metadata)
+    with pytest.raises(FingerprintError, match="damaged calibration"):
+        load_readouts(path)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_flipped_bit_is_noticed(path, seed):
+    save(path)
+    content = bytearray(path.read_bytes())
+    content[-1 - 37 * seed] ^= 1 << seed
+    path.write_bytes(content)
+    with pytest.raises(FingerprintError, match="damaged calibration"):
+        load_readouts(path)
+
+
+def test_a_fifo_is_refused(path):
+    os.mkfifo(path)
+    with pytest.raises(FingerprintError, match="is a FIFO"):
+        load_readouts(path)
 
 
 def test_a_statistic_that_is_not_known_is_refused(path):
@@ -274,7 +347,7 @@ def test_a_difference_is_refused_with_both_values(
     path, expected, stored_value, expected_value, place
 ):
     save(path)
-    _, fingerprint, _ = load_readouts(path)
+    _, fingerprint, *_ = load_readouts(path)
 
     with pytest.raises(FingerprintError) as caught:
         fingerprint.check(expected)

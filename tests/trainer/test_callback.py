@@ -299,14 +299,14 @@ def test_progress_follows_the_trainer(tmp_path, capsys):
 )
 def test_shapes_that_depend_on_data_are_refused_before_there_is_an_optimiser(options):
     with pytest.raises(
-        ConfigError, match=r"optimiser .of Trainer, of TRL. is built on shapes; calibrate first"
+        ConfigError, match=r"pass rho=1 .*optimiser .of Trainer, of TRL. is built on shapes"
     ):
         LoraGAConfig(calibration="deferred", target_modules="all-linear", **options)
 
 
 def test_eva_by_default_says_what_to_do_for_a_trainer(tmp_path):
     values = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-    with pytest.raises(ConfigError, match=r"save\(path\).*calibration=path.*rho=1"):
+    with pytest.raises(ConfigError, match=r"pass rho=1.*save\(path\) and calibration=path"):
         EvaConfig(calibration="deferred", **values)
     # What the message says works.
     path = calibrate(pico_llama(), EvaConfig(**values), quiet(token_batches())).save(tmp_path / "c")

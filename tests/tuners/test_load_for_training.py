@@ -1,12 +1,17 @@
 """`load_for_training` continues the same function on the same base, or says why not."""
 
+import json
+import os
+import shutil
+
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
-from peft_gradinit import load_for_training
-from peft_gradinit.errors import DataError, FingerprintError, ShapeError
+from peft_gradinit import EvaConfig, SVFitConfig, load_for_training
+from peft_gradinit.errors import AdapterError, DataError, FingerprintError, ShapeError
+from peft_gradinit.records import read_adapter
 from tests.helpers import (
     adapted,
     logits,
@@ -145,7 +150,15 @@ def test_checkpoint_loads_into_a_deferred_adapter_which_then_trains(tmp_path):
     assert train_steps(fresh) == train_steps(peft_model)
 
 
+def forget_digests(folder):
+    """Make a `gradinit.json` as earlier versions wrote it."""
+    content = json.loads((folder / "gradinit.json").read_text())
+    del content["files"], content["sha256"]
+    (folder / "gradinit.json").write_text(json.dumps(content))
+
+
 def rewrite(folder, change):
+    forget_digests(folder)
     file = folder / "adapter_model.safetensors"
     kept = {key: change(key, value) for key, value in load_file(file).items()}
     save_file({k: v.contiguous() for k, v in kept.items() if v is not None}, file)
@@ -162,8 +175,12 @@ def narrowed(key, value):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        (without_a_layer, DataError, r"lack 4 layers .*layers\.1\.self_attn\.q_proj, …\); restore"),
-        (narrowed, RuntimeError, "size mismatch"),
+        (
+            without_a_layer,
+            DataError,
+            r"lack 8 entries .*layers\.1\.self_attn\.k_proj\.lora_A, …\); restore",
+        ),
+        (narrowed, DataError, r"have other shapes than .* size mismatch for .*q_proj"),
     ],
 )
 def test_weights_that_do_not_fit_leave_the_model_as_it_was(change, error, message, tmp_path):
@@ -189,3 +206,183 @@ def test_file_lacking_a_layer_leaves_that_layer_waiting(tmp_path):
     fresh.load_adapter(tmp_path, "default", is_trainable=True)
     with pytest.raises(RuntimeError, match="has no start yet"):
         train_steps(fresh)
+
+
+# Damage ---------------------------------------------------------------------------------------------
+
+KEY = "base_model.model.model.layers.1.mlp.down_proj.lora_B.weight"
+
+
+def weights_with(change):
+    def damage(folder):
+        file = folder / "adapter_model.safetensors"
+        entries = {key: value.clone() for key, value in load_file(file).items()}
+        change(entries)
+        save_file(entries, file, metadata={"format": "pt"})
+
+    return damage
+
+
+def json_with(name, **changes):
+    def damage(folder):
+        content = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps({**content, **changes}))
+
+    return damage
+
+
+DAMAGE = {
+    "one factor lacking": (
+        weights_with(lambda t: t.pop(KEY)),
+        r"lack 1 entries .*down_proj\.lora_B",
+    ),
+    "unknown key": (
+        weights_with(lambda t: t.update({KEY.replace("_B", "_C"): t[KEY].clone()})),
+        r"have 1 entries that are unknown .*down_proj\.lora_C",
+    ),
+    "NaN": (weights_with(lambda t: t[KEY][0].fill_(torch.nan)), "down_proj.* not finite"),
+    "infinity": (weights_with(lambda t: t[KEY][0].fill_(torch.inf)), "down_proj.* not finite"),
+    "shape": (weights_with(lambda t: t.update({KEY: t[KEY][:-1].clone()})), "size mismatch"),
+    "other rank": (json_with("adapter_config.json", r=9), r"has r=9, but .* needs"),
+    "other alpha": (json_with("adapter_config.json", lora_alpha=9), "has lora_alpha=9, but"),
+    "other pattern": (
+        json_with("adapter_config.json", alpha_pattern={"q_proj": 3}),
+        r"has alpha_pattern=\{'q_proj': 3\}, but",
+    ),
+    "other scaling": (
+        json_with("adapter_config.json", use_rslora=True),
+        "has use_rslora=True, but",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+@pytest.mark.parametrize("method", ["lora_ga", "eva"])
+def test_damage_is_refused_with_digests_and_without(name, method, tmp_path):
+    damage, message = DAMAGE[name]
+    config = lora_ga() if method == "lora_ga" else eva()
+    trained(config=config).save_pretrained(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(DataError, match=r"is damaged or of another save than .* its SHA-256"):
+        load_for_training(pico_llama(), tmp_path)
+    with pytest.raises(AdapterError, match=r"is damaged or of another save than"):
+        read_adapter(tmp_path)
+    forget_digests(tmp_path)
+    base = pico_llama()
+    with pytest.raises(DataError, match=message):
+        load_for_training(base, tmp_path)
+    assert not any("lora" in key for key in base.state_dict())
+
+
+def eva():
+    options = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    return EvaConfig(**options, calibration=lora_ga().calibration)
+
+
+@pytest.mark.parametrize(
+    "file", ["gradinit.json", "adapter_config.json", "adapter_model.safetensors"]
+)
+def test_files_of_two_saves_are_refused(file, tmp_path):
+    trained().save_pretrained(tmp_path / "one")
+    trained(config=lora_ga(lora_alpha=3)).save_pretrained(tmp_path / "two")
+    shutil.copy(tmp_path / "one" / file, tmp_path / "two" / file)
+    with pytest.raises(DataError, match=r"of another save than the gradinit\.json"):
+        load_for_training(pico_llama(), tmp_path / "two")
+    with pytest.raises(AdapterError, match=r"of another save than the gradinit\.json"):
+        read_adapter(tmp_path / "two")
+
+
+def test_changed_gradinit_json_is_refused(tmp_path):
+    trained().save_pretrained(tmp_path)
+    json_with("gradinit.json", fingerprint=None)(tmp_path)
+    with pytest.raises(DataError, match=r"gradinit\.json' is damaged or was changed"):
+        load_for_training(pico_llama(), tmp_path)
+
+
+@pytest.mark.parametrize("method", ["lora_ga", "eva", "svfit", "compact"])
+def test_every_kind_has_digests_and_loads(method, tmp_path):
+    svfit = {"r": 4, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+    config = {
+        "lora_ga": lora_ga,
+        "eva": eva,
+        "svfit": lambda: SVFitConfig(**svfit),
+        "compact": lambda: SVFitConfig(**svfit, save_format="compact"),
+    }[method]()
+    peft_model = trained(config=config)
+    peft_model.save_pretrained(tmp_path)
+    files = json.loads((tmp_path / "gradinit.json").read_text())["files"]
+    assert files.keys() == {"adapter_config.json", "adapter_model.safetensors"}
+    live = load_for_training(pico_llama(), tmp_path)
+    assert torch.allclose(logits(live), logits(peft_model), atol=1e-5)
+
+
+def test_weights_written_after_the_config_have_no_digest_and_load(tmp_path):
+    older, peft_model = trained(), trained(config=lora_ga(lora_alpha=3))
+    older.save_pretrained(tmp_path)  # an earlier save lies there
+    entries = get_peft_model_state_dict(peft_model)
+    peft_model.peft_config["default"].save_pretrained(tmp_path)
+    save_file(
+        {k: v.contiguous() for k, v in entries.items()}, tmp_path / "adapter_model.safetensors"
+    )
+    assert json.loads((tmp_path / "gradinit.json").read_text())["files"] == {}
+    assert torch.equal(logits(load_for_training(pico_llama(), tmp_path)), logits(peft_model))
+
+
+def test_pickled_weights_load(tmp_path):
+    peft_model = trained()
+    peft_model.save_pretrained(tmp_path, safe_serialization=False)
+    assert torch.equal(logits(load_for_training(pico_llama(), tmp_path)), logits(peft_model))
+    (tmp_path / "adapter_model.bin").write_bytes(b"damaged")
+    with pytest.raises(DataError, match=r"adapter_model\.bin' cannot be read"):
+        load_for_training(pico_llama(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "file", ["gradinit.json", "adapter_config.json", "adapter_model.safetensors"]
+)
+def test_a_fifo_in_place_of_a_file_is_refused(file, tmp_path):
+    trained().save_pretrained(tmp_path)
+    (tmp_path / file).unlink()
+    os.mkfifo(tmp_path / file)
+    with pytest.raises(DataError, match="is a FIFO"):
+        load_for_training(pico_llama(), tmp_path)
+    with pytest.raises(AdapterError, match="is a FIFO"):
+        read_adapter(tmp_path)
+
+
+def test_options_without_a_meaning_may_change(tmp_path):
+    peft_model = trained()
+    peft_model.save_pretrained(tmp_path)
+    changes = {"base_model_name_or_path": "new/name", "inference_mode": False, "lora_dropout": 0.5}
+    json_with("adapter_config.json", **changes)(tmp_path)
+    load_for_training(pico_llama(), tmp_path)
+    read_adapter(tmp_path)
+    PeftModel.from_pretrained(pico_llama(), tmp_path)
+
+
+def with_new_tokens(seed):
+    model = pico_llama(tie_word_embeddings=True)
+    torch.manual_seed(seed)  # new rows are drawn at random
+    model.resize_token_embeddings(model.config.vocab_size + 8)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("trained_tokens", "embeddings"), [(True, False), (True, True), (False, True)]
+)
+def test_weights_that_the_file_brings_along_may_differ_in_the_base(
+    trained_tokens, embeddings, tmp_path
+):
+    base = with_new_tokens(1)
+    new = list(range(base.config.vocab_size - 8, base.config.vocab_size))
+    config = lora_ga(target_modules=["q_proj"])
+    config.trainable_token_indices = new if trained_tokens else None
+    peft_model = trained(base, config)
+    peft_model.save_pretrained(tmp_path, save_embedding_layers=embeddings)
+    live = load_for_training(with_new_tokens(2), tmp_path)
+    assert torch.equal(logits(live), logits(peft_model))
+    other = with_new_tokens(2)
+    with torch.no_grad():
+        other.model.layers[0].mlp.down_proj.weight[0, 0] += 1
+    with pytest.raises(FingerprintError, match=r"down_proj\.weight has hash"):
+        load_for_training(other, tmp_path)

@@ -5,6 +5,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
+from peft_gradinit import load_for_training
 from peft_gradinit.errors import TargetError
 from peft_gradinit.linalg.product import frobenius_of_product
 from peft_gradinit.records import records_of
@@ -122,6 +123,38 @@ def test_convolutions_are_refused_or_start_plain_and_reload(tmp_path):
     x = image_batches()[0][0]
     assert relative_error(loaded(x), peft_model(x)) <= 1e-5
     assert relative_error(loaded(x), Classifier()(x)) > 1e-3
+
+
+class Grouped(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(4, 8, 3, groups=2)
+        self.hidden = nn.Linear(8, 9)
+
+    def forward(self, x):
+        return self.hidden(self.conv(x).mean(dim=(2, 3)))
+
+
+@pytest.mark.parametrize("loaded_by", ["plain-peft", "load-for-training"])
+@pytest.mark.filterwarnings("ignore:.*a plain LoRA start")
+@pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups")
+def test_padding_of_a_grouped_convolution_goes_into_each_group(loaded_by, tmp_path):
+    x = torch.randn(5, 4, 6, 6, generator=torch.Generator().manual_seed(2))
+    calibration = quiet([(x, torch.arange(5))], loss_fn=image_loss)
+    options = {"target_modules": ["conv", "hidden"], "task_type": None, "uncalibrated": "lora"}
+    peft_model = adapted(Grouped(), lora_ga(calibration=calibration, **options))
+    with torch.no_grad():
+        for name, parameter in peft_model.named_parameters():
+            if "lora_" in name and parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    assert relative_error(peft_model(x), Grouped()(x)) > 1e-2
+    peft_model.save_pretrained(tmp_path)
+    if loaded_by == "plain-peft":
+        loaded = PeftModel.from_pretrained(Grouped(), tmp_path)
+    else:
+        loaded = load_for_training(Grouped(), tmp_path)
+    assert relative_error(loaded(x), peft_model(x)) <= 1e-5
 
 
 @pytest.mark.parametrize(

@@ -2,4 +2,4 @@
 
 from .experts import ExpertWeight, Measurable, Product, why_unreached
 from .following import Rows, watched
-from .taps import Capture, capture
+from .taps import Capture, capture, check_is_linear

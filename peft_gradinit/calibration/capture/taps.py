@@ -3,9 +3,11 @@
 A forward hook on each target routes its output through `Tap`, which saves the input the way
 autograd saves its own (so checkpointing and offloading work with it) and, in the backward, hands
 `(x, dy)` to a callback and passes `dy` on. All taps share a scalar `anchor`, the only tensor for
-which `loss.backward(inputs=[anchor])` computes a gradient. So no weight gradient is computed, no
-`requires_grad` is touched, and the graph starts at the first target even when nothing upstream
-requires a gradient.
+which the backward computes a gradient. So no weight gradient is computed, no `requires_grad` is
+touched, and the graph starts at the first target even when nothing upstream requires a gradient.
+
+Only the backward of `Capture.backward` counts. The user's forward may differentiate on its own, but
+not with `create_graph=True`: the second-order part of the gradient does not pass through the taps.
 """
 
 import dataclasses
@@ -44,19 +46,29 @@ class Tap(torch.autograd.Function):
         return dy, None, None, None
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Capture:
     """Which modules have run under `capture` so far.
 
     Attributes:
-        anchor: to pass to `loss.backward(inputs=[anchor])`.
+        anchor: the only tensor for which a gradient is computed.
         tapped: names of the modules that ran with gradients.
         untapped: names of the modules that ran under `torch.no_grad()`.
+        in_backward: whether `backward` is running.
     """
 
     anchor: Tensor
     tapped: set[str]
     untapped: set[str]
+    in_backward: bool = False
+
+    def backward(self, loss: Tensor) -> None:
+        """Differentiate a loss, and hand over what the modules are given meanwhile."""
+        self.in_backward = True
+        try:
+            loss.backward(inputs=[self.anchor])
+        finally:
+            self.in_backward = False
 
     def check(self) -> None:
         """Refuse to differentiate a loss of modules that ran only without gradients.
@@ -79,6 +91,7 @@ def capture(modules: Mapping[str, Measurable], sinks: Mapping[str, Sink]) -> Ite
     Sinks have the names of the modules; one call for each use of the module in a backward.
     """
     seen = Capture(torch.zeros((), requires_grad=True), set(), set())
+    sinks = {name: _of_own_backward(name, sink, seen) for name, sink in sinks.items()}
     experts = {n: m for n, m in modules.items() if isinstance(m, ExpertWeight)}
     handles = []
     try:
@@ -93,6 +106,23 @@ def capture(modules: Mapping[str, Measurable], sinks: Mapping[str, Sink]) -> Ite
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _of_own_backward(name: str, sink: Sink, seen: Capture) -> Sink:
+    """The sink, for the backward of the pass alone."""
+
+    def own(x: Tensor, dy: Any) -> None:
+        if torch.is_grad_enabled():  # as it is with create_graph=True
+            raise CalibrationError(
+                f"the forward or loss_fn differentiates the output of {name} by itself with "
+                "create_graph=True (a force field, a gradient penalty); the gradient of such a loss "
+                "has a second-order part, which the calibration cannot measure. Use plain LoRA or "
+                "PiSSA, or calibrate with a loss_fn that does without."
+            )
+        if seen.in_backward:
+            sink(x, dy)
+
+    return own
 
 
 def _of_whole_features(module: nn.Module, sink: Sink) -> Sink:
@@ -139,7 +169,17 @@ def _forward_hook(name: str, sink: Sink, seen: Capture) -> Callable[..., Any]:
     return hook
 
 
-def _check_differentiable(x: Tensor, out: Tensor, name: str, module: nn.Module) -> None:
+def check_is_linear(name: str, module: nn.Module, out: Any) -> None:
+    """Refuse a layer that returns something else than a tensor (`CalibrationError`)."""
+    if not isinstance(out, Tensor):
+        raise CalibrationError(
+            f"{name} ({_kind(module)}) returns a {type(out).__name__} where a linear layer returns a "
+            f"tensor, so it cannot have an adapter; pass exclude_modules=[{name!r}]."
+        )
+
+
+def _check_differentiable(x: Tensor, out: Any, name: str, module: nn.Module) -> None:
+    check_is_linear(name, module, out)
     if x.requires_grad and not out.requires_grad:
         raise CalibrationError(
             f"{name} ({_kind(module)}) gives no gradient to its input, so nothing before it can be "

@@ -1,8 +1,10 @@
 """The batches of a pass: read, cut, counted, and shared among processes."""
 
-from .batches import first_sequence, n_orientations
-from .budget import Step
+from .batches import first_sequence, n_batches, n_orientations
+from .budget import Budget, Step
+from .copying import own_copy
 from .feed import Feed
 from .selection import TokenSelection
+from .separable import sums_sequences
 from .shards import unsharded
-from .tokens import is_encoder_decoder, loss_weight
+from .tokens import is_encoder_decoder, loss_weight, n_sequences

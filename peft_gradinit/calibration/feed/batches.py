@@ -2,7 +2,7 @@
 
 `budgeted` yields sub-batches with the facts that the loop needs. It cuts batches between sequences
 where the sketches are to be oriented and where the token budget ends, so that neither depends on
-the batch size. A batch that cannot be cut is used whole.
+the batch size. A batch that is not known to be separable is used whole.
 """
 
 import copy
@@ -12,7 +12,7 @@ from itertools import islice
 from typing import Any
 
 import torch
-from accelerate.utils import recursively_apply, send_to_device
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -20,7 +20,9 @@ from ...errors import DataError
 from ...layouts import execution_device
 from ..spec import Calibration
 from .budget import Budget, Step
-from .tokens import IGNORE_INDEX, n_input_tokens, n_sequences, sequence_tokens
+from .copying import kept_sample, own_copy
+from .separable import is_sliceable, sliced
+from .tokens import IGNORE_INDEX, has_tokens, n_input_tokens, n_sequences, sequence_tokens
 
 FIRST_ORIENTATION = 8
 """Sequences before the first orientation of the sketches; later ones after 3, 9, … times as many.
@@ -41,17 +43,22 @@ of a calibration on 4,096."""
 
 
 def budgeted(
-    batches: Iterable[Any], calibration: Calibration, model: nn.Module, budget: Budget
+    batches: Iterable[Any],
+    calibration: Calibration,
+    model: nn.Module,
+    budget: Budget,
+    *,
+    separable: bool,
 ) -> Iterator[Step]:
-    """Yield the steps of a pass, in order, and count them in `budget`; with a `loss_fn`, uncut."""
+    """Yield the steps of a pass, in order, and count them in `budget`; uncut if not `separable`."""
     device = execution_device(model)
     orientation = budget.orientation or -(-FIRST_ORIENTATION // budget.n_readers)
-    may_be_cut = calibration.loss_fn is None
     if budget.n_resumed and (budget.tokens_spent() or budget.batches_spent()):
         return
     for batch in islice(batches, budget.n_resumed, None):
         budget.n_batches += 1
         rest = _placed(batch, device)
+        may_be_cut = separable and is_sliceable(rest)
         while rest is not None and not budget.tokens_spent():
             orient = budget.n_sequences >= orientation
             while budget.n_sequences >= orientation:
@@ -67,13 +74,27 @@ def budgeted(
                 n,
                 n_tokens,
                 orient,
+                has_tokens(part),
                 n_batch=budget.n_batches,
                 may_be_cut=may_be_cut,
                 ends_batch=rest is None,
             )
             yield budget.take(step)
         if budget.tokens_spent() or budget.batches_spent():
+            n_data = n_batches(calibration)
+            budget.may_have_more = rest is not None or n_data is None or budget.n_batches < n_data
             return
+
+
+def n_batches(calibration: Calibration) -> int | None:
+    """How many batches the data hold; `None` if they do not say."""
+    try:
+        n = len(calibration.data)
+    except (TypeError, NotImplementedError):
+        return None
+    if calibration.collate_fn is not None or _is_dataset(calibration.data):
+        return -(-n // calibration.batch_size)
+    return n
 
 
 def n_orientations(n_sequences: int) -> int:
@@ -98,42 +119,17 @@ def first_sequence(batch: Any) -> Any:
 
 
 def _placed(batch: Any, device: torch.device) -> Any:
-    """A copy on the device; tensors created in inference mode cannot be saved for a backward."""
+    """A copy on the device, out of reach of the user's iterator and of its inference mode."""
     if isinstance(batch, Mapping):
         batch = copy.copy(batch)  # BatchEncoding.to changes its object
-    batch = send_to_device(batch, device)
-    return recursively_apply(lambda t: t.clone() if t.is_inference() else t, batch)
+    return own_copy(send_to_device(batch, device))
 
 
 def _cut(batch: Any, room: int, budget: Budget) -> int | None:
-    """Where to cut a batch: at the next orientation, or where the token budget is reached."""
-    if not is_sliceable(batch):
-        return None
-    cut = room
-    if budget.max_tokens is not None:
-        total = sequence_tokens(batch).cumsum(0)
-        cut = min(cut, int((total < budget.max_tokens - budget.n_tokens).sum()) + 1)
+    """Where to cut a sliceable batch: at the next orientation, or where the token budget is reached."""
+    tokens = sequence_tokens(batch).tolist()
+    cut = min(room, budget.room(tokens, of_tokens=has_tokens(batch)))
     return cut if cut < n_sequences(batch) else None
-
-
-def is_sliceable(batch: Any) -> bool:
-    """Whether every value of a dict batch is a tensor with the same leading dimension.
-
-    Batches of tokens and images are not: two images may belong to one sequence, also where there
-    are as many images as sequences.
-    """
-    if not isinstance(batch, Mapping):
-        return False
-    if "input_ids" in batch and any(key.startswith("pixel_values") for key in batch):
-        return False
-    if not all(isinstance(v, Tensor) and v.dim() > 0 for v in batch.values()):
-        return False
-    return len({v.shape[0] for v in batch.values()}) == 1
-
-
-def sliced(batch: Mapping[str, Tensor], start: int, stop: int | None) -> dict[str, Tensor]:
-    """Some of the sequences of a batch that `is_sliceable`."""
-    return {key: value[start:stop] for key, value in batch.items()}
 
 
 def read(calibration: Calibration, model: nn.Module) -> Iterator[Any]:
@@ -164,7 +160,7 @@ def _batches_of_samples(calibration: Calibration, model: nn.Module) -> Iterator[
     data = calibration.data
     is_iterable = hasattr(data, "__iter__")  # map-style torch datasets are not
     samples = iter(data) if is_iterable else (data[i] for i in range(len(data)))
-    while chunk := list(islice(samples, calibration.batch_size)):
+    while chunk := [kept_sample(s) for s in islice(samples, calibration.batch_size)]:
         yield calibration.collate_fn(chunk) if calibration.collate_fn else _pad(chunk, model)
 
 

@@ -22,8 +22,8 @@ from ...errors import DataError
 from ...layouts import Processes
 from ..guards import generators
 from ..spec import Calibration
-from .batches import is_sliceable, sliced
 from .budget import Step
+from .separable import sliced
 
 
 def shares(all_steps: Iterable[Step], world: Processes) -> Iterator[Step]:
@@ -52,7 +52,7 @@ def _share(waiting: deque[Step], world: Processes) -> Step:
 
 def _parts(step: Step, n: int) -> list[Step]:
     """Cut a step between sequences into at most `n`; the first of them orients."""
-    if not (step.may_be_cut and is_sliceable(step.batch)):
+    if not step.may_be_cut:
         return [step]
     size = -(-step.n_sequences // n)
     starts = range(0, step.n_sequences, size)

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .separable import is_mean_over_sequences, model_inside
+
 IGNORE_INDEX = -100
 """Label of tokens without loss, the default of `torch.nn.CrossEntropyLoss` and of Transformers."""
 
@@ -28,11 +30,12 @@ def n_input_tokens(batch: Any) -> int:
 def sequence_tokens(batch: Any) -> Tensor:
     """Tokens of each sequence, padding not counted; ones if the batch has no tokens.
 
-    They are counted in a mask, in token ids or in embeddings. A tuple has tokens if its first
-    tensor holds ids.
+    They are counted in a mask, in token ids or in embeddings, but not in a mask of audio. A tuple
+    has tokens if its first tensor holds ids.
     """
     if isinstance(batch, Mapping):
-        for key in ("attention_mask", "decoder_attention_mask"):
+        masks_tokens = _is_text(batch) or not _is_signal(batch)
+        for key in ("attention_mask", "decoder_attention_mask")[not masks_tokens :]:
             if isinstance(mask := batch.get(key), Tensor) and mask.dim() == 2:
                 return (mask != 0).sum(1)
         # Batches of TRL's online trainers hold prompts and completions side by side.
@@ -43,22 +46,46 @@ def sequence_tokens(batch: Any) -> Tensor:
         for key in ("input_ids", "inputs_embeds"):
             if isinstance(tokens := batch.get(key), Tensor) and tokens.dim() >= 2:
                 return torch.full(tokens.shape[:1], tokens.shape[1])
-    else:
-        tokens = _first_tensor(batch)
-        if tokens is not None and tokens.dim() == 2 and tokens.dtype == torch.long:
-            return torch.full(tokens.shape[:1], tokens.shape[1])
+    elif (tokens := _ids(batch)) is not None:
+        return torch.full(tokens.shape[:1], tokens.shape[1])
     return torch.ones(n_sequences(batch), dtype=torch.long)
+
+
+def has_tokens(batch: Any) -> bool:
+    """Whether the rows are of tokens: not audio clips, images, series, or what is not known."""
+    if not isinstance(batch, Mapping):
+        return _ids(batch) is not None
+    if _is_text(batch) or _is_signal(batch):
+        return _is_text(batch)
+    masks = ("attention_mask", "decoder_attention_mask", "prompt_mask")
+    return any(isinstance(batch.get(key), Tensor) for key in masks)
+
+
+def _is_text(batch: Mapping[str, Any]) -> bool:
+    return any(isinstance(batch.get(key), Tensor) for key in ("input_ids", "inputs_embeds"))
+
+
+def _is_signal(batch: Mapping[str, Any]) -> bool:
+    return any(key.startswith(("input_values", "input_features", "pixel_values")) for key in batch)
+
+
+def _ids(batch: Any) -> Tensor | None:
+    """The token ids of a batch that is no dict; `None` if its first tensor holds none."""
+    first = _first_tensor(batch)
+    return first if first is not None and first.dim() == 2 and first.dtype == torch.long else None
 
 
 def loss_weight(model: nn.Module, batch: Any) -> int:
     """Number of terms that the batch's loss is the mean of.
 
     These are the labels that are not -100; for causal models (by `loss_type` or the class's name)
-    without the first position, which has no prediction. Without labels, or if they are not classes,
-    these are the sequences.
+    without the first position, which has no prediction. Without labels, with labels that are not
+    classes, or with CTC, these are the sequences.
     """
     labels = batch.get("labels") if isinstance(batch, Mapping) else None
     if not isinstance(labels, Tensor) or labels.is_floating_point():
+        return n_sequences(batch)
+    if is_mean_over_sequences(model):
         return n_sequences(batch)
     if labels.dim() > 1 and shifts_labels(model):
         labels = labels[..., 1:]
@@ -67,13 +94,13 @@ def loss_weight(model: nn.Module, batch: Any) -> int:
 
 def is_encoder_decoder(model: nn.Module) -> bool:
     """Whether the model has two parts, each with tokens of its own."""
-    model = getattr(model, "_orig_mod", model)
+    model = model_inside(model)
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 def shifts_labels(model: nn.Module) -> bool:
     """Whether the label at `t + 1` belongs to the output at `t`."""
-    model = getattr(model, "_orig_mod", model)
+    model = model_inside(model)
     if is_encoder_decoder(model):
         return False
     loss_type = getattr(model, "loss_type", None)

@@ -58,7 +58,7 @@ class GradientRecorder(Recorder):
         self._check_loss(loss, step.n_batch)
         self._keep_probe(step.batch)
         self._step_weight = weight
-        (loss * self._scale).backward(inputs=[self._seen.anchor])
+        self._seen.backward(loss * self._scale)
         for statistic in self.layers.distinct():
             statistic.count(weight)
         self.weight += weight

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from ...errors import CalibrationError
 from ...layouts import whole_features
 from ...linalg import Components, explained_share
-from ..capture import ExpertWeight, Measurable, Product, Rows, watched
-from ..feed import Step, TokenSelection, is_encoder_decoder
-from .losses import output_of
+from ..capture import ExpertWeight, Measurable, Product, Rows, check_is_linear, watched
+from ..feed import Step, TokenSelection, is_encoder_decoder, own_copy
+from .losses import differentiates, output_of
 from .recorder import Recorder
 
 
@@ -42,6 +42,14 @@ class InputRecorder(Recorder):
         self._selection = selection if counts else None
         try:
             self._forward(step.batch)
+        except RuntimeError as error:
+            if not differentiates(error):
+                raise
+            raise CalibrationError(
+                f"the forward of {type(self.model).__name__} (or loss_fn) differentiates by itself, "
+                f"but a pass over inputs runs without gradients ({error}); let it do so under "
+                "torch.enable_grad(), or use plain LoRA or PiSSA."
+            ) from error
         finally:
             self.layers.forget()
         self.weight += selection.n_tokens if counts else 0
@@ -109,7 +117,7 @@ class InputRecorder(Recorder):
         accelerator = self.calibration.accelerator
         with accelerator.autocast() if accelerator else nullcontext():
             if self.calibration.loss_fn is not None:
-                self.calibration.loss_fn(self.model, batch)
+                self.calibration.loss_fn(self.model, own_copy(batch))  # which it may change
             else:
                 output_of(self.model, _needed(self.model, batch))
 
@@ -122,7 +130,8 @@ def _inputs(
 
     def hook_of(name: str) -> Callable[..., None]:
         # A forward hook, not a pre-hook: its input has passed through all pre-hooks.
-        def hook(module: nn.Module, args: Any, kwargs: Any, _: Any) -> None:
+        def hook(module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+            check_is_linear(name, module, out)
             x, _ = whole_features(module, next(iter((*args, *kwargs.values()))), None)
             sink(name, x)
 

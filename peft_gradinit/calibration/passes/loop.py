@@ -2,12 +2,13 @@
 
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
-from ...errors import DataError
+from ...errors import DataError, GradInitError
 from ...layouts import Processes, processes
 from ...statistics import Fingerprint, Statistic
 from ..capture import Measurable, why_unreached
@@ -61,7 +62,8 @@ def measure(
         recorder = recorder_of(model, calibration, fingerprint, need, world)
         if replay is not None:
             recorder.on_batch, replay.of_one_process = replay.keep, world.size > 1
-        facts = run_pass(recorder, modules, Feed(calibration, model, world), resume)
+        feed = Feed(calibration, model, world, computes_loss=recorder.computes_loss)
+        facts = run_pass(recorder, modules, feed, resume)
         layers = recorder.layers
         energy, failures = world.gather(_judged(layers, need, modules, facts.n_batches))[0]
         names = [name for name in fingerprint.targets if name not in failures]
@@ -132,13 +134,13 @@ def run_pass(
     with (
         left_as_found(recorder.model, calibration.data, calibration.seed),
         recorder.watching(modules),
-        progress(calibration, world) as bar,
+        progress(calibration, budget, world) as show,
     ):
         for step in feed:
             settled = step.orient and recorder.orient()
-            with world.together():
+            with world.together(), _batch_noted(step.n_batch):
                 recorder.add(step)
-            bar.update(budget.n_tokens - bar.n)
+            show()
             if settled:
                 budget.stopped_by = "settled"
                 break
@@ -148,15 +150,29 @@ def run_pass(
     recorder.finish()
     if recorder.weight == 0:
         raise DataError(recorder.nothing_counted(budget.n_sequences))
-    loss = recorder.loss_sum
+    loss, totals = recorder.loss_sum, budget.totals(world)
+    if world.rank == 0:
+        budget.check_enough(totals["n_sequences"])
     return PassFacts(
-        **budget.totals(world),
+        **totals,
         loss_weight=recorder.weight,
         loss=None if loss is None else loss / recorder.weight,
         seconds=time.perf_counter() - started,
         state_bytes=sum(s.n_bytes() for s in recorder.layers.distinct()),
         peak_bytes=max(0, peak_bytes() - peak),
     )
+
+
+@contextmanager
+def _batch_noted(n_batch: int) -> Iterator[None]:
+    """Add the number of the batch to an error of the user's code, which stays what it is."""
+    try:
+        yield
+    except Exception as error:
+        add_note = getattr(error, "add_note", None)  # Python 3.11
+        if add_note is not None and not isinstance(error, GradInitError):
+            add_note(f"It was raised in calibration batch {n_batch}.")
+        raise
 
 
 def _judged(

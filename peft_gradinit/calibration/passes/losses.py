@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...errors import CalibrationError, DataError
 from ...layouts import Processes, execution_device, processes
-from ..feed import loss_weight
+from ..feed import loss_weight, n_sequences, own_copy, sums_sequences
 from ..guards import left_as_found
 from ..replay import Replay
 from ..spec import Calibration
@@ -38,11 +38,27 @@ def mean_loss(model: nn.Module, replay: Replay, calibration: Calibration) -> flo
         with world.together(), left_as_found(model, None, calibration.seed), torch.no_grad():
             for i in range(runs):
                 batch = send_to_device(replay.batches[min(i, len(replay.batches) - 1)], device)
-                loss, _ = loss_and_weight(model, batch, calibration)
+                loss = _loss_without_graph(model, batch, calibration)
                 if i < len(replay.batches) and replay.weights[i]:
                     loss_sum += float(loss) * replay.weights[i]
         loss_sum, weight = world.total(loss_sum, sum(replay.weights))
     return loss_sum / weight
+
+
+def _loss_without_graph(model: nn.Module, batch: Any, calibration: Calibration) -> Any:
+    """The loss of a batch; with a graph only if the user's code differentiates by itself."""
+    try:
+        return loss_and_weight(model, batch, calibration)[0]
+    except RuntimeError as error:
+        if not differentiates(error):
+            raise
+    with torch.enable_grad():
+        return loss_and_weight(model, batch, calibration)[0].detach()
+
+
+def differentiates(error: RuntimeError) -> bool:
+    """Whether an error under `torch.no_grad()` is that of code that differentiates by itself."""
+    return "does not require grad" in str(error)
 
 
 def _processes_of(model: nn.Module, replay: Replay) -> AbstractContextManager[Processes]:
@@ -55,7 +71,7 @@ def loss_and_weight(model: nn.Module, batch: Any, calibration: Calibration) -> t
     with accelerator.autocast() if accelerator else nullcontext():
         if calibration.loss_fn is None:
             return _model_loss(model, batch), loss_weight(model, batch)
-        result = calibration.loss_fn(model, batch)
+        result = calibration.loss_fn(model, own_copy(batch))  # which it may change
     if isinstance(result, tuple):
         return result[0], _checked_weight(result)
     return result, loss_weight(model, batch)
@@ -69,7 +85,8 @@ def output_of(model: nn.Module, batch: Any) -> Any:
 
 
 def _model_loss(model: nn.Module, batch: Any) -> Any:
-    loss = getattr(output_of(model, batch), "loss", None)
+    """The model's own loss, as a mean also where the model gives the sum over the sequences."""
+    loss = _loss_of(output_of(model, batch))
     if loss is None:
         got = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
         raise DataError(
@@ -77,7 +94,17 @@ def _model_loss(model: nn.Module, batch: Any) -> Any:
             "'labels' to the batches (as DataCollatorForLanguageModeling does), or pass "
             "Calibration(data, loss_fn=…)."
         )
-    return loss
+    return loss / n_sequences(batch) if sums_sequences(model) else loss
+
+
+def _loss_of(output: Any) -> Any:
+    """The loss in a model's output, where `Trainer` looks for it; `None` if there is none."""
+    if isinstance(output, Mapping):
+        return output.get("loss")
+    if isinstance(output, tuple | list):
+        first = output[0] if output else None
+        return first if isinstance(first, Tensor) and first.numel() == 1 else None
+    return getattr(output, "loss", None)
 
 
 def _checked_weight(result: tuple[Any, ...]) -> float:

@@ -1,13 +1,13 @@
 """Measurements on an adapter with its start: drift of the output, loss after the built-in step."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ...calibration import base_loss, left_as_found, mean_loss
+from ...calibration import base_loss, left_as_found, mean_loss, own_copy
 from ...errors import warn
 from ...records import StepCheck
 from ...starts import Start, adapter_alone, adapters_disabled
@@ -57,7 +57,9 @@ def checked_step(
     `write` writes the start with both factors multiplied by a number. Without batches to measure
     the loss on, the result is `None`, with a warning.
     """
-    replay = start.result.replay if start.result else None
+    if start.result is None:  # nothing was measured, so no step is taken
+        return None
+    replay = start.result.replay
     if replay is None or (replay.custom_loss and start.calibration.loss_fn is None):
         why = "holds no batches" if replay is None else "was made with a loss_fn"
         warn(
@@ -94,12 +96,13 @@ def drift(model: nn.Module, adapter_name: str, start: Start) -> float | None:
 def _output(model: nn.Module, batch: Any, loss_fn: Any) -> Tensor:
     """The first tensor that the model returns besides a loss; with a `loss_fn`, its loss."""
     if loss_fn is not None:
-        loss = loss_fn(model, batch)
+        loss = loss_fn(model, own_copy(batch))
         return (loss[0] if isinstance(loss, tuple) else loss).float()
-    if isinstance(batch, dict):
+    if isinstance(batch, Mapping):
         output = model(**batch)
     else:
         output = model(*batch) if isinstance(batch, tuple | list) else model(batch)
-    values = output.values() if isinstance(output, dict) else output
+    values = [output] if isinstance(output, Tensor) else output
+    values = output.values() if isinstance(output, Mapping) else values
     tensors = [v for v in values if isinstance(v, Tensor) and v.dim() > 0]
     return (tensors or [next(iter(values))])[0].float()

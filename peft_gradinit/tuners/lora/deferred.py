@@ -12,6 +12,7 @@ from ...errors import NotInitializedError
 from ...layouts import unwrapped
 
 _HANDLE = "_gradinit_deferred"
+_LOADING = "_gradinit_started_by_loading"
 
 
 def defer(layer: LoraLayer, adapter_name: str) -> None:
@@ -23,6 +24,9 @@ def defer(layer: LoraLayer, adapter_name: str) -> None:
             else linear.register_forward_hook(_refuse_to_train)
         )
         setattr(linear, _HANDLE, handle)
+    if not hasattr(layer, _LOADING):
+        handle = layer.register_load_state_dict_pre_hook(_start_loaded)
+        setattr(layer, _LOADING, handle)
 
 
 def mark_started(layer: nn.Module | LoraLayer, adapter_name: str) -> None:
@@ -43,6 +47,18 @@ def deferred_adapters(model: nn.Module) -> list[str]:
     layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
     names = dict.fromkeys(name for layer in layers for name in layer.lora_A)
     return [name for name in names if any(is_deferred(layer, name) for layer in layers)]
+
+
+def _start_loaded(layer: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """A state dict that holds every tensor of an adapter of this layer brings its start.
+
+    PEFT, Accelerate and Lightning all load through `load_state_dict`, which calls this hook.
+    """
+    own = [key for key in layer.state_dict() if key.startswith("lora_")]
+    for name in layer.lora_A:
+        keys = [key for key in own if key.split(".")[1] == name]
+        if keys and all(prefix + key in state_dict for key in keys):
+            mark_started(layer, name)
 
 
 def _factors(layer: Any, adapter_name: str) -> list[nn.Module]:

@@ -22,9 +22,11 @@ from ...records import (
     InitReport,
     WithReports,
     attach_record,
+    attached_record,
     attend,
     card_tags,
     keep_record,
+    note_entries,
     plain_config,
     records_of,
 )
@@ -40,13 +42,14 @@ from ...starts import (
     without_empty,
     write_patterns,
 )
+from ..checks import check_adapter_name, check_not_empty
 from ..copying import copied_from, copy_adapter
 from ..offloaded import OffloadedBase, check_modules_to_save
 from ..rollback import all_or_nothing, remove_adapter
 from .anchored import anchor_layer, fill, renew_magnitude
 from .checks import checked_step, drift
 from .combining import combined_config, highest_rank
-from .deferred import defer, deferred_adapters, is_deferred, mark_started
+from .deferred import defer, deferred_adapters, mark_started
 from .pairs import adapted_layers, pairs, stacked
 from .saving import check_savable, live_entries, plain_entries
 
@@ -85,11 +88,15 @@ class GradInitModel(WithReports, OffloadedBase, LoraModel):
             adapters, kind = self._combining
             proposed = cast("LoraConfig", self.peft_config[adapter_name])
             self.peft_config[adapter_name] = combined_config(model, adapters, kind, proposed)
-        if not isinstance(self.peft_config[adapter_name], GradInitConfig):
+        if (config := self.peft_config[adapter_name]).inference_mode:
+            # Transformers loads a state dict with the config of the live adapter in this way.
+            self.peft_config[adapter_name] = config = _as_saved(config)
+        if not isinstance(config, GradInitConfig):
             super().inject_adapter(model, adapter_name, *options)
             return
+        check_adapter_name(adapter_name, self.prefix)
         _check_memory(low_cpu_mem_usage)
-        check_modules_to_save(model, self.peft_config[adapter_name])
+        check_modules_to_save(model, config)
         with all_or_nothing(model, lambda: remove_adapter(self, adapter_name)):
             self._inject(model, adapter_name, options)
 
@@ -98,12 +105,12 @@ class GradInitModel(WithReports, OffloadedBase, LoraModel):
         source = copied_from(self.peft_config, adapter_name)
         converted = with_converted_targets(config, model)
         others = {n: other for n, other in self.peft_config.items() if n != adapter_name}
-        targets = resolve_targets(model, converted, others)
+        targets = resolve_targets(model, converted, others, options[2])
         start = None
         injected = copy.copy(converted)
         if source is not None:  # a copy has the ranks of its source
             vars(injected).update(self._record(source).resolved)
-            targets = resolve_targets(model, injected, others)
+            targets = resolve_targets(model, injected, others, options[2])
         elif not config.is_deferred:
             start = compute_start(model, targets, converted, config.calibration)  # pyright: ignore[reportAttributeAccessIssue]
             targets = start.targets
@@ -155,7 +162,7 @@ class GradInitModel(WithReports, OffloadedBase, LoraModel):
         write = partial(self._write, adapter_name, start)
         try:
             write(1.0)
-            if config.checks_step:
+            if config.checks_step and start.factors:
                 step = checked_step(model, adapter_name, config.method, start, write)
             moved = drift(model, adapter_name, start)
         except BaseException:
@@ -283,11 +290,17 @@ class GradInitModel(WithReports, OffloadedBase, LoraModel):
     ) -> dict[str, Tensor]:
         check_savable(model, adapter_name)
         attend(model)
-        attach_record(config, records_of(model).get(adapter_name))
+        record = records_of(model).get(adapter_name)
+        attach_record(config, record)
         entries = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
-        return plain_entries(model, adapter_name, entries) if config.anchored else entries
+        check_not_empty(entries, state_dict, adapter_name)
+        if config.anchored:
+            entries = plain_entries(model, adapter_name, entries)
+        remove = cls._remove_adapter_name_from_key
+        note_entries(record, {remove(key, adapter_name): v for key, v in entries.items()})
+        return entries
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -303,11 +316,7 @@ class GradInitModel(WithReports, OffloadedBase, LoraModel):
     ) -> dict[str, Tensor]:
         if config.anchored:
             state_dict = live_entries(model, adapter_name, state_dict)
-        loaded = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        for name, layer in model.named_modules():
-            if is_deferred(layer, adapter_name) and any(k.startswith(f"{name}.") for k in loaded):
-                mark_started(layer, adapter_name)
-        return loaded
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
 
 def _check_memory(low_cpu_mem_usage: bool) -> None:
@@ -317,6 +326,13 @@ def _check_memory(low_cpu_mem_usage: bool) -> None:
             "low_cpu_mem_usage=True puts the adapter on the meta device, where no start can be "
             "written; leave it at False for configs of this package."
         )
+
+
+def _as_saved(config: Any) -> Any:
+    """The config of the plain LoRA that a state dict or a file of the adapter holds."""
+    if not isinstance(config, GradInitConfig):
+        return config
+    return config.saved_config(attached_record(config))
 
 
 def _differences(injected: GradInitConfig, config: GradInitConfig) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import ConfigError, NotInitializedError, ShapeError
+from ...layouts import plain_name
 from ...records import is_prefixed, name_in_file
 from .anchored import is_anchored, side_by_side
 from .deferred import is_deferred
@@ -63,7 +64,7 @@ def _anchored(model: nn.Module, adapter_name: str, *, prefixed: bool) -> dict[st
         n: m for n, m in model.named_modules() if is_anchored(m, adapter_name)
     }
     return {
-        name_in_file(name, prefixed=prefixed): (layer.r[adapter_name], n_experts(layer))
+        name_in_file(plain_name(name), prefixed=prefixed): (layer.r[adapter_name], n_experts(layer))
         for name, layer in layers.items()
     }
 
@@ -85,7 +86,8 @@ def join(state_dict: dict[str, Tensor], experts: Mapping[str, int]) -> dict[str,
             anchor, n = state_dict[stem + ANCHOR].to(tensor), experts[_layer_of(key)]
             joined[f"{stem}weight"] = side_by_side(tensor, anchor, dim, n)
         elif dim is not None and tensor.dim() > 1:
-            joined[key] = torch.cat([tensor, torch.zeros_like(tensor)], dim=dim)
+            groups = _groups(state_dict, key)
+            joined[key] = side_by_side(tensor, torch.zeros_like(tensor), dim, groups)
         else:
             joined[key] = tensor
     return joined
@@ -102,7 +104,8 @@ def split(
             parts[key] = tensor
             continue
         layer = _layer_of(key)
-        r, n = anchored.get(layer, (tensor.shape[dim] // 2, 1))
+        n = _groups(state_dict, key)
+        r, n = anchored.get(layer, (tensor.shape[dim] // (2 * n), n))
         if tensor.shape[dim] != 2 * r * n:
             raise ShapeError(
                 f"{key} has rank {tensor.shape[dim] / n:g}, but the live adapter has r={r} and "
@@ -125,6 +128,13 @@ def _halves(joined: Tensor, dim: int, n: int) -> tuple[Tensor, Tensor]:
         return first, second
     first, second = joined.unflatten(0, (n, -1)).chunk(2, dim=1)
     return first.flatten(0, 1), second.flatten(0, 1)
+
+
+def _groups(state_dict: Mapping[str, Tensor], key: str) -> int:
+    """Groups of a convolution, of which each has its part of the rank; 1 for other layers."""
+    stem, _, tail = key.rpartition(".lora_A")
+    A, B = state_dict[key], state_dict.get(f"{stem}.lora_B{tail}")
+    return A.shape[0] // B.shape[1] if stem and B is not None and A.dim() > 2 else 1
 
 
 def _layer_of(key: str) -> str:

@@ -73,12 +73,21 @@ class SVFitLinear(nn.Module, BaseTunerLayer):
         """Run the base layer on `x (..., in)` and add the active adapters.
 
         The result `(..., out)` has the dtype of the base layer's; sums are taken in the adapter's.
+
+        Raises:
+            TargetError: if the base layer returns something else than a tensor.
         """
         if self.disable_adapters and self.merged:
             self.unmerge()
         result = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or self.merged:
             return result
+        if not isinstance(result, Tensor):
+            base = type(self.get_base_layer()).__name__
+            raise TargetError(
+                f"a {base} returns a {type(result).__name__} where a linear layer returns a "
+                "tensor, so it cannot have an adapter; add its name to exclude_modules."
+            )
         dtype = result.dtype
         for name in self.active_adapters:
             if name in self.svfit_delta:

@@ -4,8 +4,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
+from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils import (
+    INCLUDE_LINEAR_LAYERS_SHORTHAND,
+    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+)
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -18,11 +23,14 @@ from ...records import (
     attend,
     card_tags,
     keep_record,
+    note_entries,
     patterns,
+    plain_config,
     records_of,
 )
-from ...starts import SpectralConfig, base_fingerprint
+from ...starts import SpectralConfig, base_fingerprint, loaded_layers
 from ...statistics import Fingerprint
+from ..checks import check_adapter_name, check_not_empty
 from ..copying import copied_from, copy_adapter
 from ..offloaded import OffloadedBase, check_modules_to_save
 from ..rollback import all_or_nothing, remove_adapter
@@ -55,6 +63,10 @@ class SVFitModel(WithReports, OffloadedBase, BaseTuner):
         `autocast_adapter_dtype` has no effect, since the adapter is float32, nor has
         `low_cpu_mem_usage`, since a basis cannot be computed on the meta device.
         """
+        check_adapter_name(adapter_name, self.prefix)
+        _check_trains(cast("SpectralConfig", self.peft_config[adapter_name]))
+        if state_dict is not None:  # PEFT takes the names of the layers from it, by our prefix
+            state_dict = {k.replace(".lora_", f".{self.prefix}"): v for k, v in state_dict.items()}
         with all_or_nothing(model, lambda: remove_adapter(self, adapter_name)):
             self._inject(model, adapter_name, (autocast_adapter_dtype, False, state_dict))
 
@@ -64,6 +76,7 @@ class SVFitModel(WithReports, OffloadedBase, BaseTuner):
         _check_not_merged(model)
         check_modules_to_save(model, config)
         weights = base_fingerprint(model, config)
+        _leave_out_experts(config, model)
         super().inject_adapter(model, adapter_name, *options)
         layers = live_layers(model, adapter_name)
         lowered = _lowered_ranks(config, layers, adapter_name)
@@ -87,6 +100,8 @@ class SVFitModel(WithReports, OffloadedBase, BaseTuner):
                 options=config.basis_options(),
             ),
         )
+        if config.saves_lora and options[2] is None:
+            _check_loads(model, config.saved_config(record), set(layers))
         keep_record(model, adapter_name, record)
         attach_record(config, record)
 
@@ -138,13 +153,19 @@ class SVFitModel(WithReports, OffloadedBase, BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         attend(model)
-        attach_record(config, records_of(model).get(adapter_name))
+        record = records_of(model).get(adapter_name)
+        attach_record(config, record)
         entries = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
+        check_not_empty(entries, state_dict, adapter_name)
         if config.saves_lora:
-            return lora_form(entries, adapter_name, config.factors)
-        return compact_form(entries, adapter_name, live_layers(model, adapter_name))
+            entries = lora_form(entries, adapter_name, config.factors)
+        else:
+            entries = compact_form(entries, adapter_name, live_layers(model, adapter_name))
+        remove = cls._remove_adapter_name_from_key
+        note_entries(record, {remove(key, adapter_name): v for key, v in entries.items()})
+        return entries
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -153,6 +174,45 @@ class SVFitModel(WithReports, OffloadedBase, BaseTuner):
         layers = live_layers(model, adapter_name)
         state_dict = live_form(state_dict, config, adapter_name, layers)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
+
+def _check_trains(config: SpectralConfig) -> None:
+    # Transformers loads a state dict with the config of the live adapter in this way.
+    if config.inference_mode and config.saves_lora:
+        raise ConfigError(
+            "the saved form of this SVFit adapter is plain LoRA, which an SVFit config for "
+            "inference cannot load; pass peft_config=LoraConfig(**values), where values are "
+            "config.to_dict() of the live adapter without 'peft_type', or load the saved folder."
+        )
+
+
+def _leave_out_experts(config: SpectralConfig, model: nn.Module) -> None:
+    """Take out of `"all-linear"` the layers that PEFT would look for among experts on loading.
+
+    Experts were linear layers in Transformers 4. PEFT turns their names into parameters when it
+    loads an adapter, and with them dense layers of the same name.
+    """
+    if config.target_modules != INCLUDE_LINEAR_LAYERS_SHORTHAND or not config.saves_lora:
+        return
+    plain = plain_config(config, r=1, rank_pattern={})
+    convert_peft_config_for_transformers(plain, model, None)
+    if plain.target_parameters:
+        config.target_modules = cast("Any", plain.target_modules)
+        warn(
+            "SVFit leaves out the linear layers of this model that share their names with experts, "
+            "since PEFT would load an adapter on them as one on the experts; with "
+            "save_format='compact' they can be targeted."
+        )
+
+
+def _check_loads(model: nn.Module, plain: LoraConfig, layers: set[str]) -> None:
+    """Refuse an adapter whose saved form PEFT would load onto other layers."""
+    if differing := sorted(loaded_layers(model, plain) ^ layers):
+        raise TargetError(
+            f"PEFT would not load the saved adapter onto the same layers: {', '.join(differing)} "
+            "would be lost, or come in their place; leave such layers out of target_modules, or "
+            "set save_format='compact'."
+        )
 
 
 def _check_not_merged(model: nn.Module) -> None:

@@ -131,7 +131,13 @@ def _from_compact(
             f"{stem} has {delta.numel()} numbers in the file, expected {live.numel()} for the live "
             "rank; load with the same r."
         )
-    digest = bytes(state_dict[stem + _HASH].tolist()).hex()
+    for key, size in ((_HASH, len(layer.weight_hash[adapter_name]) // 2), (_PROBE, _N_PROBES)):
+        if (shape := tuple(state_dict[stem + key].shape)) != (size,):
+            raise ShapeError(
+                f"{stem}{key} has shape {shape} in the file, expected {(size,)}; restore the saved "
+                "adapter."
+            )
+    digest = bytes(state_dict[stem + _HASH].to(torch.uint8).tolist()).hex()
     name, here = f"{stem.removeprefix(PREFIX)}.weight", layer.weight_hash[adapter_name]
     if digest != here:
         raise FingerprintError(
