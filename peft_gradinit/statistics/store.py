@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -184,13 +185,22 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, st
     safetensors opens a path twice, and a save in between puts another file there.
     """
     while True:
-        before = os.stat(path)
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        after = os.stat(path)
-        if (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns):
-            return tensors, metadata
+        before = _identity(path)
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                content = tensors, file.metadata() or {}
+        except SafetensorError:
+            if before == _identity(path):
+                raise
+            continue
+        if before == _identity(path):
+            return content
+
+
+def _identity(path: str | os.PathLike[str]) -> tuple[int, int]:
+    status = Path(path).stat()
+    return status.st_ino, status.st_mtime_ns
 
 
 def _check_triplets(path: str | os.PathLike[str], readouts: Mapping[str, Readouts]) -> None:

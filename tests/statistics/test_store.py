@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from peft_gradinit.calibration import CalibrationResult, Gradients, Inputs, PassFacts
@@ -141,6 +141,24 @@ def test_batches_whose_tensors_are_one_come_back_in_full(path):
     save_readouts(path, triplets(), FINGERPRINT, FACTS, batches)
 
     assert equal(dict(enumerate(load_readouts(path)[3])), dict(enumerate(batches)))
+
+
+@pytest.mark.parametrize("torn", [False, True], ids=["whole-old-file", "torn"])
+def test_a_file_that_is_replaced_while_it_is_read_is_read_again(path, monkeypatch, torn):
+    save(path, seed=0)
+    newer, opened = path.with_name("newer"), store.safe_open
+    save(newer, seed=1)
+
+    def opened_and_replaced(file, **options):
+        result = opened(file, **options)
+        if newer.exists():
+            newer.replace(path)
+            if torn:
+                raise SafetensorError("header of one file, tensors of another")
+        return result
+
+    monkeypatch.setattr(store, "safe_open", opened_and_replaced)
+    assert_holds(path, seed=1)
 
 
 # --- the older format ----------------------------------------------------------------------------

@@ -15,7 +15,7 @@ _HANDLE = "_gradinit_deferred"
 _LOADING = "_gradinit_started_by_loading"
 
 
-def defer(layer: LoraLayer, adapter_name: str) -> None:
+def defer(layer: Any, adapter_name: str) -> None:
     """Make a training step through this adapter raise `NotInitializedError`."""
     for linear in _factors(layer, adapter_name):
         handle = (
