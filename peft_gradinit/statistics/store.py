@@ -183,6 +183,9 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, st
     """Tensors and metadata of one file, also while other processes save to its path.
 
     safetensors opens a path twice, and a save in between puts another file there.
+
+    Raises:
+        SafetensorError: if it is no whole safetensors file.
     """
     while True:
         before = _identity(path)
