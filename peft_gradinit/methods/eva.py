@@ -32,6 +32,8 @@ their layer's variance.
    singular values are per token (root mean squares), so the start does not depend on how many
    tokens were read.
 7. Signs are canonical, seeds explicit, and what is measured stays in float32.
+8. A layer whose rank goes from `r` to `r'` keeps its scaling, as in PEFT: its `lora_alpha` is
+   multiplied by `r' / r`. The authors keep `lora_alpha`, so theirs becomes `alpha / r'`.
 
 At initialisation the function is unchanged: `B0 = 0`.
 """

@@ -29,7 +29,10 @@ stays what it was, `s B0 A0` is taken out of it.
 5. `out` is the layer's number of outputs, also for `Conv1D`, which stores the transpose.
 6. `2r > min(out, in)` lowers the layer's rank with a warning.
 7. `stable_gamma` is 16, the default of the authors' library; their README's commands use 64.
-8. `scale="lora"` and `rank_allocation` are not of the paper; the README shows what they gave.
+8. The SVD is exact on the sketched core and seeded; theirs is randomised (`svd_lowrank`, `q = 4 r`,
+   4 iterations) and not. Their `norm_clip`, which shortens a start whose largest entry
+   exceeds the weight's, is not here.
+9. `scale="lora"` and `rank_allocation` are not of the paper; the README shows what they gave.
 
 At initialisation the function is unchanged up to rounding; singular values of `G` are not used, so
 the scale of the loss does not matter.
