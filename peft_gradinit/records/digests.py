@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..errors import AdapterError
 from ..files import check_is_file
+from ..statistics import digest
 from .live import AdapterRecord
 
 _MEANING = (
@@ -42,7 +43,7 @@ def note_entries(record: AdapterRecord | None, entries: Mapping[str, Tensor]) ->
     if record is not None:
         whole = all(type(t) in (Tensor, torch.nn.Parameter) for t in entries.values())
         known = whole and not any(t.is_meta for t in entries.values())
-        record.entries = (frozenset(entries), _digest(entries)) if known else None
+        record.entries = (frozenset(entries), digest(entries)) if known else None
 
 
 def file_digests(directory: Path, record: AdapterRecord) -> dict[str, str]:
@@ -51,15 +52,15 @@ def file_digests(directory: Path, record: AdapterRecord) -> dict[str, str]:
     path = directory / SAFETENSORS_WEIGHTS_NAME
     if noted is None or not path.is_file():
         return {}
-    keys, digest = noted
+    keys, sum_of_noted = noted
     try:
         tensors = read_tensors(path)
     except SafetensorError:
         return {}
-    if not keys <= tensors.keys() or _digest({key: tensors[key] for key in keys}) != digest:
+    if not keys <= tensors.keys() or digest({key: tensors[key] for key in keys}) != sum_of_noted:
         return {}
     config = json.loads((directory / CONFIG_NAME).read_text(encoding="utf-8"))
-    return {SAFETENSORS_WEIGHTS_NAME: _digest(tensors), CONFIG_NAME: _digest_of_config(config)}
+    return {SAFETENSORS_WEIGHTS_NAME: digest(tensors), CONFIG_NAME: _digest_of_config(config)}
 
 
 def check_digests(
@@ -82,7 +83,7 @@ def check_digests(
             f"digests, got {digests!r}; restore the saved adapter."
         )
     if SAFETENSORS_WEIGHTS_NAME in digests:
-        _compare(directory, SAFETENSORS_WEIGHTS_NAME, digests, _digest(tensors))
+        _compare(directory, SAFETENSORS_WEIGHTS_NAME, digests, digest(tensors))
     if CONFIG_NAME in digests:
         config = read_dict(directory / CONFIG_NAME)
         _compare(directory, CONFIG_NAME, digests, _digest_of_config(config))
@@ -148,15 +149,6 @@ def _compare(directory: Path, name: str, digests: Mapping[str, str], got: str) -
             "that is killed while it saves leaves such a mixture; restore the saved adapter, or "
             "load another checkpoint."
         )
-
-
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    hashed = hashlib.sha256()
-    for key in sorted(tensors):
-        tensor = tensors[key].detach().cpu().contiguous()
-        hashed.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        hashed.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return hashed.hexdigest()
 
 
 def _digest_of_config(config: Mapping[str, Any]) -> str:

@@ -143,13 +143,13 @@ def load_readouts(
     return ordered, fingerprint, facts, batches
 
 
-def digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """SHA-256 of everything that a file holds, so that a flipped bit is noticed."""
-    hashed = hashlib.sha256(json.dumps(sorted(metadata.items())).encode())
+def digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
+    """SHA-256 of tensors and metadata, so that a flipped bit is noticed."""
+    hashed = hashlib.sha256(json.dumps(sorted((metadata or {}).items())).encode())
     for key in sorted(tensors):
-        tensor = tensors[key]
+        tensor = tensors[key].detach().cpu().contiguous()
         hashed.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        hashed.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        hashed.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return hashed.hexdigest()
 
 
