@@ -1,7 +1,25 @@
 """What counts as a number in an option: Python takes `True` for 1, which no user means."""
 
+import dataclasses
 import math
-from typing import TypeGuard
+from typing import Any, TypeGuard
+
+import numpy as np
+
+
+def as_python(value: Any) -> Any:
+    """A NumPy number as Python's, which JSON can hold; also inside a dict. Other values stay."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, dict) and any(isinstance(v, np.generic) for v in value.values()):
+        return {key: as_python(v) for key, v in value.items()}
+    return value
+
+
+def use_python_numbers(options: Any) -> None:
+    """Replace NumPy's numbers among the fields of a dataclass, which may be frozen."""
+    for field in dataclasses.fields(options):
+        object.__setattr__(options, field.name, as_python(getattr(options, field.name)))
 
 
 def is_integer(value: object) -> TypeGuard[int]:

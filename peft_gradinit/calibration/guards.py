@@ -17,6 +17,7 @@ the following for the pass and restores it in reverse order:
 
 import functools
 import random
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -32,13 +33,20 @@ _HOLDERS = ("loader", "sampler", "batch_sampler", "dataset", "collate_fn", "data
 """Attributes of loaders, samplers and their wrappers that may hold a generator."""
 
 
+_ONE_PASS = threading.RLock()
+
+
 @contextmanager
 def left_as_found(model: nn.Module, data: Any, seed: int) -> Iterator[None]:
     """Prepare model and process for the pass and restore them at the end.
 
+    A second thread waits, since what is restored (random states, the modes of a model) belongs to
+    all threads.
+
     `seed` is for everything random in the block; generators inside a `DataLoader` are restored too.
     """
     with (
+        _ONE_PASS,
         torch.inference_mode(False),
         torch.enable_grad(),
         torch.compiler.set_stance("force_eager"),

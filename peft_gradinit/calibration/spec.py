@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 
 from ..errors import ConfigError
 from ..layouts import is_sharded
+from ..numbers import is_integer, use_python_numbers
 from .result import CalibrationResult
 from .resume import Checkpoint
 
@@ -89,6 +90,7 @@ class Calibration:
     checkpoint: Checkpoint | None = None
 
     def __post_init__(self) -> None:
+        use_python_numbers(self)
         if self.data is None:
             raise ConfigError(
                 "Calibration(data=None) has nothing to read; pass a DataLoader, an iterable of "
@@ -103,9 +105,9 @@ class Calibration:
             value = getattr(self, name)
             if value is None and name != "batch_size":
                 continue
-            if type(value) is not int or value < 1:
+            if not is_integer(value) or value < 1:
                 raise ConfigError(f"{name} must be a positive integer, got {value!r}.")
-        if type(self.seed) is not int:
+        if not is_integer(self.seed):
             raise ConfigError(f"seed must be an integer, got {self.seed!r}.")
         self._check_functions()
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..errors import ExportError
 from ..files import whole_folder, write_json
 from ..linalg import Factors
+from ..numbers import as_python, is_integer
 from ..records import (
     A_KEY,
     CARD,
@@ -155,6 +156,7 @@ def export_adapter(
             says what to do instead.
         OutputError: if the disk is full, or the directory cannot be written to.
     """
+    rank = as_python(rank)
     config = _checked_config(peft_model, target, rank, adapter_name)
     with whole_folder(directory, overwrite=overwrite, is_ours=_is_ours) as part:
         state_dict = _saved_entries(peft_model, adapter_name, embeddings=target != "merged")
@@ -200,7 +202,7 @@ def _checked_config(
             f"export_adapter writes LoRA adapters, and {adapter_name!r} is of type "
             f"{PeftType(config.peft_type).value}; use save_pretrained."
         )
-    if rank is not None and (type(rank) is not int or rank < 1):
+    if rank is not None and (not is_integer(rank) or rank < 1):
         raise ExportError(f"rank must be a positive integer or None, got {rank!r}.")
     if rank is not None and target == "merged":
         raise ExportError(

@@ -40,6 +40,7 @@ from torch import Tensor
 
 from ..errors import ConfigError, ShapeError
 from ..linalg import SVDS, Decomposition, TruncatedSVD, decomposed, fix_signs
+from ..numbers import is_integer
 from ..starts import SpectralConfig
 
 FLOAT32_RANK = 1e-6
@@ -93,7 +94,7 @@ class SVFitConfig(SpectralConfig):
         super().__post_init__()
         if self.svd not in SVDS:
             raise ConfigError(f"SVFitConfig: svd must be one of {SVDS}, got {self.svd!r}.")
-        if not isinstance(self.seed, int) or self.seed < 0:
+        if not is_integer(self.seed) or self.seed < 0:
             raise ConfigError(
                 f"SVFitConfig: seed must be a non-negative integer, got {self.seed!r}."
             )

@@ -10,7 +10,7 @@ from .digests import (
     read_dict,
     read_tensors,
 )
-from .hub import hub_id
+from .hub import adapter_folder, hub_id
 from .live import (
     AdapterRecord,
     WithReports,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..calibration import DEFERRED, RESTORED, Calibration, Need
 from ..errors import ConfigError
-from ..numbers import is_finite_number, is_integer
+from ..numbers import is_finite_number, is_integer, use_python_numbers
 from ..records import (
     AdapterRecord,
     alpha_growth,
@@ -108,6 +108,7 @@ class GradInitConfig(LoraConfig, abc.ABC):
     calibration: InitVar[Any] = None
 
     def __post_init__(self, calibration: Any) -> None:
+        use_python_numbers(self)
         super().__post_init__()
         # Pyright takes an `InitVar` for no attribute.
         self.calibration = self._calibration(calibration)  # pyright: ignore[reportAttributeAccessIssue]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..calibration import Need, Weights
 from ..errors import ConfigError
-from ..numbers import is_integer
+from ..numbers import is_integer, use_python_numbers
 from ..records import AdapterRecord, attached_record, unscaled, write_provenance
 
 FULL = "full"
@@ -62,6 +62,7 @@ class SpectralConfig(PeftConfig, abc.ABC):
     )
 
     def __post_init__(self) -> None:
+        use_python_numbers(self)
         super().__post_init__()
         self.peft_type = PeftType(self.name.upper())
         self.rank_pattern = self.rank_pattern or {}

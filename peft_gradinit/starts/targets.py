@@ -84,8 +84,8 @@ def resolve_targets(
     _check_parameter_options(config, [name for name, (_, param) in recorded.items() if param])
     targets = {}
     for name, (module, parameter) in recorded.items():
-        ranks = partial(_ranks, name, config=config)
-        targets |= targets_of(name, module, parameter, ranks)
+        ranks, can_start = partial(_ranks, name, config=config), partial(_can_start, config=config)
+        targets |= targets_of(name, module, parameter, ranks, can_start)
     _check_kinds(targets, config)
     _check_loaded_for_dora(targets, config)
     return targets
@@ -124,19 +124,26 @@ def targets_of(
     module: nn.Module,
     parameter: str | None,
     ranks: Callable[[tuple[int, int] | None], tuple[int, int, float]],
+    can_start: Callable[[tuple[int, int]], bool],
 ) -> dict[str, Target]:
     """The target for a module, or those for the matrices of its `parameter`, by name.
 
     `ranks` gives the rank, the rank asked for and `lora_alpha` for a weight of shape `(out, in)`.
+    `can_start` says whether a layer of such a weight gets the method's start; others start plain.
     """
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
     if parameter is None:
         shape = linear_shape(base)
+        shape = shape if shape and can_start(shape) else None
         return {name: Target(name, base, shape, *ranks(shape))}
     weights = expert_weights(name, base, parameter)
     shape = expert_shape(next(iter(weights.values())))
     of_all = ranks(shape)
     return {key: Target(key, base, shape, *of_all, expert=w) for key, w in weights.items()}
+
+
+def _can_start(shape: tuple[int, int], config: GradInitConfig) -> bool:
+    return config.uncalibrated == "error" or config.needs().rank_limit(shape) >= 1
 
 
 def _ranks(

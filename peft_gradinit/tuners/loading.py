@@ -29,6 +29,7 @@ from ..files import check_is_file
 from ..layouts import has_offloaded
 from ..records import (
     InitReport,
+    adapter_folder,
     check_digests,
     check_finite,
     meaning,
@@ -49,6 +50,9 @@ def load_for_training(
     adapter_name: str = "default",
     *,
     allow_mismatch: bool = False,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
 ) -> PeftModel:
     """Load a saved adapter in the form in which it was trained, to continue training it.
 
@@ -57,9 +61,13 @@ def load_for_training(
 
     Args:
         model: the untouched base model, or a `PeftModel` to add the adapter to.
-        directory: the folder that `save_pretrained` wrote, or a checkpoint of `Trainer`.
+        directory: the folder that `save_pretrained` wrote, a checkpoint of `Trainer`, or the name
+            of a repository on the Hub, `"me/adapter"`.
         adapter_name: name of the adapter in the model.
         allow_mismatch: load although the adapter was made on other base weights.
+        subfolder: folder of the adapter in the directory or repository.
+        revision: branch, tag or commit of the repository.
+        token: token for the Hub; `True` for the one that is stored.
 
     Returns:
         The `PeftModel`, its adapter active and trainable.
@@ -69,6 +77,7 @@ def load_for_training(
             they are damaged or of different saves.
         FingerprintError: if the base model has other weights.
     """
+    directory = adapter_folder(directory, subfolder, revision, token)
     content = read_provenance(directory)
     config = _restored_config(content, directory)
     fingerprint, report = _restored_facts(content, directory)

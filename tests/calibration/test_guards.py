@@ -1,6 +1,7 @@
 """The model and the process are left as they were found, whatever happens inside."""
 
 import random
+import threading
 
 import accelerate
 import numpy as np
@@ -166,3 +167,28 @@ def test_compiled_code_is_used_again_afterwards():
 
     torch.compile(nn.Linear(2, 2), backend=backend)(torch.ones(1, 2))
     assert compilations
+
+
+def test_two_threads_leave_the_random_state_as_it_was():
+    models = [nn.Linear(2, 2), nn.Linear(2, 2)]
+    before = random_states()
+    first_in, second_in, first_out = (threading.Event() for _ in range(3))
+
+    def first():
+        with left_as_found(models[0], None, 0):
+            first_in.set()
+            second_in.wait(0.5)
+        first_out.set()
+
+    def second():
+        first_in.wait()
+        with left_as_found(models[1], None, 0):
+            second_in.set()
+            assert first_out.wait(5)
+
+    threads = [threading.Thread(target=target) for target in (first, second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert random_states() == before

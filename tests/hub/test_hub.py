@@ -45,6 +45,7 @@ def published(tmp_path_factory):
     with Hub() as hub:
         run("push.py", directory, hub, "pusher")
         run("load.py", directory, hub, "loader")
+        run("live.py", directory, hub, "trainer")
         assert hub.unknown == []
         yield hub, directory
 
@@ -69,6 +70,17 @@ def text_files(published, name):
 def test_loaded_by_name_it_is_the_function(name, published):
     errors = torch.load(published[1] / "errors.pt")
     assert errors[name] <= EXACT
+
+
+@pytest.mark.parametrize("name", [*METHODS, "named"])
+def test_loaded_for_training_by_name_it_is_the_function(name, published):
+    assert torch.load(published[1] / "live.pt")["errors"][name] <= EXACT
+
+
+def test_what_the_hub_does_not_have_is_named(published):
+    message = torch.load(published[1] / "live.pt")["refusal"]
+    assert "'me/absent' is no folder here, and cannot be downloaded from the Hub: 404" in message
+    assert "check the name, revision and token" in message
 
 
 @pytest.mark.parametrize("name", METHODS)

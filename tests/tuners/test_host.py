@@ -5,6 +5,7 @@ The laws hold for every method, so that a new one has them too.
 
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from peft import (
@@ -25,7 +26,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from peft_gradinit import EvaConfig, LoraGAConfig, SVFitConfig, load_for_training
+from peft_gradinit import EvaConfig, LoraGAConfig, SVFitConfig, initialize, load_for_training
 from peft_gradinit.errors import ConfigError, NotInitializedError, TargetError
 from peft_gradinit.records import records_of
 from tests.helpers import (
@@ -193,6 +194,24 @@ def test_dict_of_a_config_without_an_adapter_holds_its_own_options(method):
     assert config.to_dict()["r"] == config.r
 
 
+# NumPy's numbers ---------------------------------------------------------------------------------
+
+
+@every_method
+def test_numbers_of_numpy_are_numbers(method, tmp_path):
+    numbers = {"r": np.int64(4), "rank_pattern": {"q_proj": np.int32(2)}}
+    if method != "svfit":
+        numbers["lora_alpha"] = np.float32(8)
+    data = quiet(token_batches(), max_tokens=np.int64(200), seed=np.int32(3))
+    options = {"data": data} if method in WITH_DATA else {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a small budget
+        model = started(method, **options, **numbers)
+    assert type(model.peft_config["default"].r) is int
+    model.save_pretrained(tmp_path)
+    assert relative_error(logits(load_for_training(pico_llama(), tmp_path)), logits(model)) == 0
+
+
 # Names of adapters -------------------------------------------------------------------------------
 
 
@@ -257,6 +276,46 @@ def test_targets_that_all_start_plain_need_no_pass(method):
     for name in ("default", "other"):
         report = model.base_model.init_report[name]
         assert [(m.name, m.method) for m in report.modules] == [("emb", "lora")]
+
+
+class OneOutput(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.head = nn.Linear(12, 10), nn.Linear(10, 1)
+
+    def forward(self, x):
+        return self.head(self.a(x).relu())
+
+
+@pytest.mark.parametrize("way", ["data", "deferred"])
+@pytest.mark.parametrize("method", ["lora_ga", "lora_one"])
+@pytest.mark.filterwarnings("ignore:LoRA-One needs 2 singular directions")
+@pytest.mark.filterwarnings("ignore:LoRA-GA gives .'head'. 'Linear'. a plain LoRA start")
+def test_head_too_narrow_for_a_start_is_refused_or_starts_plain(method, way, tmp_path):
+    x = torch.randn(9, 12, generator=torch.Generator().manual_seed(1))
+    data = quiet([{"x": x}], loss_fn=lambda model, batch: model(**batch).square().mean())
+    options = {"r": 2, "target_modules": ["a", "head"]}
+    if method == "lora_ga":  # it needs two directions a rank
+        with pytest.raises(TargetError, match="cannot start head"):
+            get_peft_model(OneOutput(), INFO[method](calibration=data, **options))
+    calibration = data if way == "data" else "deferred"
+    config = INFO[method](calibration=calibration, uncalibrated="lora", **options)
+    model = get_peft_model(OneOutput(), config)
+    if way == "deferred":
+        initialize(model, data)
+    methods = {m.name: m.method for m in model.base_model.init_report["default"].modules}
+    assert methods["a"] == config.method
+    assert methods["head"] == ("lora" if method == "lora_ga" else config.method)
+    with torch.no_grad():
+        for parameter in (p for p in model.parameters() if p.requires_grad):
+            parameter.add_(0.05)
+    model.save_pretrained(tmp_path)
+    for loaded in (
+        PeftModel.from_pretrained(OneOutput(), tmp_path),
+        load_for_training(OneOutput(), tmp_path),
+    ):
+        assert relative_error(loaded(x), model(x)) < FLOAT32
 
 
 SIZES = {

@@ -7,6 +7,7 @@ columns of all experts for one rank are next to each other.
 
 import dataclasses
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch.nn.utils import parametrize
 from ...layouts import plain_name, unwrapped, whole
 from ...records import PREFIX, records_of
 from ...starts import Target, targets_of
+from .deferred import is_deferred
 
 Factors = tuple[Tensor, Tensor]
 
@@ -113,8 +115,15 @@ def live_targets(model: nn.Module, adapter_name: str) -> dict[str, Target]:
         r, alpha = layer.r[adapter_name], layer.lora_alpha[adapter_name]
         ranks: Any = (r, requested.get(name, r), alpha)
         parameter = getattr(layer, "parameter_name", None)
-        targets |= targets_of(name, layer, parameter, lambda _, found=ranks: found)
+        waits = is_deferred(layer, adapter_name)  # layers that start plain do not
+        found = partial(_fixed, ranks), partial(_fixed, waits)
+        targets |= targets_of(name, layer, parameter, *found)
     return targets
+
+
+def _fixed(value: Any, shape: object) -> Any:
+    del shape
+    return value
 
 
 def n_experts(layer: Any) -> int:
