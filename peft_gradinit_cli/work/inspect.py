@@ -7,7 +7,7 @@ from typing import Any
 
 from peft_gradinit.analysis import draw_drift, draw_rank_map, draw_spectra, suggested_ranks
 from peft_gradinit.calibration import CalibrationResult
-from peft_gradinit.errors import GradInitError
+from peft_gradinit.errors import ConfigError, GradInitError
 from peft_gradinit.linalg import effective_rank
 from peft_gradinit.records import SavedAdapter, read_adapter, read_provenance, relative_norm
 
@@ -65,6 +65,11 @@ def _of_calibration(result: CalibrationResult, rank: int | None, plot: Path | No
                 str(draw_spectra(result, plot / "spectra.png")),
                 str(draw_rank_map(suggested, plot / "ranks.png", title="suggested rank")),
             ))
+    elif rank is not None or plot is not None:
+        raise ConfigError(
+            f"this calibration holds {need.title}, and --rank and --plot need singular values, as "
+            "calibrations of LoRA-GA, LoRA-One and EVA hold them; leave both options out."
+        )
     facts["not measured"] = dict(result.failures) or None
     return Listing("", columns, rows, {k: v for k, v in facts.items() if v is not None})
 

@@ -188,6 +188,12 @@ def test_inspect_a_calibration_that_says_nothing_of_ranks(run, tmp_path):
     assert done.code == 0, done.err
     assert "suggestion" not in done.json
     assert all(row["norm"] > 0 for row in done.json["rows"])
+    for option in (("--rank", 2), ("--plot", tmp_path / "pictures")):
+        done = run("inspect", tmp_path / "c", *option)
+        assert done.code == 1
+        flat = " ".join(done.err.split())
+        assert "holds second moments of the inputs, and --rank and --plot need singular" in flat
+    assert not (tmp_path / "pictures").exists()
 
 
 def test_inspect_an_adapter(run, workshop, tmp_path):
