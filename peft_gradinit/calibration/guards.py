@@ -12,6 +12,7 @@ the following for the pass and restores it in reverse order:
 - `use_cache` off; compiled code run eagerly, since compiled graphs ignore hooks added later;
 - the random state of torch, numpy and Python, and of the generators of the user's data loader;
 - models that ZeRO-3 has partitioned made runnable without an engine;
+- torch's fast path of transformer layers off, which runs past hooks and adapters;
 - inference mode off and gradients on, whatever the caller's mode.
 """
 
@@ -50,6 +51,7 @@ def left_as_found(model: nn.Module, data: Any, seed: int) -> Iterator[None]:
         torch.inference_mode(False),
         torch.enable_grad(),
         torch.compiler.set_stance("force_eager"),
+        _slow_path(),
         _randomness(data, seed),
         _modes(model),
         _unpacked(model),
@@ -58,6 +60,18 @@ def left_as_found(model: nn.Module, data: Any, seed: int) -> Iterator[None]:
         resharded(model),
     ):
         yield
+
+
+@contextmanager
+def _slow_path() -> Iterator[None]:
+    # Torch's fast path of transformer layers reads the weights of linear layers past their hooks
+    # and adapters.
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 @contextmanager

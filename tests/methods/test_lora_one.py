@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import peft_gradinit
-from peft_gradinit import Calibration, LoraOneConfig, calibrate, load_for_training
+from peft_gradinit import Calibration, LoraOneConfig, calibrate, init_report, load_for_training
 from peft_gradinit.calibration import mean_loss as mean_loss_of_replay
 from peft_gradinit.errors import ConfigError
 from peft_gradinit.linalg import TruncatedSVD
@@ -354,3 +355,34 @@ def test_the_step_lowers_the_loss_on_minilm(record_property):
     record_property("loss before and after", (step.loss_before, step.loss_after))
     assert step.scale == 1
     assert step.loss_after < step.loss_before
+
+
+class Encoder(nn.Module):
+    """In eval mode and without gradients, torch runs its layer past hooks and adapters."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x, labels):
+        loss = nn.functional.cross_entropy(self.head(self.layer(x).mean(1)), labels)
+        return {"loss": loss}
+
+
+def test_step_of_layers_with_a_fast_path_is_measured_with_the_adapter():
+    generator = torch.Generator().manual_seed(1)
+    batch = {"x": torch.randn(12, 5, 16, generator=generator), "labels": torch.arange(12) % 3}
+    config = LoraOneConfig(r=2, target_modules=["linear1", "linear2"], calibration=quiet([batch]))
+    model = get_peft_model(Encoder().requires_grad_(False), config)
+    assert torch.backends.mha.get_fastpath_enabled()
+    step = init_report(model).step
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    model.base_model.model.layer.self_attn.dropout = 0.0
+    loss = model(**batch)["loss"].item()
+    assert step.loss_before != step.loss_after
+    assert step.loss_after == pytest.approx(loss, rel=1e-5)
