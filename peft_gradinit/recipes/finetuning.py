@@ -24,6 +24,7 @@ from .data import Rows, encode, labels_of, load_rows
 from .evaluation import CLASSIFIED, check_evaluation, class_metrics, evaluate_model
 from .methods import adapter_config, calibration_of
 from .models import load_model, load_processor, task_of
+from .publishing import make_repository, publish
 from .schema import Recipe, Task
 
 _FIELDS = {field.name for field in dataclasses.fields(TrainingArguments)}
@@ -66,6 +67,8 @@ def finetune(recipe: Recipe) -> dict[str, Any]:
     baselines = {folder: _baseline(folder) for folder in recipe.baselines}
     checkpoint, inputs = _last_checkpoint(recipe), _inputs(recipe)
     check_evaluation(recipe, inputs.task, inputs.evaluation_rows, inputs.processor)
+    if recipe.push is not None and state.is_main_process:
+        make_repository(recipe.push)
     model = load_model(recipe.model, inputs.labels)
     if recipe.model.quantization is None:
         model.to(state.device)
@@ -81,7 +84,7 @@ def finetune(recipe: Recipe) -> dict[str, Any]:
         _write(peft_model, recipe, inputs, results)
         draw_losses(_curves(results, baselines), output / PICTURE)
         if recipe.push is not None:
-            peft_model.push_to_hub(recipe.push.repo, private=recipe.push.private)
+            publish(peft_model, recipe.push, output / "adapter")
     state.wait_for_everyone()
     return results
 

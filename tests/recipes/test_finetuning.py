@@ -16,7 +16,7 @@ from peft import PeftModel
 from PIL import Image
 from transformers import T5Config, T5ForConditionalGeneration, ViTConfig, ViTForImageClassification
 
-from peft_gradinit.errors import ConfigError, DataError
+from peft_gradinit.errors import ConfigError, DataError, OutputError
 from peft_gradinit.recipes import ModelSection, finetune, load_model, load_recipe
 from peft_gradinit.recipes.embedded import pico_tokenizer
 from peft_gradinit.recipes.evaluation import _generated
@@ -307,3 +307,33 @@ def test_the_script_runs_under_accelerate_launch(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert 0 <= results["metrics"]["exact_match"] <= 1
+
+
+PUSH = ("push.repo=me/adapter",)
+
+
+def unreachable(*args, **options):
+    raise ConnectionError("no route to the Hub")
+
+
+def test_unreachable_hub_is_found_before_training(tmp_path, monkeypatch):
+    monkeypatch.setattr("peft_gradinit.recipes.publishing.create_repo", unreachable)
+    monkeypatch.setattr("peft_gradinit.recipes.finetuning.load_model", None)  # not even loaded
+    with pytest.raises(ConfigError, match=r"push.repo='me/adapter' .*no route.*leave push out"):
+        run(PICO, tmp_path / "out", *PUSH)
+
+
+def test_failed_upload_says_where_the_adapter_is_and_how_to_upload_it(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(
+        "peft_gradinit.recipes.publishing.create_repo",
+        lambda repo, **options: made.append((repo, options)),
+    )
+    monkeypatch.setattr("peft.PeftModel.push_to_hub", unreachable)
+    folder = tmp_path / "out" / "adapter"
+    with pytest.raises(OutputError, match="no route to the Hub") as caught:
+        run(PICO, tmp_path / "out", *PUSH)
+    assert made == [("me/adapter", {"private": True, "exist_ok": True})]
+    assert f"`hf upload me/adapter {folder}`" in str(caught.value)
+    assert (folder / "adapter_model.safetensors").exists()
+    assert (tmp_path / "out" / "results.json").exists()
