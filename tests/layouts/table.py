@@ -201,6 +201,41 @@ ROWS = (
         "yes; layers that the loss does not reach are named",
         _MODELS,
     ),
+    Layout(
+        "rows",
+        "adapters by row of a batch",
+        "`adapter_names=`",
+        "yes; live SVFit refuses and says what can",
+        "tests/peft_tools/test_tools.py::test_adapters_in_one_batch",
+    ),
+    Layout(
+        "hotswap",
+        "hot-swapping",
+        "`hotswap_adapter`",
+        "saved adapters: yes; into a live one: refused by PEFT, which names both types",
+        "tests/peft_tools/test_tools.py::test_hot_swapping_of_loaded_adapters",
+    ),
+    Layout(
+        "mixed",
+        "several kinds of adapters in one model",
+        "`PeftMixedModel`",
+        "saved adapters: yes; live ones: refused by PEFT, by type",
+        "tests/peft_tools/test_tools.py::test_mixed_model_takes_the_saved_form_and_names_the_live_one",
+    ),
+    Layout(
+        "low_cpu_mem_usage",
+        "empty adapters to be filled by loading",
+        "`low_cpu_mem_usage=True`",
+        "loading: yes; new adapters: refused, as a start needs memory",
+        "tests/tuners/test_failures.py::test_low_cpu_mem_usage_is_refused_since_a_start_needs_memory",
+    ),
+    Layout(
+        "state_dict",
+        "a state dict with the live config",
+        "transformers' `load_adapter(adapter_state_dict=…, peft_config=…)`, diffusers' scripts",
+        "yes; SVFit says which config to pass",
+        "tests/tuners/test_host.py::test_transformers_loads_a_state_dict_with_the_live_config",
+    ),
 )
 
 

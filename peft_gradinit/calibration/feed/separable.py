@@ -73,13 +73,13 @@ def is_mean_over_rows(model: Any) -> bool:
         return False
     if type(model).__name__.startswith(_SEVERAL_LOSSES) or _has_router_loss(model):
         return False
-    kind = getattr(model, "loss_type", None)
+    kind = _loss_type(model)
     return kind in _LOSS_TYPES or (kind is None and _plain_name(model) in _CLASSES)
 
 
 def is_mean_over_sequences(model: Any) -> bool:
     """Whether the model's own loss counts each row once, however many labels it has."""
-    return getattr(model_inside(model), "loss_type", None) == "ForCTC"
+    return _loss_type(model_inside(model)) == "ForCTC"
 
 
 def sums_sequences(model: Any) -> bool:
@@ -106,6 +106,12 @@ def is_sliceable(batch: Any) -> bool:
 def sliced(batch: Mapping[str, Tensor], start: int, stop: int | None) -> dict[str, Tensor]:
     """Some of the sequences of a batch that `is_sliceable`."""
     return {key: value[start:stop] for key, value in batch.items()}
+
+
+def _loss_type(model: Any) -> str | None:
+    kind = getattr(model, "loss_type", None)
+    # Early versions of Transformers 5 have no loss type for CTC.
+    return "ForCTC" if kind is None and _plain_name(model).endswith("ForCTC") else kind
 
 
 def _has_router_loss(model: Any) -> bool:
