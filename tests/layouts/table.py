@@ -216,7 +216,7 @@ ROWS = (
         "tests/peft_tools/test_tools.py::test_hot_swapping_of_loaded_adapters",
     ),
     Layout(
-        "mixed",
+        "mixed_model",
         "several kinds of adapters in one model",
         "`PeftMixedModel`",
         "saved adapters: yes; live ones: refused by PEFT, by type",
