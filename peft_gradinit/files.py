@@ -131,8 +131,11 @@ def check_is_file(path: str | os.PathLike[str]) -> None:
     Raises:
         OSError: if there is something else.
     """
-    path = Path(path)
-    if path.exists() and not path.is_file() and not path.is_dir():
+    try:
+        kind = Path(path).stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    if not stat.S_ISREG(kind) and not stat.S_ISDIR(kind):
         raise OSError(f"{str(path)!r} is a FIFO, a device or a socket, not a file")
 
 
@@ -246,9 +249,11 @@ def _discard(work: Path, target: Path) -> None:
 
 
 def _check_replaceable(target: Path, overwrite: bool, is_ours: Callable[[str], bool]) -> None:
-    if not target.exists() and not target.is_symlink():
+    try:
+        kind = target.lstat().st_mode  # once, as another export may be replacing it
+    except (FileNotFoundError, NotADirectoryError):
         return
-    if target.is_symlink() or not target.is_dir():
+    if not stat.S_ISDIR(kind):
         raise ExportError(
             f"{str(target)!r} is not a directory, and an export is one; pass another path."
         )
