@@ -16,7 +16,8 @@ from peft import (
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
-from torch import nn
+from torch import distributed, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import (
     Llama4ForCausalLM,
     Llama4TextConfig,
@@ -59,11 +60,11 @@ class TwoLayers(nn.Module):
         return self.b(self.a(x).relu())
 
 
-def of_layers(method, targets):
+def of_layers(method, targets, **others):
     x = torch.randn(9, 12, generator=torch.Generator().manual_seed(1))
     data = quiet([{"x": x}], loss_fn=lambda model, batch: model(**batch).square().mean())
     options = {"calibration": data} if method in WITH_DATA else {}
-    return INFO[method](r=2, target_modules=targets, **options)
+    return INFO[method](r=2, target_modules=targets, **options, **others)
 
 
 def fixed_ranks(method, **options):
@@ -105,6 +106,36 @@ def test_state_dict_of_another_adapter_does_not_start_this_one(method, tmp_path)
     resumed.load_state_dict(started(method).state_dict(), strict=False)
     with pytest.raises(NotInitializedError):
         train_steps(resumed)
+
+
+@pytest.fixture
+def one_process():
+    """A process group of this process alone."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+@every_method
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore:When using ``NO_SHARD``")
+@pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SHARD`")
+def test_state_dict_of_a_model_wrapped_by_fsdp1_has_the_names_of_the_file(method):
+    options = {"check_step": False} if method == "lora_one" else {}
+    options |= {"rho": 1} if method == "eva" else {}
+    model = get_peft_model(TwoLayers(), of_layers(method, ["a"], **options))
+    with torch.no_grad():
+        for parameter in (p for p in model.parameters() if p.requires_grad):
+            parameter.add_(0.05)
+    x = torch.randn(3, 12)
+    want, plain = model(x).detach(), get_peft_model_state_dict(model)
+    wrapped = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+    state_dict = get_peft_model_state_dict(wrapped)
+    assert state_dict.keys() == plain.keys()
+    fresh = get_peft_model(TwoLayers(), of_layers(method, ["a"], **options))
+    set_peft_model_state_dict(fresh, state_dict)
+    assert relative_error(fresh(x), want) < FLOAT32
 
 
 # Injecting by the names in a state dict ----------------------------------------------------------
