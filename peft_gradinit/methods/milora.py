@@ -85,7 +85,6 @@ def milora_factors(
     Returns:
         `A0 (r, in)` and `B0 (out, r)`, with `W - s B0 A0` the best approximation of `W` of rank
         `min(out, in) - r`.
-
     """
     root = (triplets.S[-r:] / scaling).sqrt()
     return root[:, None] * triplets.Vh[-r:], triplets.U[:, -r:] * root

@@ -40,6 +40,6 @@ from .lora_file import (
 )
 from .picture import BLOCK
 from .provenance import EXPORT_FORMAT, facts_of, read_provenance, write_provenance
-from .publishing import attend, card_tags, saved
+from .publishing import attend, saved
 from .report import InitReport, LearningRate, ModuleReport, StepCheck, by_parameter
 from .table import as_text, table_of

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from ..statistics import Fingerprint
+from .publishing import card_tags
 from .report import InitReport
 
 _ATTRIBUTE = "_gradinit_records"
@@ -91,6 +92,11 @@ class WithReports:
         """
         records = vars(self.model).get(_ATTRIBUTE, {})
         return {name: record.report for name, record in records.items() if record.report}
+
+    @property
+    def model_tags(self) -> list[str]:
+        """Tags that `Trainer` and TRL put on the cards that they write."""
+        return card_tags(self)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter as PEFT does, and its record."""

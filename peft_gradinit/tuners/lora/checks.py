@@ -57,9 +57,9 @@ def checked_step(
     `write` writes the start with both factors multiplied by a number. Without batches to measure
     the loss on, the result is `None`, with a warning.
     """
-    if start.result is None:  # nothing was measured, so no step is taken
+    if not start.factors:  # no step is taken
         return None
-    replay = start.result.replay
+    replay = start.result.replay if start.result else None
     if replay is None or (replay.custom_loss and start.calibration.loss_fn is None):
         why = "holds no batches" if replay is None else "was made with a loss_fn"
         warn(

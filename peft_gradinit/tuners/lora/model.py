@@ -24,7 +24,6 @@ from ...records import (
     attach_record,
     attached_record,
     attend,
-    card_tags,
     keep_record,
     note_entries,
     plain_config,
@@ -65,11 +64,6 @@ class GradInitModel(WithReports, OffloadedBase, LoraModel):
 
     _combining: tuple[list[str], str] | None = None
     """Passed from `add_weighted_adapter` to `inject_adapter`: adapters and kind of combination."""
-
-    @property
-    def model_tags(self) -> list[str]:
-        """Tags that `Trainer` and TRL put on the cards that they write."""
-        return card_tags(self)
 
     def inject_adapter(
         self,
@@ -162,7 +156,7 @@ class GradInitModel(WithReports, OffloadedBase, LoraModel):
         write = partial(self._write, adapter_name, start)
         try:
             write(1.0)
-            if config.checks_step and start.factors:
+            if config.checks_step:
                 step = checked_step(model, adapter_name, config.method, start, write)
             moved = drift(model, adapter_name, start)
         except BaseException:

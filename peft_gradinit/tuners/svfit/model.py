@@ -21,7 +21,6 @@ from ...records import (
     WithReports,
     attach_record,
     attend,
-    card_tags,
     keep_record,
     note_entries,
     patterns,
@@ -44,11 +43,6 @@ class SVFitModel(WithReports, OffloadedBase, BaseTuner):
     prefix: str = "svfit_"
     tuner_layer_cls = SVFitLinear
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-
-    @property
-    def model_tags(self) -> list[str]:
-        """Tags that `Trainer` and TRL put on the cards that they write."""
-        return card_tags(self)
 
     def inject_adapter(
         self,
