@@ -1,8 +1,6 @@
-"""Checks that the tuners of all types make: names of adapters, and entries to be saved."""
+"""The check of an adapter's name that the tuners of all types make."""
 
-from collections.abc import Mapping
-
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import ConfigError
 
@@ -33,26 +31,3 @@ def check_adapter_name(name: str, prefix: str) -> None:
         f"an adapter cannot be called {name!r}: {why}; choose another adapter_name, such as "
         "'default' or 'german'."
     )
-
-
-def check_not_empty(
-    entries: Mapping[str, Tensor], state_dict: Mapping[str, Tensor], adapter_name: str
-) -> None:
-    """Refuse to save an adapter of which a state dict holds nothing.
-
-    An empty state dict is that of a process that does not save.
-
-    Args:
-        entries: the adapter's entries in the state dict.
-        state_dict: the state dict of the model.
-        adapter_name: the adapter's name.
-
-    Raises:
-        ConfigError: if the state dict has entries, but none of the adapter.
-    """
-    if state_dict and not entries:
-        raise ConfigError(
-            f"the state dict has {len(state_dict)} entries ({next(iter(state_dict))}, …), but none "
-            f"of adapter {adapter_name!r}, which would be saved empty; pass the state dict of the "
-            "whole model (under FSDP that of the outermost module), with the names that PEFT gave."
-        )

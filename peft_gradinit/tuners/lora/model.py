@@ -23,9 +23,7 @@ from ...records import (
     WithReports,
     attach_record,
     attached_record,
-    attend,
     keep_record,
-    note_entries,
     plain_config,
     records_of,
 )
@@ -41,10 +39,11 @@ from ...starts import (
     without_empty,
     write_patterns,
 )
-from ..checks import check_adapter_name, check_not_empty
+from ..checks import check_adapter_name
 from ..copying import copied_from, copy_adapter
 from ..offloaded import OffloadedBase, check_modules_to_save
 from ..rollback import all_or_nothing, remove_adapter
+from ..saving import RecordedSaves
 from .anchored import anchor_layer, fill, renew_magnitude
 from .checks import checked_step, drift
 from .combining import combined_config, highest_rank
@@ -56,7 +55,7 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 
-class GradInitModel(WithReports, OffloadedBase, LoraModel):
+class GradInitModel(WithReports, RecordedSaves, OffloadedBase, LoraModel):
     """`peft.LoraModel` whose adapters get their start from the config's method."""
 
     _just_started: tuple[str, Start] | None = None
@@ -274,27 +273,14 @@ class GradInitModel(WithReports, OffloadedBase, LoraModel):
     # Saving and loading: PEFT's hooks, pure state-dict arithmetic ------------------------------
 
     @classmethod
-    def _get_adapter_state_dict(
-        cls,
-        model: nn.Module,
-        config: Any,
-        adapter_name: str,
-        state_dict: dict[str, Tensor],
-        unwanted_adapter_names: list[str],
-    ) -> dict[str, Tensor]:
+    def _check_savable(cls, model: nn.Module, adapter_name: str) -> None:
         check_savable(model, adapter_name)
-        attend(model)
-        record = records_of(model).get(adapter_name)
-        attach_record(config, record)
-        entries = super()._get_adapter_state_dict(
-            model, config, adapter_name, state_dict, unwanted_adapter_names
-        )
-        check_not_empty(entries, state_dict, adapter_name)
-        if config.anchored:
-            entries = plain_entries(model, adapter_name, entries)
-        remove = cls._remove_adapter_name_from_key
-        note_entries(record, {remove(key, adapter_name): v for key, v in entries.items()})
-        return entries
+
+    @classmethod
+    def _form_of_file(
+        cls, model: nn.Module, config: Any, adapter_name: str, entries: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        return plain_entries(model, adapter_name, entries) if config.anchored else entries
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:

@@ -20,24 +20,22 @@ from ...records import (
     AdapterRecord,
     WithReports,
     attach_record,
-    attend,
     keep_record,
-    note_entries,
     patterns,
     plain_config,
-    records_of,
 )
 from ...starts import SpectralConfig, base_fingerprint, loaded_layers
 from ...statistics import Fingerprint
-from ..checks import check_adapter_name, check_not_empty
+from ..checks import check_adapter_name
 from ..copying import copied_from, copy_adapter
 from ..offloaded import OffloadedBase, check_modules_to_save
 from ..rollback import all_or_nothing, remove_adapter
+from ..saving import RecordedSaves
 from .layer import SVFitLinear, checked_shape
 from .saving import compact_form, live_form, live_layers, lora_form
 
 
-class SVFitModel(WithReports, OffloadedBase, BaseTuner):
+class SVFitModel(WithReports, RecordedSaves, OffloadedBase, BaseTuner):
     """Adapters that train the `r` numbers of `delta` in `y = W x + U (delta * (Vh x))`."""
 
     prefix: str = "svfit_"
@@ -138,28 +136,12 @@ class SVFitModel(WithReports, OffloadedBase, BaseTuner):
     # Saving and loading: PEFT's hooks ---------------------------------------------------------
 
     @classmethod
-    def _get_adapter_state_dict(
-        cls,
-        model: nn.Module,
-        config: Any,
-        adapter_name: str,
-        state_dict: dict[str, Tensor],
-        unwanted_adapter_names: list[str],
+    def _form_of_file(
+        cls, model: nn.Module, config: Any, adapter_name: str, entries: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        attend(model)
-        record = records_of(model).get(adapter_name)
-        attach_record(config, record)
-        entries = super()._get_adapter_state_dict(
-            model, config, adapter_name, state_dict, unwanted_adapter_names
-        )
-        check_not_empty(entries, state_dict, adapter_name)
         if config.saves_lora:
-            entries = lora_form(entries, adapter_name, config.factors)
-        else:
-            entries = compact_form(entries, adapter_name, live_layers(model, adapter_name))
-        remove = cls._remove_adapter_name_from_key
-        note_entries(record, {remove(key, adapter_name): v for key, v in entries.items()})
-        return entries
+            return lora_form(entries, adapter_name, config.factors)
+        return compact_form(entries, adapter_name, live_layers(model, adapter_name))
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

@@ -1,0 +1,69 @@
+"""What saving is for all types: PEFT's entries in the form of the file, and a note of them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+from ..records import attach_record, attend, note_entries, records_of
+
+
+class RecordedSaves:
+    """A tuner model that notes what PEFT saves; must come before PEFT's class among the bases."""
+
+    @classmethod
+    def _check_savable(cls, model: nn.Module, adapter_name: str) -> None:
+        """Refuse, if need be, to save an adapter."""
+
+    @classmethod
+    def _form_of_file(
+        cls, model: nn.Module, config: Any, adapter_name: str, entries: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """The entries of a live adapter as the file holds them."""
+        raise NotImplementedError
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: Any,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        cls._check_savable(model, adapter_name)
+        attend(model)
+        record = records_of(model).get(adapter_name)
+        attach_record(config, record)
+        entries = super()._get_adapter_state_dict(  # pyright: ignore[reportAttributeAccessIssue]
+            model, config, adapter_name, state_dict, unwanted_adapter_names
+        )
+        check_not_empty(entries, state_dict, adapter_name)
+        entries = cls._form_of_file(model, config, adapter_name, entries)
+        remove = cls._remove_adapter_name_from_key  # pyright: ignore[reportAttributeAccessIssue]
+        note_entries(record, {remove(key, adapter_name): v for key, v in entries.items()})
+        return entries
+
+
+def check_not_empty(
+    entries: Mapping[str, Tensor], state_dict: Mapping[str, Tensor], adapter_name: str
+) -> None:
+    """Refuse to save an adapter of which a state dict holds nothing.
+
+    An empty state dict is that of a process that does not save.
+
+    Args:
+        entries: the adapter's entries in the state dict.
+        state_dict: the state dict of the model.
+        adapter_name: the adapter's name.
+
+    Raises:
+        ConfigError: if the state dict has entries, but none of the adapter.
+    """
+    if state_dict and not entries:
+        raise ConfigError(
+            f"the state dict has {len(state_dict)} entries ({next(iter(state_dict))}, …), but none "
+            f"of adapter {adapter_name!r}, which would be saved empty; pass the state dict of the "
+            "whole model (under FSDP that of the outermost module), with the names that PEFT gave."
+        )
