@@ -111,10 +111,10 @@ def columns_of(rows: Rows) -> list[str]:
 
 def _read(path: str, name: str | None, split: str, section: DataSection) -> Rows:
     if path.startswith(embedded.PREFIX):
-        if path != embedded.DOCSTRINGS:
-            hint = nearest(path, [embedded.DOCSTRINGS])
-            raise ConfigError(f"there are no data {path!r}{hint}; known: {embedded.DOCSTRINGS!r}.")
-        return embedded.docstrings(split)
+        if path not in embedded.DATA:
+            known = list(embedded.DATA)
+            raise ConfigError(f"there are no data {path!r}{nearest(path, known)}; known: {known}.")
+        return embedded.DATA[path](split)
     try:
         return _read_stored(path, name, split, section)
     except GradInitErrors:

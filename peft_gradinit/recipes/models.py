@@ -51,7 +51,7 @@ def task_of(section: ModelSection) -> Task:
     """
     if section.task is not None:
         return section.task
-    if section.name in (embedded.MINILM, embedded.PICO_LLAMA):
+    if section.name in embedded.MODELS:
         return "SEQ_CLS" if section.name == embedded.MINILM else "CAUSAL_LM"
     config = model_config(section)
     architectures = config.architectures or []
@@ -203,8 +203,10 @@ def _quantization(section: ModelSection, dtype: Any) -> BitsAndBytesConfig:
 def _location(name: str) -> str:
     if name == embedded.MINILM:
         return str(embedded.minilm_folder())
+    if name == embedded.SMOLLM2:
+        return str(embedded.smollm2_folder())
     if name.startswith(embedded.PREFIX):
-        known = [embedded.MINILM, embedded.PICO_LLAMA]
+        known = list(embedded.MODELS)
         raise ConfigError(f"there is no model {name!r}{nearest(name, known)}; known: {known}.")
     return name
 

