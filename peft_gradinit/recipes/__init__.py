@@ -1,12 +1,15 @@
 """Recipes: what is fine-tuned on what, how, as a checked file; and the things that it names."""
 
 try:
-    from .data import encode, labels_of, load_rows
+    from .data import encode, load_rows
     from .estimate import Estimate, estimate
     from .finetuning import finetune
+    from .labels import Labels, labels_of
+    from .lengths import sequence_length
     from .loading import load_recipe, section_of
     from .methods import adapter_config, calibration_of
     from .models import empty_model, load_model, load_processor, task_of
+    from .reading import Reader
     from .schema import CalibrationSection, DataSection, MethodSection, ModelSection
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
@@ -18,8 +21,10 @@ __all__ = [
     "CalibrationSection",
     "DataSection",
     "Estimate",
+    "Labels",
     "MethodSection",
     "ModelSection",
+    "Reader",
     "adapter_config",
     "calibration_of",
     "empty_model",
@@ -32,5 +37,6 @@ __all__ = [
     "load_recipe",
     "load_rows",
     "section_of",
+    "sequence_length",
     "task_of",
 ]

@@ -12,10 +12,9 @@ from datasets.exceptions import DatasetGenerationError
 from ..errors import ConfigError, DataError
 from . import embedded
 from .encoding import Encoder
+from .labels import Labels, Rows
 from .packing import pack
 from .schema import DataSection, Task, nearest
-
-Rows = datasets.Dataset | datasets.IterableDataset
 
 _BUILDERS = {
     ".jsonl": "json",
@@ -52,7 +51,9 @@ def load_rows(section: DataSection, *, evaluation: bool = False) -> Rows:
     return _first(rows, section.n_train)
 
 
-def encode(rows: Rows, section: DataSection, task: Task, processor: Any) -> Rows:
+def encode(
+    rows: Rows, section: DataSection, task: Task, processor: Any, labels: Labels | None = None
+) -> Rows:
     """Turn rows into `input_ids`, `attention_mask` and `labels` (images: `pixel_values`).
 
     Streaming data stay streaming: nothing is read before it is asked for.
@@ -62,6 +63,7 @@ def encode(rows: Rows, section: DataSection, task: Task, processor: Any) -> Rows
         section: how.
         task: what the model is for.
         processor: its tokenizer or image processor.
+        labels: what the label column means to a classifier.
 
     Returns:
         Rows that a collator can pad.
@@ -70,8 +72,11 @@ def encode(rows: Rows, section: DataSection, task: Task, processor: Any) -> Rows
         ConfigError: if rows are to be packed for a model that is not causal.
         DataError: if no row is left.
     """
+    if section.packing and task != "CAUSAL_LM":
+        raise ConfigError(f"packing is for causal models, but the task is {task}.")
     columns = columns_of(rows)
-    encoder = Encoder(section, task, processor, columns)
+    read_label = None if labels is None else labels.reader(rows)
+    encoder = Encoder(section, task, processor, columns, read_label)
     options: dict[str, Any] = {} if _streams(rows) else {"desc": "tokenising"}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*couldn't be hashed properly.*")
@@ -79,29 +84,14 @@ def encode(rows: Rows, section: DataSection, task: Task, processor: Any) -> Rows
         encoded = rows.map(encoder, remove_columns=columns, **options)
         encoded = encoded.filter(_is_kept)
         if section.packing:
-            if task != "CAUSAL_LM":
-                raise ConfigError(f"packing is for causal models, but the task is {task}.")
-            pack_rows = functools.partial(pack, length=section.max_length)
+            pack_rows = functools.partial(pack, length=section.length)
             encoded = encoded.map(pack_rows, batched=True)
     if isinstance(encoded, datasets.Dataset) and not len(encoded):
         raise DataError(
             f"none of the rows of {section.path!r} is left: all are empty, longer than "
-            f"max_length={section.max_length}, or without a match of completion_keep."
+            f"max_length={section.length}, or without a match of completion_keep."
         )
     return encoded
-
-
-def labels_of(rows: Rows, section: DataSection) -> list[str] | None:
-    """Names of the classes, if the rows have some."""
-    column = section.label or "label"
-    if section.label_words:
-        return [section.label_words[i] for i in sorted(section.label_words)]
-    feature = (rows.features or {}).get(column)
-    if isinstance(feature, datasets.ClassLabel):
-        return list(feature.names)
-    if feature is None or _streams(rows):
-        return None
-    return [str(value) for value in sorted(set(rows[column]))]
 
 
 def columns_of(rows: Rows) -> list[str]:

@@ -1,13 +1,13 @@
 """One row of a dataset as tokens and labels, or as an image and its class."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from string import Formatter
 from typing import Any
 
 from ..errors import ConfigError, DataError
-from .schema import DataSection, Task, nearest
+from .schema import CLASSIFIED, DataSection, Task, nearest
 
 IGNORE_INDEX = -100
 _EMPTY: dict[str, list[int]] = {"input_ids": [], "attention_mask": [], "labels": []}
@@ -25,18 +25,31 @@ class Encoder:
         task: what the model is for.
         processor: its tokenizer or image processor.
         columns: those of the dataset.
+        read_label: from the label column to what the loss of a classifier takes.
 
     Raises:
+        ConfigError: if there is none for a classifier.
         DataError: if the columns do not tell what to read.
     """
 
     def __init__(
-        self, section: DataSection, task: Task, processor: Any, columns: list[str]
+        self,
+        section: DataSection,
+        task: Task,
+        processor: Any,
+        columns: list[str],
+        read_label: Callable[[Any], int | float] | None = None,
     ) -> None:
         self.section = section
         self.task = task
         self.processor = processor
         self.columns = columns
+        if task in CLASSIFIED and read_label is None:
+            raise ConfigError(
+                f"encoding for {task} needs to know the classes; pass labels=labels_of(…), or "
+                "encode by Reader.of(…)."
+            )
+        self._read_label: Any = read_label
         self._encode = self._encoder()
         self._template = _chat_template(section, processor)
 
@@ -44,11 +57,11 @@ class Encoder:
         """Encode a row; one that is to be dropped has no tokens."""
         encoded = self._encode(self._with_words(row))
         n_tokens = len(encoded.get("input_ids", ()))
-        if n_tokens <= self.section.max_length or self.section.packing:
+        if n_tokens <= self.section.length or self.section.packing:
             return encoded
         if self.section.drop_longer:
             return dict(_EMPTY)
-        return {name: values[: self.section.max_length] for name, values in encoded.items()}
+        return {name: values[: self.section.length] for name, values in encoded.items()}
 
     def prompt(self, row: Mapping[str, Any]) -> list[int]:
         """The prompt alone, to generate an answer to: the tokens that training has before it.
@@ -66,7 +79,7 @@ class Encoder:
             ids = list(self.processor(str(prompt))["input_ids"])
         else:
             ids = self._ids(str(prompt))
-        return ids[: self.section.max_length]
+        return ids[: self.section.length]
 
     def completion(self, row: Mapping[str, Any]) -> str | None:
         """What the row gives as the answer; `None` if the row is to be dropped."""
@@ -151,7 +164,7 @@ class Encoder:
         if kept is None:
             return dict(_EMPTY)
         prompt = str(self._value(row, self.section.prompt or "prompt"))
-        length = self.section.max_length
+        length = self.section.length
         encoded = self.processor(prompt, truncation=True, max_length=length)
         target = self.processor(text_target=kept, truncation=True, max_length=length)
         return {
@@ -165,17 +178,20 @@ class Encoder:
         texts = [str(self._value(row, name))]
         if self.section.pair is not None:
             texts.append(str(self._value(row, self.section.pair)))
-        encoded = self.processor(*texts, truncation=True, max_length=self.section.max_length)
-        return {**encoded, "labels": self._value(row, self.section.label or "label")}
+        encoded = self.processor(*texts, truncation=True, max_length=self.section.length)
+        return {**encoded, "labels": self._label(row)}
 
     def _image(self, row: Mapping[str, Any]) -> dict[str, Any]:
         image = self._value(row, self.section.image or "image").convert("RGB")
         pixels = self.processor(image, return_tensors="np")["pixel_values"][0]
-        return {"pixel_values": pixels, "labels": self._value(row, self.section.label or "label")}
+        return {"pixel_values": pixels, "labels": self._label(row)}
+
+    def _label(self, row: Mapping[str, Any]) -> int | float:
+        return self._read_label(row[self.section.label or "label"])
 
     def _with_words(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
         words, column = self.section.label_words, self.section.label or "label"
-        if not words or self.task in ("SEQ_CLS", "IMAGE_CLS"):
+        if not words or self.task in CLASSIFIED:
             return row
         if row.get(column) not in words:
             raise DataError(

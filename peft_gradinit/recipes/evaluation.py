@@ -10,27 +10,27 @@ from torch import nn
 from transformers import EvalPrediction, Trainer
 
 from ..errors import ConfigError
-from .data import Rows, columns_of
+from .data import columns_of
 from .encoding import Encoder
+from .labels import Numbers, Rows
+from .lengths import table_length
 from .metrics import check_metrics, compute
-from .schema import Recipe, Task
+from .models import empty_model
+from .reading import Reader
+from .schema import CLASSIFIED, Recipe, Task
 
-CLASSIFIED = ("SEQ_CLS", "IMAGE_CLS")
-"""Tasks whose metrics compare classes; those of the others compare generated answers."""
 
-
-def check_evaluation(recipe: Recipe, task: Task, rows: Rows | None, processor: Any) -> None:
+def check_evaluation(recipe: Recipe, reader: Reader, rows: Rows | None) -> None:
     """Refuse an evaluation that could not be done, before anything is trained.
 
     Args:
         recipe: which metrics.
-        task: what the model is for.
+        reader: of the rows.
         rows: the evaluation rows as they are in the dataset; `None` if there are none.
-        processor: tokenizer or image processor.
 
     Raises:
-        ConfigError: if there is nothing to evaluate on, a metric is unknown, or metrics of a
-            language model are asked for without generation.
+        ConfigError: if there is nothing to evaluate on, a metric is unknown or is not for what
+            the model gives, or metrics of a language model are asked for without generation.
     """
     asked = recipe.evaluation
     if rows is None and (asked.metrics or asked.steps):
@@ -38,59 +38,74 @@ def check_evaluation(recipe: Recipe, task: Task, rows: Rows | None, processor: A
             f"evaluation asks for metrics={asked.metrics} and steps={asked.steps}, but there is "
             "nothing to evaluate on; set data.eval_split or data.n_eval."
         )
-    check_metrics(asked.metrics)
-    if rows is None or task in CLASSIFIED or not asked.metrics:
+    check_metrics(asked.metrics, of_numbers=isinstance(reader.labels, Numbers))
+    if rows is None or reader.task in CLASSIFIED or not asked.metrics:
         return
     if asked.max_new_tokens is None:
         raise ConfigError(
             f"evaluation.metrics={asked.metrics} of a language model compare generated answers; set "
             "evaluation.max_new_tokens."
         )
-    encoder = Encoder(recipe.data, task, processor, columns_of(rows))
+    _check_room(recipe, reader, asked.max_new_tokens)
+    encoder = Encoder(reader.section, reader.task, reader.processor, columns_of(rows))
     for row in rows.take(1):
         first = cast("dict[str, Any]", row)
         encoder.prompt(first)
         encoder.completion(first)
 
 
+def _check_room(recipe: Recipe, reader: Reader, n_new: int) -> None:
+    if reader.task != "CAUSAL_LM":
+        return
+    table, length = table_length(empty_model(recipe.model)), reader.section.length
+    if table is not None and length + n_new > table:
+        raise ConfigError(
+            f"a prompt of max_length={length} tokens and max_new_tokens={n_new} do not fit into the "
+            f"{table} positions of {recipe.model.name!r}; set data.max_length to "
+            f"{max(1, table - n_new)} or less, or evaluation.max_new_tokens to less."
+        )
+
+
 def evaluate_model(
-    trainer: Trainer, recipe: Recipe, task: Task, rows: Rows, processor: Any
+    trainer: Trainer, recipe: Recipe, reader: Reader, rows: Rows
 ) -> dict[str, float]:
     """Measure the trainer's model on its evaluation rows.
 
     Args:
         trainer: with its encoded evaluation data; its model is evaluated.
         recipe: which metrics.
-        task: what the model is for.
+        reader: of the rows.
         rows: the evaluation rows as they are in the dataset.
-        processor: tokenizer or image processor.
 
     Returns:
         `loss` and the metrics.
     """
     scores = {k.removeprefix("eval_"): v for k, v in trainer.evaluate().items()}
     kept = {"loss": float(scores["loss"])}
-    metrics = recipe.evaluation.metrics
+    metrics, task = recipe.evaluation.metrics, reader.task
     if task in CLASSIFIED:
         return kept | {k: float(v) for k, v in scores.items() if k.startswith("metric_")}
     if metrics:
-        encoder = Encoder(recipe.data, task, processor, columns_of(rows))
+        encoder = Encoder(reader.section, task, reader.processor, columns_of(rows))
         model: Any = trainer.accelerator.unwrap_model(trainer.model)
         answers = _answers(model, recipe, task, list(rows), encoder)
         kept |= compute(metrics, *answers)
     return kept
 
 
-def class_metrics(recipe: Recipe) -> Any:
+def label_metrics(recipe: Recipe, reader: Reader) -> Any:
     """`compute_metrics` of a Trainer for classifiers; `None` if there is nothing to compute."""
     names = recipe.evaluation.metrics
-    if not names:
+    if not names or reader.task not in CLASSIFIED:
         return None
+    of_numbers = isinstance(reader.labels, Numbers)
 
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
         logits = prediction.predictions
         logits = logits[0] if isinstance(logits, tuple) else logits
-        found = compute(names, logits.argmax(-1), prediction.label_ids)
+        found = compute(
+            names, logits[:, 0] if of_numbers else logits.argmax(-1), prediction.label_ids
+        )
         return {f"metric_{name}": value for name, value in found.items()}
 
     return compute_metrics

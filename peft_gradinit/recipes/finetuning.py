@@ -20,12 +20,14 @@ from ..files import check_writable, write_json
 from ..methods import METHODS
 from ..tuners import load_for_training
 from .collation import collator
-from .data import Rows, encode, labels_of, load_rows
-from .evaluation import CLASSIFIED, check_evaluation, class_metrics, evaluate_model
+from .data import load_rows
+from .evaluation import check_evaluation, evaluate_model, label_metrics
+from .labels import Rows
 from .methods import adapter_config, calibration_of
-from .models import load_model, load_processor, task_of
+from .models import load_model
 from .publishing import make_repository, publish
-from .schema import Recipe, Task
+from .reading import Reader
+from .schema import Recipe
 
 _FIELDS = {field.name for field in dataclasses.fields(TrainingArguments)}
 _CHECKPOINTING = (
@@ -40,9 +42,7 @@ RESULTS, PICTURE = "results.json", "loss.png"
 class _Inputs:
     """What a run is made from."""
 
-    task: Task
-    processor: Any
-    labels: list[str] | None
+    reader: Reader
     train: Rows
     evaluation: Rows | None
     evaluation_rows: Rows | None
@@ -66,10 +66,11 @@ def finetune(recipe: Recipe) -> dict[str, Any]:
     transformers.set_seed(recipe.training.seed)
     baselines = {folder: _baseline(folder) for folder in recipe.baselines}
     checkpoint, inputs = _last_checkpoint(recipe), _inputs(recipe)
-    check_evaluation(recipe, inputs.task, inputs.evaluation_rows, inputs.processor)
+    recipe = recipe.model_copy(update={"data": inputs.reader.section})
+    check_evaluation(recipe, inputs.reader, inputs.evaluation_rows)
     if recipe.push is not None and state.is_main_process:
         make_repository(recipe.push)
-    model = load_model(recipe.model, inputs.labels)
+    model = load_model(recipe.model, inputs.reader.labels)
     if recipe.model.quantization is None:
         model.to(state.device)
     peft_model = _started(model, recipe, inputs, checkpoint, progress=state.is_main_process)
@@ -77,9 +78,8 @@ def finetune(recipe: Recipe) -> dict[str, Any]:
     trainer.train(resume_from_checkpoint=checkpoint)
     metrics = {}
     if inputs.evaluation_rows is not None:
-        rows, processor = inputs.evaluation_rows, inputs.processor
-        metrics = evaluate_model(trainer, recipe, inputs.task, rows, processor)
-    results = _results(trainer, recipe, peft_model, metrics)
+        metrics = evaluate_model(trainer, recipe, inputs.reader, inputs.evaluation_rows)
+    results = _results(trainer, recipe, inputs.reader, metrics)
     if state.is_main_process:
         _write(peft_model, recipe, inputs, results)
         draw_losses(_curves(results, baselines), output / PICTURE)
@@ -90,15 +90,15 @@ def finetune(recipe: Recipe) -> dict[str, Any]:
 
 
 def _inputs(recipe: Recipe) -> _Inputs:
-    task, processor = task_of(recipe.model), load_processor(recipe.model)
     rows = load_rows(recipe.data)
+    reader = Reader.of(recipe.model, recipe.data, rows)
     held_out = None
     if recipe.data.eval_split is not None or recipe.data.n_eval is not None:
         held_out = load_rows(recipe.data, evaluation=True)
     with PartialState().main_process_first():
-        train = encode(rows, recipe.data, task, processor)
-        evaluation = None if held_out is None else encode(held_out, recipe.data, task, processor)
-    return _Inputs(task, processor, labels_of(rows, recipe.data), train, evaluation, held_out)
+        train = reader.encode(rows)
+        evaluation = None if held_out is None else reader.encode(held_out)
+    return _Inputs(reader, train, evaluation, held_out)
 
 
 def _started(
@@ -108,22 +108,22 @@ def _started(
     if checkpoint is not None and recipe.method.name in {m.name for m in METHODS}:
         return load_for_training(model, checkpoint)
     calibration = calibration_of(
-        inputs.train, recipe.calibration, inputs.processor, progress=progress
+        inputs.train, recipe.calibration, inputs.reader.processor, progress=progress
     )
-    config = adapter_config(recipe.method, inputs.task, calibration)
+    config = adapter_config(recipe.method, inputs.reader.task, calibration)
     return get_peft_model(model, config)
 
 
 def _trainer(model: PeftModel, recipe: Recipe, inputs: _Inputs) -> Trainer:
-    classifies = inputs.task in CLASSIFIED
+    reader = inputs.reader
     trainer = Trainer(
         model=model,
         args=_arguments(recipe, evaluates=inputs.evaluation is not None),
-        data_collator=collator(inputs.processor),
+        data_collator=collator(reader.processor),
         train_dataset=inputs.train,  # pyright: ignore[reportArgumentType]
         eval_dataset=inputs.evaluation,  # pyright: ignore[reportArgumentType]
-        processing_class=inputs.processor,
-        compute_metrics=class_metrics(recipe) if classifies else None,
+        processing_class=reader.processor,
+        compute_metrics=label_metrics(recipe, reader),
     )
     trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
     return trainer
@@ -188,9 +188,9 @@ def _last_checkpoint(recipe: Recipe) -> str | None:
 
 
 def _results(
-    trainer: Trainer, recipe: Recipe, model: PeftModel, metrics: dict[str, float]
+    trainer: Trainer, recipe: Recipe, reader: Reader, metrics: dict[str, float]
 ) -> dict[str, Any]:
-    history = trainer.state.log_history
+    history, model = trainer.state.log_history, trainer.accelerator.unwrap_model(trainer.model)
     reports = getattr(model.base_model, "init_report", None) or {}
     report = reports.get("default")
     return {
@@ -200,6 +200,7 @@ def _results(
         "losses": [[entry["step"], entry["loss"]] for entry in history if "loss" in entry],
         "eval_losses": [[e["step"], e["eval_loss"]] for e in history if "eval_loss" in e],
         "metrics": metrics,
+        "labels": reader.labels and list(reader.labels.head()["id2label"].values()),
         "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "start": report.to_dict() if report else None,
     }
@@ -208,8 +209,8 @@ def _results(
 def _write(model: PeftModel, recipe: Recipe, inputs: _Inputs, results: dict[str, Any]) -> None:
     output = Path(recipe.output)
     model.save_pretrained(str(output / "adapter"))
-    if hasattr(inputs.processor, "save_pretrained"):
-        inputs.processor.save_pretrained(str(output / "adapter"))
+    if hasattr(inputs.reader.processor, "save_pretrained"):
+        inputs.reader.processor.save_pretrained(str(output / "adapter"))
     for target in recipe.export.targets:
         if target != "peft" or recipe.export.rank is not None:
             rank = recipe.export.rank if target != "merged" else None

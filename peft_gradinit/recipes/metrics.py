@@ -99,13 +99,22 @@ def compute(names: list[str], predictions: Any, references: Any) -> dict[str, fl
     return found
 
 
-def check_metrics(names: list[str]) -> None:
-    """Refuse metrics that are neither built in nor to be had from the Hub.
+def check_metrics(names: list[str], *, of_numbers: bool = False) -> None:
+    """Refuse metrics that are neither built in nor to be had from the Hub, or compare no numbers.
 
     Args:
         names: as for `compute`.
+        of_numbers: whether the model is of regression.
+
+    Raises:
+        ConfigError: if a metric cannot be used.
     """
     for name in names:
+        if of_numbers and name in _BUILT_IN:
+            raise ConfigError(
+                f"the metric {name!r} compares classes or texts, but the labels are numbers; take "
+                "one of the Hub that compares numbers, such as 'mse', or leave it out."
+            )
         _metric(name)
 
 

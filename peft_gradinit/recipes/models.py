@@ -20,7 +20,8 @@ from transformers import (
 
 from ..errors import ConfigError
 from . import embedded
-from .schema import ModelSection, Task, nearest
+from .labels import Labels
+from .schema import CLASSIFIED, ModelSection, Task, nearest
 
 _AUTO_CLASSES: dict[str, Any] = {
     "CAUSAL_LM": AutoModelForCausalLM,
@@ -87,12 +88,12 @@ def model_config(section: ModelSection) -> Any:
         raise ConfigError(_unloadable("model", section.name, error)) from error
 
 
-def load_model(section: ModelSection, labels: list[str] | None = None) -> nn.Module:
+def load_model(section: ModelSection, labels: Labels | None = None) -> nn.Module:
     """Load a model on the CPU (quantised ones: where bitsandbytes puts them).
 
     Args:
         section: which model, and how.
-        labels: names of the classes, for a new classification head.
+        labels: what the head of a classifier is to give.
 
     Returns:
         The model, in eval mode.
@@ -118,7 +119,7 @@ def load_model(section: ModelSection, labels: list[str] | None = None) -> nn.Mod
         raise ConfigError(_unloadable("model", section.name, error)) from error
 
 
-def empty_model(section: ModelSection, labels: list[str] | None = None) -> nn.Module:
+def empty_model(section: ModelSection, labels: Labels | None = None) -> nn.Module:
     """The model on the meta device: shapes without weights.
 
     Args:
@@ -180,15 +181,12 @@ def _check_vocabulary(name: str, tokenizer: Any) -> None:
         raise ConfigError(_unloadable("tokenizer or image processor of", name, ValueError(reason)))
 
 
-def _head(task: Task, section: ModelSection, labels: list[str] | None) -> dict[str, Any]:
-    if task not in ("SEQ_CLS", "IMAGE_CLS"):
+def _head(task: Task, section: ModelSection, labels: Labels | None) -> dict[str, Any]:
+    if task not in CLASSIFIED:
         return {}
-    n = section.n_labels or (len(labels) if labels else None)
-    if n is None:
-        return {}
-    names = labels if labels and len(labels) == n else [str(i) for i in range(n)]
-    ids = {"id2label": dict(enumerate(names)), "label2id": {k: i for i, k in enumerate(names)}}
-    return {"num_labels": n, **ids}
+    if labels is not None:
+        return labels.head()
+    return {} if section.n_labels is None else {"num_labels": section.n_labels}
 
 
 def _quantization(section: ModelSection, dtype: Any) -> BitsAndBytesConfig:

@@ -13,10 +13,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 
 from ..methods import METHODS
 
+DEFAULT_LENGTH = 1024
+"""Tokens of a sequence if nothing is said, and the model takes as many."""
+
 VERSION = 1
 """The version of the schema that this package reads and writes."""
 
 Task = Literal["CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "IMAGE_CLS"]
+CLASSIFIED = ("SEQ_CLS", "IMAGE_CLS")
+"""Tasks whose head has an output for each class."""
+
 Positive = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(ge=0)]
 
@@ -60,7 +66,8 @@ class ModelSection(Section):
         default=None, description="Load the weights quantised by bitsandbytes (4bit: NF4)."
     )
     n_labels: Positive | None = Field(
-        default=None, description="Classes of a new head; default: counted in the data."
+        default=None,
+        description="Outputs of a new head; default: the classes of the data. 1: regression.",
     )
     seed: int = Field(default=0, description="Of weights that are drawn, such as a new head.")
 
@@ -121,16 +128,35 @@ class DataSection(Section):
         description="Loss on the assistant's turns alone; the template needs generation marks.",
     )
     loss_on_prompt: bool = Field(default=False, description="Prompts carry loss, too.")
-    label: str | None = Field(default=None, description="Column of classes; default: `label`.")
+    label: str | None = Field(
+        default=None,
+        description="Column of classes (strings, integers, booleans), which are sorted; default: "
+        "`label`.",
+    )
+    label_kind: Literal["class", "number"] | None = Field(
+        default=None,
+        description="`number`: regression. Has to be said for floating-point numbers alone; "
+        "default: classes.",
+    )
     label_words: dict[int, str] = Field(
-        default={}, description="Words for classes, as `{label}` in templates."
+        default={},
+        description="Words for classes, as `{label}` in templates; for classifiers, names of the "
+        "classes in their order.",
     )
     image: str | None = Field(default=None, description="Column of images; default: `image`.")
-    max_length: Positive = Field(default=1024, description="Tokens of a sequence.")
+    max_length: Positive | None = Field(
+        default=None,
+        description="Tokens of a sequence; default: 1,024, or what the model takes if it is less.",
+    )
     drop_longer: bool = Field(default=False, description="Drop longer rows instead of cutting.")
     packing: bool = Field(
         default=False, description="Concatenate rows to sequences of `max_length` (causal models)."
     )
+
+    @property
+    def length(self) -> int:
+        """Tokens of a sequence."""
+        return self.max_length or DEFAULT_LENGTH
 
 
 class MethodSection(Section):

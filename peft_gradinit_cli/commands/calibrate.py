@@ -74,15 +74,25 @@ def calibrate(
         typer.Option(help="Column of chats, for the chat template.", rich_help_panel=options.DATA),
     ] = None,
     label: Annotated[
-        str | None, typer.Option(help="Column of classes.", rich_help_panel=options.DATA)
+        str | None,
+        typer.Option(help="Column of classes, which are sorted.", rich_help_panel=options.DATA),
+    ] = None,
+    label_kind: Annotated[
+        str | None,
+        typer.Option(help="class, or number for regression.", rich_help_panel=options.DATA),
     ] = None,
     chat_template: Annotated[
         str | None, typer.Option(help="File with a template.", rich_help_panel=options.DATA)
     ] = None,
     assistant_only_loss: Annotated[bool, typer.Option(rich_help_panel=options.DATA)] = False,
     max_length: Annotated[
-        int, typer.Option(min=1, help="Tokens of a sequence.", rich_help_panel=options.DATA)
-    ] = 1024,
+        int | None,
+        typer.Option(
+            min=1,
+            help="Tokens of a sequence. Default: 1,024, or what the model takes.",
+            rich_help_panel=options.DATA,
+        ),
+    ] = None,
     packing: Annotated[
         bool, typer.Option(help="Fill the sequences.", rich_help_panel=options.DATA)
     ] = False,
@@ -146,6 +156,7 @@ def calibrate(
             "completion": completion,
             "messages": messages,
             "label": label,
+            "label_kind": label_kind,
             "chat_template": chat_template,
             "assistant_only_loss": assistant_only_loss,
             "max_length": max_length,

@@ -1,6 +1,7 @@
 """What a calibration of the command line is made of: what is measured, and where the result goes."""
 
 import dataclasses
+import functools
 import itertools
 import json
 from collections.abc import Iterator
@@ -18,17 +19,17 @@ from peft_gradinit.recipes import (
     CalibrationSection,
     DataSection,
     Estimate,
+    Labels,
     MethodSection,
     ModelSection,
+    Reader,
     adapter_config,
     calibration_of,
     empty_model,
-    encode,
     estimate,
-    labels_of,
     load_model,
-    load_processor,
     load_rows,
+    sequence_length,
     task_of,
 )
 from peft_gradinit.starts import planned_targets
@@ -84,7 +85,8 @@ class Place:
         record = {
             "peft_gradinit": __version__,
             "model": job.model.model_dump(),
-            "data": job.data.model_dump(),
+            "data": job.reader.section.model_dump(),
+            "labels": job.reader.labels and list(job.reader.labels.head()["id2label"].values()),
             "method": job.method.model_dump(),
             "calibration": job.calibration.model_dump(),
             "facts": dataclasses.asdict(result.facts),
@@ -119,12 +121,16 @@ class Job:
         Returns:
             The result.
         """
-        rows, processor, labels = self._data()
-        model = load_model(self.model, labels)
+        rows, reader = self._encoded(), self.reader
+        model = load_model(self.model, reader.labels)
         if self.model.quantization is None:
             model.to(device)
         data = calibration_of(
-            rows, self.calibration, processor, progress=progress, checkpoint=place.checkpoint(self)
+            rows,
+            self.calibration,
+            reader.processor,
+            progress=progress,
+            checkpoint=place.checkpoint(self),
         )
         return run_calibration(model, self.config(), data)
 
@@ -162,27 +168,37 @@ class Job:
             n_processes=n_processes,
         )
 
-    def _lengths(self) -> tuple[list[int], list[str] | None]:
-        """Lengths of the sequences that will be read, and names of the classes."""
+    def _lengths(self) -> tuple[list[int], Labels | None]:
+        """Lengths of the sequences that will be read, and what the head is to give."""
         if self.data.path == NO_DATA:
             calibration = calibration_of((), self.calibration, None)
-            rows = itertools.repeat({"input_ids": range(self.data.max_length)})
+            length = sequence_length(self.data, self.model)
+            rows = itertools.repeat({"input_ids": range(length)})
             return list(_lengths(rows, calibration)), None
-        rows, processor, labels = self._data()
-        return list(_lengths(rows, calibration_of(rows, self.calibration, processor))), labels
+        rows, reader = self._encoded(), self.reader
+        calibration = calibration_of(rows, self.calibration, reader.processor)
+        return list(_lengths(rows, calibration)), reader.labels
 
-    def _data(self) -> tuple[Any, Any, list[str] | None]:
+    @functools.cached_property
+    def reader(self) -> Reader:
+        """How the rows are encoded."""
+        return Reader.of(self.model, self.data, self._rows)
+
+    @functools.cached_property
+    def _rows(self) -> Any:
         datasets.disable_progress_bars()
-        rows = load_rows(self.data)
-        labels, processor = labels_of(rows, self.data), load_processor(self.model)
+        return load_rows(self.data)
+
+    def _encoded(self) -> Any:
+        rows = self._rows
         if isinstance(rows, datasets.Dataset):
             rows = rows.to_iterable_dataset()  # nothing is tokenised that is not read
-        encoded = encode(rows, self.data, task_of(self.model), processor)
+        encoded = self.reader.encode(rows)
         if next(iter(encoded), None) is None:  # bad data are told before a model is loaded
             raise DataError(
                 f"the data {self.data.path!r} have no usable row in the split {self.data.split!r}."
             )
-        return encoded, processor, labels
+        return encoded
 
     def config(self) -> Any:
         """The config of the method; what its calibration is, is not asked here."""

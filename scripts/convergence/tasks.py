@@ -22,7 +22,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from peft_gradinit.recipes import encode, labels_of, load_processor, load_recipe, load_rows, task_of
+from peft_gradinit.recipes import Reader, load_recipe, load_rows
 from peft_gradinit.recipes import load_model as load_model_of
 from peft_gradinit.recipes.collation import collator
 
@@ -141,16 +141,15 @@ def of_recipe(settings: Settings) -> Task:
     if settings.recipe is None:
         raise SystemExit("'task: recipe' needs 'recipe: FILE', one of configs/ or of your own")
     recipe = load_recipe(settings.recipe)
-    kind, processor = task_of(recipe.model), load_processor(recipe.model)
     rows, held_out = load_rows(recipe.data), load_rows(recipe.data, evaluation=True)
-    labels = labels_of(rows, recipe.data)
+    reader = Reader.of(recipe.model, recipe.data, rows)
 
     def as_one_batch(rows) -> Rows:
-        return collator(processor)(list(encode(rows, recipe.data, kind, processor)))
+        return collator(reader.processor)(list(reader.encode(rows)))
 
     def load() -> PreTrainedModel:
         torch.manual_seed(0)
-        return load_model_of(recipe.model, labels)
+        return load_model_of(recipe.model, reader.labels)
 
     return Task(
         title=recipe.title,
@@ -159,7 +158,7 @@ def of_recipe(settings: Settings) -> Task:
         test=as_one_batch(held_out),
         source=None,
         settings=settings,
-        adapter={"target_modules": recipe.method.target_modules, "task_type": kind},
+        adapter={"target_modules": recipe.method.target_modules, "task_type": reader.task},
     )
 
 

@@ -9,7 +9,7 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.processors import TemplateProcessing
-from transformers import PreTrainedTokenizerFast
+from transformers import BertConfig, PreTrainedTokenizerFast, ViTConfig
 
 from peft_gradinit.errors import ConfigError, DataError
 from peft_gradinit.recipes import DataSection, ModelSection, encode, labels_of, load_rows
@@ -31,7 +31,8 @@ def section(path="embedded:docstrings", **options):
 def encoded(rows, task="CAUSAL_LM", **options):
     if isinstance(rows, list):
         rows = datasets.Dataset.from_list(rows)
-    return list(encode(rows, section(**options), task, TOKENIZER))
+    labels = labels_of(rows, section(**options), BertConfig(), None) if task == "SEQ_CLS" else None
+    return list(encode(rows, section(**options), task, TOKENIZER, labels))
 
 
 def decoded(ids):
@@ -188,7 +189,7 @@ def test_lengths_are_cut_or_dropped_or_packed():
     assert [i for r in packed for i in r["input_ids"]] == flat
     assert {len(r["input_ids"]) for r in packed[:-1]} == {4}
     with pytest.raises(ConfigError, match="packing is for causal models"):
-        encoded([{"text": "a", "label": 0}], task="SEQ_CLS", packing=True)
+        encode(load_rows(section()), section(packing=True), "SEQ_CLS", TOKENIZER)
     with pytest.raises(DataError, match="none of the rows"):
         encoded(rows[:1], max_length=2, drop_longer=True)
 
@@ -213,13 +214,12 @@ def test_streams_are_read_as_they_are_needed():
 
 
 def test_classes_and_pairs():
-    rows = load_rows(section())
-    assert labels_of(rows, section()) == list(MODULES)
-    (row,) = encoded([{"a": "x", "b": "y", "kind": 3}], "SEQ_CLS", text="a", pair="b", label="kind")
-    assert row["labels"] == 3
-    plain = datasets.Dataset.from_list([{"label": 2}, {"label": 0}])
-    assert labels_of(plain, section()) == ["0", "2"]
-    assert labels_of(plain, section(label_words={0: "a", 1: "b"})) == ["a", "b"]
+    labels = labels_of(load_rows(section()), section(), BertConfig(), None)
+    assert labels.head()["num_labels"] == len(MODULES)
+    rows = [{"a": "x", "b": "y", "kind": kind} for kind in (3, 1)]
+    row, _ = encoded(rows, "SEQ_CLS", text="a", pair="b", label="kind")
+    assert row["labels"] == 1
+    assert decoded(row["input_ids"]) == "xy"
 
 
 def test_source_and_target_of_encoder_decoders():
@@ -234,7 +234,8 @@ def test_images():
     image = Image.new("L", (20, 30), 128)
     rows = datasets.Dataset.from_list([{"image": image, "label": 4}])
     processor = image_processor(size={"height": 8, "width": 8})
-    data = encode(rows, section(), "IMAGE_CLS", processor)
+    labels = labels_of(rows, section(), ViTConfig(), 5)
+    data = encode(rows, section(), "IMAGE_CLS", processor, labels)
     batch = collator(processor)(list(data))
     assert batch["pixel_values"].shape == (1, 3, 8, 8)
     assert batch["labels"].tolist() == [4]
@@ -253,8 +254,8 @@ def test_a_tokenizer_without_words_is_refused(tmp_path):
 def test_batches_are_padded_with_what_carries_no_loss():
     batch = collator(TOKENIZER)(encoded([{"text": t} for t in TEXTS]))
     assert ((batch["labels"] == -100) == (batch["attention_mask"] == 0)).all()
-    classes = encoded([{"text": t, "label": 1} for t in TEXTS], "SEQ_CLS")
-    assert collator(TOKENIZER)(classes)["labels"].equal(torch.ones(3, dtype=torch.long))
+    classes = encoded([{"text": t, "label": i} for i, t in enumerate(TEXTS)], "SEQ_CLS")
+    assert collator(TOKENIZER)(classes)["labels"].equal(torch.arange(3))
 
 
 def with_ends(tokenizer):

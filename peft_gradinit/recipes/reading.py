@@ -1,0 +1,50 @@
+"""Rows of a dataset as the model that they are for takes them."""
+
+import dataclasses
+from typing import Any
+
+from .data import Rows, encode
+from .labels import Labels, labels_of
+from .lengths import sequence_length
+from .models import load_processor, model_config, task_of
+from .schema import CLASSIFIED, DataSection, ModelSection, Task
+
+
+@dataclasses.dataclass(frozen=True)
+class Reader:
+    """Encodes rows for one model: those to train on and those to evaluate on alike.
+
+    Attributes:
+        section: which data, with the length that sequences may have for this model.
+        task: what the model is for.
+        processor: its tokenizer or image processor.
+        labels: what the label column means to its head; `None` if it has none.
+    """
+
+    section: DataSection
+    task: Task
+    processor: Any
+    labels: Labels | None
+
+    @classmethod
+    def of(cls, model: ModelSection, data: DataSection, rows: Rows) -> "Reader":
+        """Make the reader of a model and its data.
+
+        Args:
+            model: which model.
+            data: which data.
+            rows: those to train on, as they are in the dataset; they tell the classes.
+
+        Returns:
+            The reader.
+        """
+        task, processor = task_of(model), load_processor(model)
+        labels = None
+        if task in CLASSIFIED:
+            labels = labels_of(rows, data, model_config(model), model.n_labels)
+        length = sequence_length(data, model, processor)
+        return cls(data.model_copy(update={"max_length": length}), task, processor, labels)
+
+    def encode(self, rows: Rows) -> Rows:
+        """Turn rows into what a collator can pad; streams stay streams."""
+        return encode(rows, self.section, self.task, self.processor, self.labels)

@@ -1,0 +1,123 @@
+"""Reviews with stars, and longer than the model: recipes and the command line take them as they are."""
+
+import json
+
+import datasets
+import pytest
+from transformers import AutoConfig
+
+from peft_gradinit.errors import ConfigError, DataError
+from peft_gradinit.recipes import finetune
+from peft_gradinit.recipes.schema import Recipe
+from peft_gradinit_cli.work.jobs import RECORD_NAME
+from tests.cli.conftest import run as command  # noqa: F401
+from tests.recipes.classifiers import N_POSITIONS, save_classifier
+
+KINDS = ("bert", "roberta")
+
+
+def reviews(folder, labels, name="reviews.csv"):
+    """Every second one is longer than the model."""
+    texts = ["it was a good film", "a bad film " * N_POSITIONS] * len(labels)
+    rows = {"review": texts[: 2 * len(labels)], "stars": [label for label in labels for _ in "ab"]}
+    path = str(folder / name)
+    datasets.Dataset.from_dict(rows).to_csv(path)
+    return path
+
+
+def recipe(tmp_path, model, data, **sections):
+    values = {
+        "version": 1,
+        "title": "reviews",
+        "output": str(tmp_path / "out"),
+        "model": {"name": model},
+        "data": {"text": "review", "label": "stars", **data},
+        "method": {"name": "lora_ga", "r": 2},
+        "training": {"learning_rate": 1e-3, "max_steps": 2, "batch_size": 4},
+    }
+    return Recipe.model_validate(values | sections)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_recipe(kind, tmp_path):
+    path = reviews(tmp_path, [5, 1, 2] * 3)
+    folder = save_classifier(tmp_path / "model", kind)
+    asked = recipe(
+        tmp_path,
+        folder,
+        {"path": path, "n_eval": 6},
+        evaluation={"metrics": ["accuracy"]},
+        export={"targets": ["merged"]},
+    )
+    results = finetune(asked)
+    assert results["labels"] == ["1", "2", "5"]
+    assert results["recipe"]["data"]["max_length"] == N_POSITIONS
+    assert 0 <= results["metrics"]["metric_accuracy"] <= 1
+    merged = AutoConfig.from_pretrained(tmp_path / "out" / "merged")
+    assert merged.id2label == {0: "1", 1: "2", 2: "5"}
+    assert merged.label2id == {"1": 0, "2": 1, "5": 2}
+
+
+def test_a_label_of_the_evaluation_alone_is_told_before_a_model_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr("peft_gradinit.recipes.finetuning.load_model", None)
+    folder = save_classifier(tmp_path / "model")
+    data = {"path": reviews(tmp_path, ["good", "bad"]), "eval_split": "test"}
+    data["eval_path"] = reviews(tmp_path, ["bad", "awful"], "more.csv")
+    with pytest.raises(
+        DataError, match=r"the label 'awful' in column 'stars' is none .* bad, good"
+    ):
+        finetune(recipe(tmp_path, folder, data))
+
+
+def test_quantities(tmp_path):
+    folder = save_classifier(tmp_path / "model")
+    data = {"path": reviews(tmp_path, [0.5, 2.0, 4.5]), "n_eval": 2, "label_kind": "number"}
+    results = finetune(recipe(tmp_path, folder, data))
+    assert results["labels"] == ["stars"]
+    asked = recipe(tmp_path, folder, data, evaluation={"metrics": ["accuracy"]})
+    with pytest.raises(
+        ConfigError, match="'accuracy' compares classes or texts, but the labels are"
+    ):
+        finetune(asked)
+
+
+def test_generation_must_fit_into_the_positions(tmp_path):
+    folder = save_classifier(tmp_path / "model", "gpt2")
+    data = {"path": reviews(tmp_path, [1, 2]), "n_eval": 2, "prompt": "review"}
+    data |= {"completion": "stars", "text": None, "label": None, "max_length": 20}
+    asked = recipe(
+        tmp_path, folder, data, evaluation={"metrics": ["exact_match"], "max_new_tokens": 8}
+    )
+    with pytest.raises(
+        ConfigError,
+        match=r"max_length=20 tokens and max_new_tokens=8 do not fit into the 24 positions of .*; set "
+        r"data\.max_length to 16 or less",
+    ):
+        finetune(asked)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("labels", [["good", "bad"], [5, 1, 3]])
+def test_the_command(kind, labels, tmp_path, command):  # noqa: F811
+    arguments = (save_classifier(tmp_path / "model", kind), reviews(tmp_path, labels * 4))
+    options = ("--text", "review", "--label", "stars", "--r", 2)
+    done = command("calibrate", *arguments, tmp_path / "out", *options)
+    assert done.code == 0, done.err
+    record = json.loads((tmp_path / "out" / RECORD_NAME).read_text())
+    assert record["labels"] == sorted(map(str, labels))
+    assert record["data"]["max_length"] == N_POSITIONS
+    done = command("calibrate", *arguments, "--dry-run", *options, "--json")
+    assert done.code == 0, done.err
+    done = command("calibrate", *arguments, tmp_path / "two", *options, "--max-length", 600)
+    assert done.code == 1
+    assert f"max_length=600, but '{arguments[0]}' has positions for 24 tokens" in done.err
+
+
+def test_the_command_does_not_guess_what_numbers_are(tmp_path, command):  # noqa: F811
+    arguments = (save_classifier(tmp_path / "model"), reviews(tmp_path, [1.0, 2.5]))
+    options = ("--text", "review", "--label", "stars", "--r", 2)
+    done = command("calibrate", *arguments, tmp_path / "out", *options)
+    assert done.code == 1
+    assert "label_kind='number' for regression" in done.err
+    done = command("calibrate", *arguments, tmp_path / "out", *options, "--label-kind", "number")
+    assert done.code == 0, done.err
