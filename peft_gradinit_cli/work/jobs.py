@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import itertools
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import datasets
 import torch
 
 from peft_gradinit import __version__
-from peft_gradinit.calibration import FILE_NAME, CalibrationResult, Checkpoint
+from peft_gradinit.calibration import FILE_NAME, CalibrationResult, Checkpoint, lengths_within
 from peft_gradinit.errors import DataError, OutputError
 from peft_gradinit.files import check_writable, write_json
 from peft_gradinit.recipes import (
@@ -172,12 +171,18 @@ class Job:
         """Lengths of the sequences that will be read, and what the head is to give."""
         if self.data.path == NO_DATA:
             calibration = calibration_of((), self.calibration, None)
-            length = sequence_length(self.data, self.model)
-            rows = itertools.repeat({"input_ids": range(length)})
-            return list(_lengths(rows, calibration)), None
+            return list(lengths_within(calibration, itertools.repeat(self._longest()))), None
         rows, reader = self._encoded(), self.reader
         calibration = calibration_of(rows, self.calibration, reader.processor)
-        return list(_lengths(rows, calibration)), reader.labels
+        batches = (calibration.collate_fn([row]) for row in rows)
+        return list(lengths_within(calibration, batches)), reader.labels
+
+    def _longest(self) -> dict[str, torch.Tensor]:
+        """A batch of one image, or of one sequence of the full length."""
+        if task_of(self.model) == "IMAGE_CLS":
+            return {"pixel_values": torch.zeros(1, 1)}
+        length = sequence_length(self.data, self.model)
+        return {"input_ids": torch.zeros(1, length, dtype=torch.long)}
 
     @functools.cached_property
     def reader(self) -> Reader:
@@ -203,16 +208,3 @@ class Job:
     def config(self) -> Any:
         """The config of the method; what its calibration is, is not asked here."""
         return adapter_config(self.method, task_of(self.model), calibration="unused")
-
-
-def _lengths(rows: Any, calibration: Any) -> Iterator[int]:
-    """Lengths of the sequences that fit into the budget."""
-    n_batches, budget = calibration.max_batches, calibration.token_budget
-    stop = None if n_batches is None else n_batches * calibration.batch_size
-    total = 0
-    for row in itertools.islice(rows, stop):
-        length = len(row["input_ids"]) if "input_ids" in row else 1
-        total += length
-        yield length
-        if budget is not None and total >= budget:
-            return

@@ -6,7 +6,7 @@ from torch import nn
 from transformers.utils import ModelOutput
 
 from peft_gradinit import Calibration
-from peft_gradinit.calibration.feed.budget import Budget
+from peft_gradinit.calibration.feed.budget import Budget, lengths_within
 from peft_gradinit.calibration.feed.tokens import has_tokens, n_input_tokens
 from peft_gradinit.calibration.passes.progress import expected
 from peft_gradinit.calibration.spec import DEFAULT_MAX_SEQUENCES
@@ -127,3 +127,22 @@ def test_the_budget_of_sequences_is_for_no_other_budget():
     assert Calibration([1]).sequence_budget == DEFAULT_MAX_SEQUENCES == 128
     assert Calibration([1], max_batches=2).sequence_budget is None
     assert Calibration([1], max_tokens=2).sequence_budget is None
+
+
+@pytest.mark.parametrize(
+    ("options", "n"), [({"max_tokens": 200}, 200), ({"max_batches": 40}, 160), ({}, 128)]
+)
+def test_what_a_pass_would_read_is_known_before(options, n):
+    calibration = Calibration((), batch_size=4, **options)
+    images = ({"pixel_values": torch.zeros(1, 3, 8, 8)} for _ in range(300))
+    assert list(lengths_within(calibration, images)) == [1] * n
+
+
+@pytest.mark.parametrize(
+    ("options", "n"), [({"max_tokens": 11}, 3), ({"max_batches": 2}, 8), ({}, 300)]
+)
+def test_the_same_of_tokens(options, n):
+    calibration = Calibration((), batch_size=4, **options)
+    taken = iter({"input_ids": torch.ones(1, 5)} for _ in range(300))
+    assert list(lengths_within(calibration, taken)) == [5] * n
+    assert len(list(taken)) == 300 - n  # nothing is read that is not counted

@@ -2,8 +2,13 @@
 
 import os
 
+import datasets
+import pytest
+from PIL import Image
+
 from peft_gradinit.recipes import CalibrationSection, DataSection, MethodSection, ModelSection
 from peft_gradinit_cli.work.jobs import Job
+from tests.recipes.images import save_vit
 
 
 def job(path, dtype="float32"):
@@ -25,3 +30,20 @@ def test_sums_of_a_changed_file_or_another_dtype_are_not_continued(tmp_path):
     os.utime(file, ns=(1, 1))
     assert job(file).identity() != before
     assert job(tmp_path).identity() == job(tmp_path).identity()
+
+
+@pytest.mark.parametrize(("budget", "n"), [((), 128), (("--max-batches", 3), 24)])
+def test_a_dry_run_reads_as_many_images_as_the_pass(budget, n, run, tmp_path):
+    save_vit(tmp_path / "model")
+    images = [Image.effect_noise((16, 16), 50) for _ in range(140)]
+    rows = [{"image": image, "label": i % 3} for i, image in enumerate(images)]
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "data")
+    more = ("--r", 2, "--target-modules", "query,value,q_proj,v_proj", *budget, "--json")
+    arguments = ("calibrate", tmp_path / "model", tmp_path / "data", tmp_path / "out", *more)
+    facts = run(*arguments)
+    assert facts.code == 0, facts.err
+    costs = run(*arguments, "--dry-run").json
+    assert costs["n_sequences"] == facts.json["n_sequences"] == n
+    assert costs["n_tokens"] == facts.json["n_tokens"]
+    bare = run("calibrate", tmp_path / "model", "--dry-run", *more).json
+    assert bare["n_sequences"] == n

@@ -1,4 +1,6 @@
-"""Image processors for the tests."""
+"""Image processors and a small ViT for the tests."""
+
+from transformers import ViTConfig, ViTForImageClassification
 
 
 def image_processor(**options):
@@ -8,3 +10,17 @@ def image_processor(**options):
     except ModuleNotFoundError:
         from transformers import ViTImageProcessor as ViTImageProcessorPil
     return ViTImageProcessorPil(**options)
+
+
+def save_vit(folder):
+    """A ViT that looks at 16 x 16 pixels, with its processor."""
+    config = ViTConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=48,
+        image_size=16,
+        patch_size=8,
+    )
+    ViTForImageClassification(config).save_pretrained(folder)
+    image_processor(size={"height": 16, "width": 16}).save_pretrained(folder)

@@ -14,14 +14,14 @@ import torch
 import yaml
 from peft import PeftModel
 from PIL import Image
-from transformers import T5Config, T5ForConditionalGeneration, ViTConfig, ViTForImageClassification
+from transformers import T5Config, T5ForConditionalGeneration
 
 from peft_gradinit.errors import ConfigError, DataError, OutputError
 from peft_gradinit.recipes import ModelSection, finetune, load_model, load_recipe
 from peft_gradinit.recipes.embedded import pico_tokenizer
 from peft_gradinit.recipes.evaluation import _generated
 from peft_gradinit.recipes.metrics import compute
-from tests.recipes.images import image_processor
+from tests.recipes.images import save_vit
 
 ROOT = Path(__file__).parent.parent.parent
 OFFLINE = sorted((ROOT / "configs/offline").glob("*.yaml"))
@@ -207,16 +207,7 @@ def small_recipe(folder, data, **sections):
 
 
 def test_images_are_classified(tmp_path):
-    config = ViTConfig(
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=48,
-        image_size=16,
-        patch_size=8,
-    )
-    ViTForImageClassification(config).save_pretrained(tmp_path / "model")
-    image_processor(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "model")
+    save_vit(tmp_path / "model")
     images = [Image.effect_noise((20, 20), 50) for _ in range(16)]
     rows = [{"img": image, "kind": i % 3} for i, image in enumerate(images)]
     datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "data")

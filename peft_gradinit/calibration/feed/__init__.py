@@ -1,7 +1,7 @@
 """The batches of a pass: read, cut, counted, and shared among processes."""
 
 from .batches import first_sequence, n_batches, n_orientations
-from .budget import Budget, Step
+from .budget import Budget, Step, lengths_within
 from .copying import own_copy
 from .feed import Feed
 from .selection import TokenSelection

@@ -1,13 +1,14 @@
 """How much of the data a pass reads."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate, islice
 from typing import Any
 
 from ...errors import DataError, warn
 from ...layouts import Processes
 from ..spec import Calibration
+from .tokens import has_tokens, n_input_tokens
 
 FEW_SEQUENCES = 8
 """Fewer are a reason to warn."""
@@ -148,3 +149,23 @@ class Budget:
         self.n_sequences += step.n_sequences
         self.n_rows += 0 if step.of_tokens else step.n_sequences
         return step
+
+
+def lengths_within(calibration: Calibration, sequences: Iterable[Any]) -> Iterator[int]:
+    """Tokens of the sequences that a pass over samples would read.
+
+    Args:
+        calibration: whose budget ends it.
+        sequences: batches of one sample; no more are taken than the budget has room for.
+
+    Yields:
+        The tokens of each; 1 if it is not of tokens.
+    """
+    budget = Budget(calibration)
+    for i, batch in enumerate(sequences, start=1):
+        n_tokens, of_tokens = n_input_tokens(batch), has_tokens(batch)
+        budget.take(Step(batch, 1, n_tokens, orient=False, of_tokens=of_tokens))
+        yield n_tokens
+        budget.n_batches = i // calibration.batch_size
+        if budget.tokens_spent() or budget.batches_spent():
+            return
