@@ -24,7 +24,6 @@ from .data import load_rows
 from .evaluation import check_evaluation, evaluate_model, label_metrics
 from .labels import Rows
 from .methods import adapter_config, calibration_of
-from .models import load_model
 from .publishing import make_repository, publish
 from .reading import Reader
 from .schema import Recipe
@@ -70,7 +69,7 @@ def finetune(recipe: Recipe) -> dict[str, Any]:
     check_evaluation(recipe, inputs.reader, inputs.evaluation_rows)
     if recipe.push is not None and state.is_main_process:
         make_repository(recipe.push)
-    model = load_model(recipe.model, inputs.reader.labels)
+    model = inputs.reader.load_model(recipe.model)
     if recipe.model.quantization is None:
         model.to(state.device)
     peft_model = _started(model, recipe, inputs, checkpoint, progress=state.is_main_process)

@@ -3,10 +3,12 @@
 import dataclasses
 from typing import Any
 
+from torch import nn
+
 from .data import Rows, encode
 from .labels import Labels, labels_of
 from .lengths import sequence_length
-from .models import load_processor, model_config, task_of
+from .models import load_model, load_processor, model_config, task_of
 from .schema import CLASSIFIED, DataSection, ModelSection, Task
 
 
@@ -44,6 +46,22 @@ class Reader:
             labels = labels_of(rows, data, model_config(model), model.n_labels)
         length = sequence_length(data, model, processor)
         return cls(data.model_copy(update={"max_length": length}), task, processor, labels)
+
+    def load_model(self, section: ModelSection) -> nn.Module:
+        """Load the model, with the head and the padding that its data want.
+
+        Args:
+            section: which model, the one that the reader was made for.
+
+        Returns:
+            The model, in eval mode.
+        """
+        model: Any = load_model(section, self.labels)
+        if self.task == "SEQ_CLS":  # decoders classify the last token that is not padding
+            for config in (model.config, model.config.get_text_config()):
+                if getattr(config, "pad_token_id", None) is None:
+                    config.pad_token_id = self.processor.pad_token_id
+        return model
 
     def encode(self, rows: Rows) -> Rows:
         """Turn rows into what a collator can pad; streams stay streams."""

@@ -26,7 +26,6 @@ from peft_gradinit.recipes import (
     calibration_of,
     empty_model,
     estimate,
-    load_model,
     load_rows,
     sequence_length,
     task_of,
@@ -121,7 +120,7 @@ class Job:
             The result.
         """
         rows, reader = self._encoded(), self.reader
-        model = load_model(self.model, reader.labels)
+        model = reader.load_model(self.model)
         if self.model.quantization is None:
             model.to(device)
         data = calibration_of(

@@ -7,6 +7,7 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
     GPT2Config,
+    GPT2ForSequenceClassification,
     GPT2LMHeadModel,
     PreTrainedTokenizerFast,
     RobertaConfig,
@@ -27,7 +28,10 @@ N_POSITIONS = 24
 
 def save_classifier(folder, kind="bert", **options):
     """A model that has positions for 24 tokens; its tokenizer knows no limit."""
-    tokenizer().save_pretrained(folder)
+    spoken = tokenizer()
+    if kind.startswith("gpt2"):
+        spoken.pad_token = None
+    spoken.save_pretrained(folder)
     model(kind, **options).save_pretrained(folder)
     return str(folder)
 
@@ -42,7 +46,9 @@ def model(kind, **options):
         )
         return RobertaForSequenceClassification(config)
     sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": SIZES["vocab_size"]}
-    return GPT2LMHeadModel(GPT2Config(**sizes, n_positions=N_POSITIONS, **options))
+    config = GPT2Config(**sizes, n_positions=N_POSITIONS, eos_token_id=2, bos_token_id=2, **options)
+    classes = {"gpt2": GPT2LMHeadModel, "gpt2-classifier": GPT2ForSequenceClassification}
+    return classes[kind](config)
 
 
 def tokenizer():

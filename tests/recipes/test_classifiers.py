@@ -13,7 +13,9 @@ from peft_gradinit_cli.work.jobs import RECORD_NAME
 from tests.cli.conftest import run as command  # noqa: F401
 from tests.recipes.classifiers import N_POSITIONS, save_classifier
 
-KINDS = ("bert", "roberta")
+KINDS = ("bert", "roberta", "gpt2-classifier")
+
+LAYERS = r".*\.(query|value|c_attn)"
 
 
 def reviews(folder, labels, name="reviews.csv"):
@@ -32,7 +34,7 @@ def recipe(tmp_path, model, data, **sections):
         "output": str(tmp_path / "out"),
         "model": {"name": model},
         "data": {"text": "review", "label": "stars", **data},
-        "method": {"name": "lora_ga", "r": 2},
+        "method": {"name": "lora_ga", "r": 2, "target_modules": LAYERS},
         "training": {"learning_rate": 1e-3, "max_steps": 2, "batch_size": 4},
     }
     return Recipe.model_validate(values | sections)
@@ -59,7 +61,7 @@ def test_a_recipe(kind, tmp_path):
 
 
 def test_a_label_of_the_evaluation_alone_is_told_before_a_model_is_loaded(tmp_path, monkeypatch):
-    monkeypatch.setattr("peft_gradinit.recipes.finetuning.load_model", None)
+    monkeypatch.setattr("peft_gradinit.recipes.reading.load_model", None)
     folder = save_classifier(tmp_path / "model")
     data = {"path": reviews(tmp_path, ["good", "bad"]), "eval_split": "test"}
     data["eval_path"] = reviews(tmp_path, ["bad", "awful"], "more.csv")
@@ -100,7 +102,7 @@ def test_generation_must_fit_into_the_positions(tmp_path):
 @pytest.mark.parametrize("labels", [["good", "bad"], [5, 1, 3]])
 def test_the_command(kind, labels, tmp_path, command):  # noqa: F811
     arguments = (save_classifier(tmp_path / "model", kind), reviews(tmp_path, labels * 4))
-    options = ("--text", "review", "--label", "stars", "--r", 2)
+    options = ("--text", "review", "--label", "stars", "--r", 2, "--target-modules", LAYERS)
     done = command("calibrate", *arguments, tmp_path / "out", *options)
     assert done.code == 0, done.err
     record = json.loads((tmp_path / "out" / RECORD_NAME).read_text())
@@ -115,7 +117,7 @@ def test_the_command(kind, labels, tmp_path, command):  # noqa: F811
 
 def test_the_command_does_not_guess_what_numbers_are(tmp_path, command):  # noqa: F811
     arguments = (save_classifier(tmp_path / "model"), reviews(tmp_path, [1.0, 2.5]))
-    options = ("--text", "review", "--label", "stars", "--r", 2)
+    options = ("--text", "review", "--label", "stars", "--r", 2, "--target-modules", LAYERS)
     done = command("calibrate", *arguments, tmp_path / "out", *options)
     assert done.code == 1
     assert "label_kind='number' for regression" in done.err

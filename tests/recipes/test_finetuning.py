@@ -117,7 +117,7 @@ def test_what_comes_after_training_is_checked_before(
     override, error, message, tmp_path, monkeypatch
 ):
     """Nothing is lost to a slip that shows at the end: no model is loaded, nothing is written."""
-    monkeypatch.setattr("peft_gradinit.recipes.finetuning.load_model", None)
+    monkeypatch.setattr("peft_gradinit.recipes.reading.load_model", None)
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged" / "results.json").write_text('{"method": "lora", "losses": 3}')
     with pytest.raises(error, match=message):
@@ -309,7 +309,7 @@ def unreachable(*args, **options):
 
 def test_unreachable_hub_is_found_before_training(tmp_path, monkeypatch):
     monkeypatch.setattr("peft_gradinit.recipes.publishing.create_repo", unreachable)
-    monkeypatch.setattr("peft_gradinit.recipes.finetuning.load_model", None)  # not even loaded
+    monkeypatch.setattr("peft_gradinit.recipes.reading.load_model", None)  # not even loaded
     with pytest.raises(ConfigError, match=r"push.repo='me/adapter' .*no route.*leave push out"):
         run(PICO, tmp_path / "out", *PUSH)
 
