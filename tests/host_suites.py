@@ -77,7 +77,7 @@ def _read(report: Path, output: str) -> Outcomes:
         module = next(p for p in case.attrib["classname"].split(".") if p.startswith("test_"))
         test = f"{module}::{case.attrib['name']}"
         if (fault := case.find("failure")) is not None or (fault := case.find("error")) is not None:
-            failed[test] = f"{fault.attrib.get('message')}\n{fault.text}"[-4000:]
+            failed[test] = f"{fault.attrib.get('message')}\n{(fault.text or '')[-3000:]}"
         elif case.find("skipped") is None:
             passed.add(test)
     return Outcomes(frozenset(passed - set(failed)), failed, output)

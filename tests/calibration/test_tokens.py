@@ -6,9 +6,12 @@ from torch.nn import functional as F
 from transformers import (
     BertConfig,
     BertForMaskedLM,
+    BertForQuestionAnswering,
     BertForSequenceClassification,
     BertForTokenClassification,
     BertLMHeadModel,
+    SegformerConfig,
+    SegformerForSemanticSegmentation,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -52,6 +55,41 @@ def test_weighted_losses_of_single_sequences_add_up_to_the_batch(name):
         whole = loss_weight(model, batch) * model(**batch).loss
     # Padding is masked, but adds zeros to float32 sums.
     torch.testing.assert_close(total, whole, rtol=1e-5, atol=0)
+
+
+def segformer(ignored=255):
+    torch.manual_seed(0)
+    sizes = {"depths": [1] * 4, "hidden_sizes": [8] * 4, "decoder_hidden_size": 8}
+    heads = {"num_attention_heads": [1] * 4, "semantic_loss_ignore_index": ignored}
+    return SegformerForSemanticSegmentation(SegformerConfig(**sizes, **heads, num_labels=3)).eval()
+
+
+@pytest.mark.parametrize("ignored", [255, 0])
+def test_pixels_that_the_config_ignores_carry_no_loss(ignored):
+    model = segformer(ignored)
+    model.decode_head.batch_norm.eval()
+    batch = {"pixel_values": torch.rand(2, 3, 64, 64), "labels": torch.randint(1, 3, (2, 64, 64))}
+    batch["labels"][0, :40] = ignored
+    with torch.no_grad():
+        rows = [{k: v[i : i + 1] for k, v in batch.items()} for i in range(2)]
+        total = sum(loss_weight(model, r) * model(**r).loss for r in rows)
+        whole = loss_weight(model, batch) * model(**batch).loss
+    assert loss_weight(model, batch) == 64 * 64 + 24 * 64
+    torch.testing.assert_close(total, whole, rtol=1e-5, atol=0)
+
+
+def test_answers_that_were_cut_off_carry_no_loss():
+    model = bert(BertForQuestionAnswering)
+    batch = {
+        "input_ids": torch.randint(3, 96, (4, 8)),
+        "start_positions": torch.tensor([0, 2, 9, 8]),
+    }
+    batch["end_positions"] = torch.tensor([0, 5, 9, 8])
+    assert loss_weight(model, batch) == 2
+    with torch.no_grad():
+        rows = [{k: v[i : i + 1] for k, v in batch.items()} for i in range(2)]
+        total = sum(loss_weight(model, r) * model(**r).loss for r in rows)
+        torch.testing.assert_close(total, 2 * model(**batch).loss, rtol=1e-5, atol=0)
 
 
 def test_sequences_count_where_labels_are_not_tokens():

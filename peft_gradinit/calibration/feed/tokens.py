@@ -79,17 +79,37 @@ def loss_weight(model: nn.Module, batch: Any) -> int:
     """Number of terms that the batch's loss is the mean of.
 
     These are the labels that are not -100; for causal models (by `loss_type` or the class's name)
-    without the first position, which has no prediction. Without labels, with labels that are not
-    classes, or with CTC, these are the sequences.
+    without the first position, which has no prediction; in segmentation, those that the config does
+    not ignore. Without labels, with labels that are not classes, or with CTC, these are the
+    sequences; in question answering, those whose answer is within the input.
     """
     labels = batch.get("labels") if isinstance(batch, Mapping) else None
     if not isinstance(labels, Tensor) or labels.is_floating_point():
-        return n_sequences(batch)
+        return _n_answered(model, batch)
     if is_mean_over_sequences(model):
         return n_sequences(batch)
     if labels.dim() > 1 and shifts_labels(model):
         labels = labels[..., 1:]
-    return int((labels != IGNORE_INDEX).sum())
+    return int((labels != _ignored_label(model)).sum())
+
+
+def _ignored_label(model: nn.Module) -> int:
+    model = model_inside(model)
+    if not type(model).__name__.endswith("ForSemanticSegmentation"):
+        return IGNORE_INDEX
+    names = ("semantic_loss_ignore_index", "loss_ignore_index")
+    known = (getattr(model.config, name, None) for name in names)
+    return next((index for index in known if index is not None), IGNORE_INDEX)
+
+
+def _n_answered(model: nn.Module, batch: Any) -> int:
+    """Sequences; of questions, those with an answer that was not cut off, which has no loss."""
+    n = n_sequences(batch)
+    starts = batch.get("start_positions") if isinstance(batch, Mapping) else None
+    inputs = None if starts is None else batch.get("input_ids", batch.get("inputs_embeds"))
+    if getattr(model_inside(model), "loss_type", None) != "ForQuestionAnswering" or inputs is None:
+        return n
+    return int((starts < inputs.shape[1]).sum())
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:
