@@ -36,6 +36,7 @@ class AdapterRecord:
         copy_of: the deferred adapter whose start this one becomes a copy of.
         entries: keys and digest of the entries that PEFT took to write them; `None` if none are to
             be written.
+        config: the config of the adapter, the one that the user passed.
     """
 
     resolved: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -46,6 +47,7 @@ class AdapterRecord:
     fingerprint: Fingerprint | None = None
     copy_of: str | None = None
     entries: tuple[frozenset[str], str] | None = None
+    config: Any = dataclasses.field(default=None, repr=False, compare=False)
 
 
 def records_of(model: nn.Module) -> dict[str, AdapterRecord]:

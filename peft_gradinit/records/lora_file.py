@@ -9,6 +9,7 @@ from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 from torch import Tensor
 
+from ..layouts import plain_name
 from ..linalg import Factors
 
 PREFIX = "base_model.model."
@@ -129,7 +130,7 @@ def name_in_file(name: str, *, prefixed: bool) -> str:
 
 def is_prefixed(keys: Collection[str]) -> bool:
     """Whether a file with these keys was saved from a `PeftModel`."""
-    return any(key.startswith(PREFIX) for key in keys)
+    return any(plain_name(key).startswith(PREFIX) for key in keys)
 
 
 def _from_patterns(values: Mapping[str, Any] | None, name: str, default: Any) -> Any:

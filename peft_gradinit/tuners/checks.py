@@ -1,8 +1,11 @@
-"""The check of an adapter's name that the tuners of all types make."""
+"""Checks that the tuners of all types make before data are read."""
 
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
 from ..errors import ConfigError
+from ..records import records_of
 
 
 def check_adapter_name(name: str, prefix: str) -> None:
@@ -30,4 +33,34 @@ def check_adapter_name(name: str, prefix: str) -> None:
     raise ConfigError(
         f"an adapter cannot be called {name!r}: {why}; choose another adapter_name, such as "
         "'default' or 'german'."
+    )
+
+
+def check_injected_once(tuner: BaseTuner, model: nn.Module, name: str) -> None:
+    """Refuse a second `get_peft_model` on one model, as when a cell of a notebook is run again.
+
+    PEFT would wrap the wrappers and overwrite an adapter of the same name; what it then saves does
+    not load on the base model. The adapters that are there stay as they are.
+
+    Args:
+        tuner: the tuner that is about to inject.
+        model: what it was made for.
+        name: name of the new adapter.
+
+    Raises:
+        ConfigError: if the model is a `PeftModel`, or has an adapter of this name.
+    """
+    layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
+    taken = any(name in layer._all_available_adapter_names() for layer in layers)
+    if not taken and not isinstance(model, PeftModel):
+        return
+    record = records_of(model).get(name) if taken else None
+    if record is not None:  # PEFT has put the new config in its place
+        tuner.peft_config[name] = record.config
+    elif not taken:
+        tuner.peft_config.pop(name, None)
+    what = f"an adapter {name!r}" if taken else "adapters (it is a PeftModel)"
+    raise ConfigError(
+        f"get_peft_model got a model that has {what} already; call model.unload() on the PeftModel "
+        "first and pass what that returns, or add one beside it: model.add_adapter(name, config)."
     )

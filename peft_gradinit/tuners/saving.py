@@ -40,6 +40,7 @@ class RecordedSaves:
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
         check_not_empty(entries, state_dict, adapter_name)
+        _check_whole(entries, adapter_name)
         entries = cls._form_of_file(model, config, adapter_name, entries)
         remove = cls._remove_adapter_name_from_key  # pyright: ignore[reportAttributeAccessIssue]
         note_entries(record, {remove(key, adapter_name): v for key, v in entries.items()})
@@ -67,3 +68,22 @@ def check_not_empty(
             f"of adapter {adapter_name!r}, which would be saved empty; pass the state dict of the "
             "whole model (under FSDP that of the outermost module), with the names that PEFT gave."
         )
+
+
+def _check_whole(entries: Mapping[str, Tensor], adapter_name: str) -> None:
+    """Refuse to save what ZeRO-3 or FSDP leave of a factor in one process.
+
+    PEFT warns of it for its own types alone, and writes a file that does not load.
+
+    Raises:
+        ConfigError: if a factor is no matrix, or empty.
+    """
+    for key, tensor in entries.items():
+        factor = ".lora_A" in key or ".lora_B" in key
+        if factor and not key.endswith("bias") and (tensor.dim() < 2 or not tensor.numel()):
+            raise ConfigError(
+                f"{key} of adapter {adapter_name!r} has shape {tuple(tensor.shape)} where a matrix "
+                "is expected: it is what ZeRO-3 or FSDP leave in one process; gather the state dict "
+                "and pass it, as save_pretrained(folder, state_dict=accelerator.get_state_dict("
+                "model)) does."
+            )

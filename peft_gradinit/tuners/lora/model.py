@@ -39,7 +39,7 @@ from ...starts import (
     without_empty,
     write_patterns,
 )
-from ..checks import check_adapter_name
+from ..checks import check_adapter_name, check_injected_once
 from ..copying import copied_from, copy_adapter
 from ..offloaded import OffloadedBase, check_modules_to_save
 from ..rollback import all_or_nothing, remove_adapter
@@ -88,13 +88,15 @@ class GradInitModel(WithReports, RecordedSaves, OffloadedBase, LoraModel):
             super().inject_adapter(model, adapter_name, *options)
             return
         check_adapter_name(adapter_name, self.prefix)
+        check_injected_once(self, model, adapter_name)
         _check_memory(low_cpu_mem_usage)
         check_modules_to_save(model, config)
         with all_or_nothing(model, lambda: remove_adapter(self, adapter_name)):
             self._inject(model, adapter_name, options)
 
     def _inject(self, model: nn.Module, adapter_name: str, options: tuple[Any, ...]) -> None:
-        config, record = self._config(adapter_name), AdapterRecord()
+        config = self._config(adapter_name)
+        record = AdapterRecord(config=config)
         source = copied_from(self.peft_config, adapter_name)
         converted = with_converted_targets(config, model)
         others = {n: other for n, other in self.peft_config.items() if n != adapter_name}

@@ -83,7 +83,7 @@ def join(state_dict: dict[str, Tensor], experts: Mapping[str, int]) -> dict[str,
             continue
         if key.endswith(ORIGINAL) and dim is not None:
             stem = key.removesuffix(ORIGINAL)
-            anchor, n = state_dict[stem + ANCHOR].to(tensor), experts[_layer_of(key)]
+            anchor, n = state_dict[stem + ANCHOR].to(tensor), experts[plain_name(_layer_of(key))]
             joined[f"{stem}weight"] = side_by_side(tensor, anchor, dim, n)
         elif dim is not None and tensor.dim() > 1:
             groups = _groups(state_dict, key)
@@ -105,7 +105,7 @@ def split(
             continue
         layer = _layer_of(key)
         n = _groups(state_dict, key)
-        r, n = anchored.get(layer, (tensor.shape[dim] // (2 * n), n))
+        r, n = anchored.get(plain_name(layer), (tensor.shape[dim] // (2 * n), n))
         if tensor.shape[dim] != 2 * r * n:
             raise ShapeError(
                 f"{key} has rank {tensor.shape[dim] / n:g}, but the live adapter has r={r} and "
@@ -113,7 +113,7 @@ def split(
                 "same r, or load this one with PeftModel.from_pretrained."
             )
         first, second = _halves(tensor, dim, n)
-        if layer in anchored:
+        if plain_name(layer) in anchored:
             stem = key.removesuffix("weight")
             parts[stem + ORIGINAL], parts[stem + ANCHOR] = first.contiguous(), second.contiguous()
         else:

@@ -26,7 +26,7 @@ from ...records import (
 )
 from ...starts import SpectralConfig, base_fingerprint, loaded_layers
 from ...statistics import Fingerprint
-from ..checks import check_adapter_name
+from ..checks import check_adapter_name, check_injected_once
 from ..copying import copied_from, copy_adapter
 from ..offloaded import OffloadedBase, check_modules_to_save
 from ..rollback import all_or_nothing, remove_adapter
@@ -56,6 +56,7 @@ class SVFitModel(WithReports, RecordedSaves, OffloadedBase, BaseTuner):
         `low_cpu_mem_usage`, since a basis cannot be computed on the meta device.
         """
         check_adapter_name(adapter_name, self.prefix)
+        check_injected_once(self, model, adapter_name)
         _check_trains(cast("SpectralConfig", self.peft_config[adapter_name]))
         if state_dict is not None:  # PEFT takes the names of the layers from it, by our prefix
             state_dict = {k.replace(".lora_", f".{self.prefix}"): v for k, v in state_dict.items()}
@@ -82,6 +83,7 @@ class SVFitModel(WithReports, RecordedSaves, OffloadedBase, BaseTuner):
         bases = [layer.get_base_layer() for layer in layers.values()]
         ranks = {name: layer.r[adapter_name] for name, layer in layers.items()}
         record = AdapterRecord(
+            config=config,
             resolved={"rank_pattern": {**lowered, **config.rank_pattern}} if lowered else {},
             ranks=ranks,
             fan_in_fan_out=any(isinstance(base, Conv1D) for base in bases),
