@@ -13,6 +13,7 @@ the following for the pass and restores it in reverse order:
 - the random state of torch, numpy and Python, and of the generators of the user's data loader;
 - models that ZeRO-3 has partitioned made runnable without an engine;
 - torch's fast path of transformer layers off, which runs past hooks and adapters;
+- cuDNN off for models with recurrent layers, since its backward pass refuses eval mode;
 - inference mode off and gradients on, whatever the caller's mode.
 """
 
@@ -52,6 +53,7 @@ def left_as_found(model: nn.Module, data: Any, seed: int) -> Iterator[None]:
         torch.enable_grad(),
         torch.compiler.set_stance("force_eager"),
         _slow_path(),
+        _recurrent(model),
         _randomness(data, seed),
         _modes(model),
         _unpacked(model),
@@ -72,6 +74,18 @@ def _slow_path() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+@contextmanager
+def _recurrent(model: nn.Module) -> Iterator[None]:
+    # Torch's own kernels give the same gradients, in both modes.
+    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+    enabled = torch.backends.cudnn.enabled
+    torch.backends.cudnn.enabled = enabled and not recurrent
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.enabled = enabled
 
 
 @contextmanager

@@ -192,3 +192,38 @@ def test_two_threads_leave_the_random_state_as_it_was():
     for thread in threads:
         thread.join()
     assert random_states() == before
+
+
+class Recurrent(nn.Module):
+    """A recurrent layer behind a target; cuDNN runs its backward pass in train mode only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(50, 16)
+        self.proj = nn.Linear(16, 16)
+        self.rnn = nn.LSTM(16, 16, batch_first=True)
+        self.head = nn.Linear(16, 50)
+
+    def forward(self, input_ids, labels):
+        self.cudnn = torch.backends.cudnn.enabled
+        logits = self.head(self.rnn(self.proj(self.embed(input_ids)))[0])
+        loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        return {"loss": loss}
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_recurrent_layers_run_without_cudnn_in_the_pass(device):
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    torch.manual_seed(0)
+    model = Recurrent().to(device)
+    ids = torch.randint(50, (4, 8))
+    batch = {"input_ids": ids, "labels": ids}
+    found = gradients(model, [batch], {"proj": model.proj})
+    assert not model.cudnn
+    assert torch.backends.cudnn.enabled
+    model.train()
+    model(ids.to(device), ids.to(device))["loss"].backward()
+    assert model.cudnn
+    exact = model.proj.weight.grad
+    assert torch.allclose(found["proj"].to(exact), exact, rtol=1e-4, atol=1e-7)
