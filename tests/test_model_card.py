@@ -2,6 +2,7 @@
 
 import builtins
 import json
+import os
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from peft_gradinit import SVFitConfig, load_for_training
+from peft_gradinit.errors import AdapterError
 from peft_gradinit.records.card import complete_card
 from peft_gradinit.records.hub import hub_id
 from peft_gradinit.records.picture import draw_layers
@@ -76,6 +78,15 @@ def test_local_base_is_not_named_but_stays_loadable(tmp_path):
     assert 'from_pretrained(model, "me/adapter")' in card(tmp_path / "out").text
     plain = PeftModel.from_pretrained(pico_llama(), tmp_path / "out")
     assert torch.allclose(logits(plain), logits(peft_model), atol=1e-6)
+
+
+@pytest.mark.parametrize("file", ["adapter_config.json", "gradinit.json", "README.md"])
+def test_a_fifo_in_place_of_a_file_is_not_opened(file, tmp_path):
+    saved(tmp_path)
+    (tmp_path / file).unlink()
+    os.mkfifo(tmp_path / file)
+    with pytest.raises((AdapterError, OSError), match="is a FIFO"):
+        published(tmp_path)
 
 
 def test_checkpoints_in_a_published_directory_stay_as_they_are(tmp_path):

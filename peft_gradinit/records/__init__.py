@@ -7,8 +7,6 @@ from .digests import (
     check_finite,
     meaning,
     note_entries,
-    read_dict,
-    read_tensors,
 )
 from .hub import adapter_folder, hub_id
 from .live import (
@@ -41,5 +39,6 @@ from .lora_file import (
 from .picture import BLOCK
 from .provenance import EXPORT_FORMAT, facts_of, read_provenance, write_provenance
 from .publishing import attend, saved
+from .reading import read_dict, read_tensors
 from .report import InitReport, LearningRate, ModuleReport, StepCheck, by_parameter
 from .table import as_text, table_of

@@ -15,12 +15,14 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..errors import AdapterError
+from ..errors import AdapterError, DataError
 from ..files import check_is_file, whole_folder
 from ..linalg import Factors
 from ..numbers import is_finite_number, is_integer
-from .digests import check_digests, check_finite, read_dict
+from .digests import check_digests, check_finite
+from .hub import adapter_folder
 from .lora_file import PROVENANCE_FILE, alpha_of, entries, linear_layers, scaling, unscaled
+from .reading import read_dict
 
 _FILES = ("adapter_config.json", SAFETENSORS_WEIGHTS_NAME, "README.md", PROVENANCE_FILE)
 
@@ -86,7 +88,8 @@ def read_adapter(directory: str | os.PathLike[str]) -> SavedAdapter:
             update is not `s B A`, as with DoRA.
     """
     name = str(directory)
-    config = _read_config(name)
+    folder = _folder(name)
+    config = _read_config(name, folder)
     if config.use_dora:
         raise AdapterError(
             f"{name!r} is a DoRA adapter, whose update is not a product of two factors; merge it "
@@ -94,11 +97,11 @@ def read_adapter(directory: str | os.PathLike[str]) -> SavedAdapter:
         )
     try:
         for file in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME):
-            check_is_file(Path(name) / file)
-        tensors = load_peft_weights(name, device="cpu")
+            check_is_file(folder / file)
+        tensors = load_peft_weights(str(folder), device="cpu")
     except (OSError, ValueError, SafetensorError, RuntimeError, UnpicklingError) as error:
         raise AdapterError(f"cannot read the weights of {name!r}: {error}") from error
-    _check_save(Path(name), tensors)
+    _check_save(folder, tensors)
     try:
         layers, others = linear_layers(tensors, config)
     except (AttributeError, TypeError, ValueError) as error:
@@ -140,12 +143,20 @@ def write_adapter(
     return Path(directory)
 
 
-def _read_config(name: str) -> LoraConfig:
+def _folder(name: str) -> Path:
+    """The folder of an adapter, or the copy in the cache of one on the Hub."""
     if not Path(name).exists() and (name.startswith((".", "/")) or name.count("/") != 1):
         raise AdapterError(f"there is no adapter at {name!r}; give the folder of a saved adapter.")
     try:
-        check_is_file(Path(name) / CONFIG_NAME)
-        config = PeftConfig.from_pretrained(name)
+        return adapter_folder(name)
+    except DataError as error:
+        raise AdapterError(str(error)) from error
+
+
+def _read_config(name: str, folder: Path) -> LoraConfig:
+    try:
+        check_is_file(folder / CONFIG_NAME)
+        config = PeftConfig.from_pretrained(str(folder))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise AdapterError(
             f"{name!r} holds no readable adapter_config.json: {error}; give the folder of a saved "

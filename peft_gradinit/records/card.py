@@ -14,10 +14,11 @@ from huggingface_hub import ModelCard, ModelCardData
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 
-from ..files import whole_file
+from ..files import check_is_file, whole_file
 from .hub import hub_id
 from .lora_file import PROVENANCE_FILE
 from .picture import draw_layers
+from .reading import read_dict
 from .report import ModuleReport, by_parameter
 
 CARD = "README.md"
@@ -49,6 +50,7 @@ def complete_card(directory: Path, repo_id: str | None = None) -> None:
             return
     facts = _facts(directory)
     facts |= {"adapter": name, "repo_id": repo_id, "picture": _picture(directory, facts)}
+    check_is_file(readme)
     card = ModelCard.load(readme)
     _fill_metadata(card.data, facts)
     # PEFT drops the end of the last line.
@@ -64,9 +66,9 @@ def new_card(directory: Path) -> None:
 
 
 def _facts(directory: Path) -> dict[str, Any]:
-    facts = json.loads((directory / PROVENANCE_FILE).read_text(encoding="utf-8"))
+    facts = read_dict(directory / PROVENANCE_FILE)
     config = directory / CONFIG_NAME
-    saved = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
+    saved = read_dict(config) if config.exists() else {}
     base = hub_id(saved.get("base_model_name_or_path"))
     base = base or facts["config"]["base_model_name_or_path"]
     target = facts.get("export", {}).get("target")
@@ -79,6 +81,7 @@ def _n_labels(directory: Path) -> int | None:
     path = directory / SAFETENSORS_WEIGHTS_NAME
     if not path.exists():
         return None
+    check_is_file(path)
     with safe_open(path, framework="pt") as file:
         heads = [k for k in file.keys() if "lora_" not in k and k.endswith(".weight")]  # noqa: SIM118
         sizes = [file.get_slice(key).get_shape() for key in heads]

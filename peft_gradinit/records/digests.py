@@ -17,13 +17,12 @@ from typing import Any
 import torch
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ..errors import AdapterError
-from ..files import check_is_file
 from ..statistics import digest
 from .live import AdapterRecord
+from .reading import read_dict, read_tensors
 
 _MEANING = (
     *("alora_invocation_tokens", "alpha_pattern", "bias", "exclude_modules", "fan_in_fan_out"),
@@ -111,29 +110,6 @@ def digest_of_facts(content: Mapping[str, Any]) -> str:
     facts = {name: value for name, value in content.items() if name != "sha256"}
     text = json.dumps(json.loads(json.dumps(facts)), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def read_dict(path: Path) -> dict[str, Any]:
-    """Read a JSON file that holds a dict; `AdapterError` if it does not, or cannot be read."""
-    try:
-        check_is_file(path)
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise AdapterError(
-            f"cannot read {str(path)!r}: {error}; restore the saved adapter."
-        ) from error
-    if not isinstance(content, dict):
-        raise AdapterError(
-            f"{str(path)!r} holds a {type(content).__name__} where a dict is expected; restore the "
-            "saved adapter."
-        )
-    return content
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file."""
-    check_is_file(path)
-    return load_file(path)
 
 
 def meaning(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,19 +2,19 @@
 
 import dataclasses
 import importlib.metadata
-import json
 import os
 import re
 from pathlib import Path
 from typing import Any
 
-from ..errors import DataError
-from ..files import check_is_file, write_json
+from ..errors import AdapterError, DataError
+from ..files import write_json
 from .digests import digest_of_facts, file_digests
 from .hub import hub_id
 from .live import AdapterRecord
 from .lora_file import PROVENANCE_FILE
 from .publishing import saved
+from .reading import read_dict
 
 FORMAT = "peft_gradinit.adapter/1"
 EXPORT_FORMAT = "peft_gradinit.export/1"
@@ -56,20 +56,16 @@ def facts_of(config: Any, record: AdapterRecord | None) -> dict[str, Any]:
 def read_provenance(directory: str | os.PathLike[str]) -> dict[str, Any]:
     """Read the `gradinit.json` of a saved adapter; `DataError` if it cannot serve training."""
     path = Path(directory) / PROVENANCE_FILE
-    try:
-        check_is_file(path)
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+    if not path.exists():
         raise DataError(
             f"{str(directory)!r} holds no {PROVENANCE_FILE}, so it was not saved from an adapter "
             "of this package; load plain LoRA with PeftModel.from_pretrained(…, is_trainable=True)."
-        ) from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(
-            f"cannot read {str(path)!r}: {error}; restore the saved adapter."
-        ) from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        got = content.get("format") if isinstance(content, dict) else type(content).__name__
+        )
+    try:
+        content = read_dict(path)
+    except AdapterError as error:
+        raise DataError(str(error)) from error
+    if (got := content.get("format")) != FORMAT:
         if got == EXPORT_FORMAT:
             raise DataError(
                 f"{str(directory)!r} was written by export_adapter and holds no state to train on; "

@@ -5,7 +5,6 @@ neither PEFT nor transformers has a hook after that. So two methods of a model w
 this package are wrapped: the wrappers call the original and complete the card.
 """
 
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from torch import nn
 from ..files import write_json
 from .card import complete_card
 from .hub import hub_id
+from .reading import read_dict
 
 _ALWAYS = frozenset({
     *("alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "fan_in_fan_out"),
@@ -72,7 +72,7 @@ def _upload(model: PeftModel, working_dir: str, repo_id: str, *args: Any, **kwar
 
 
 def _leave_out_defaults(path: Path) -> None:
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = read_dict(path)
     if config.get("peft_type") != "LORA":
         return
     defaults = {**LoraConfig().to_dict(), "peft_version": config.get("peft_version")}
@@ -84,7 +84,7 @@ def _leave_out_defaults(path: Path) -> None:
 
 def _remove_local_path(path: Path) -> None:
     """Remove the base model's name from a config if it is a path of this machine."""
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = read_dict(path)
     name = config.get("base_model_name_or_path")
     if name != (known := hub_id(name)):
         config["base_model_name_or_path"] = known

@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from ..calibration import RESTORED
 from ..errors import AdapterError, DataError, FingerprintError, GradInitError
 from ..files import check_is_file
-from ..layouts import has_offloaded
 from ..records import (
     InitReport,
     adapter_folder,
@@ -188,11 +187,8 @@ def _load(
     weights: dict[str, Tensor],
 ) -> None:
     """Load weights with PEFT; refuse keys that are unknown or lacking, and shapes that differ."""
-    try:
-        if has_offloaded(model):  # PEFT's `load_adapter` would dispatch the model anew
-            result = set_peft_model_state_dict(model, weights, adapter_name)
-        else:
-            result: Any = model.load_adapter(str(directory), adapter_name, is_trainable=True)
+    try:  # PEFT's `load_adapter` would read them again, and dispatch an offloaded model anew
+        result = set_peft_model_state_dict(model, weights, adapter_name)
     except (KeyError, TypeError, ZeroDivisionError) as error:
         raise DataError(
             f"the weights in {str(directory)!r} are not those that their gradinit.json describes: "
@@ -214,7 +210,9 @@ def _check_keys(
 ) -> None:
     """Refuse loaded weights that lack entries of the adapter, or have entries of another one."""
     name = re.compile(rf"\.{re.escape(adapter_name)}(?:\.|$)")
-    lacking = {name.split(key)[0] for key in result.missing_keys if name.search(key)}
+    prefix = cast("BaseTuner", model.base_model).prefix  # tied trained tokens are not loaded twice
+    missing = [key for key in result.missing_keys if prefix in key and name.search(key)]
+    lacking = {name.split(key)[0] for key in missing}
     layers = adapted_layers(model, adapter_name)
     waiting = {layer for layer, module in layers if is_deferred(module, adapter_name)}
     if absent := sorted(lacking or waiting):  # a layer that waits would run without its adapter

@@ -51,6 +51,28 @@ def test_adapters_of_this_package_are_plain_lora(tmp_path):
     assert adapter.overwritten_by is None
 
 
+def test_one_on_the_hub_is_checked_as_one_in_a_folder(tmp_path, monkeypatch):
+    model = adapted(pico_llama(), lora_ga(r=2))
+    model.save_pretrained(tmp_path / "ga")
+    monkeypatch.setattr(
+        "peft_gradinit.records.hub.snapshot_download", lambda *_, **__: tmp_path / "ga"
+    )
+    adapter = read_adapter("me/ga")
+    assert adapter.directory == "me/ga"
+    assert len(adapter.layers) == len(read_adapter(tmp_path / "ga").layers)
+    path = tmp_path / "ga" / "adapter_model.safetensors"
+    save_file({name: t + 1 for name, t in load_file(path).items()}, path)
+    with pytest.raises(AdapterError, match="damaged or of another save than the gradinit"):
+        read_adapter("me/ga")
+
+
+def test_one_that_the_hub_does_not_have_is_named(tmp_path):
+    with pytest.raises(
+        AdapterError, match="'me/nothing' is no folder here, and cannot be downloaded"
+    ):
+        read_adapter("me/nothing")
+
+
 def test_what_is_no_adapter_is_refused(tmp_path):
     with pytest.raises(AdapterError, match="there is no adapter at"):
         read_adapter(tmp_path / "missing")

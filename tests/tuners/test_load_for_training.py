@@ -104,7 +104,7 @@ def test_adapter_made_in_float32_is_accepted_on_the_bfloat16_copy_of_its_base(tm
     [
         (None, r"holds no gradinit\.json"),
         ("{", r"cannot read .*gradinit\.json"),
-        ("[]", "has format 'list'"),
+        ("[]", "holds a list where a dict is expected"),
         ('{"format": "other/9"}', "has format 'other/9', expected 'peft_gradinit.adapter/1'"),
         ('{"format": "peft_gradinit.adapter/1"}', r"cannot be restored: KeyError\('config'\)"),
         (
@@ -348,6 +348,13 @@ def test_a_fifo_in_place_of_a_file_is_refused(file, tmp_path):
         load_for_training(pico_llama(), tmp_path)
     with pytest.raises(AdapterError, match="is a FIFO"):
         read_adapter(tmp_path)
+
+
+def test_weights_are_read_once(tmp_path, monkeypatch):
+    peft_model = trained()
+    peft_model.save_pretrained(tmp_path)
+    monkeypatch.setattr("peft.peft_model.load_peft_weights", None)
+    assert torch.equal(logits(load_for_training(pico_llama(), tmp_path)), logits(peft_model))
 
 
 def test_options_without_a_meaning_may_change(tmp_path):
