@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
@@ -27,10 +27,10 @@ def offered_rank(target: Target, config: GradInitConfig) -> int:
 def allocated(
     targets: Mapping[str, Target], result: CalibrationResult, config: GradInitConfig
 ) -> dict[str, Target]:
-    """The targets with the sum of their ranks shared out anew; rank 0 means no adapter.
+    """The targets with their budget shared out anew; rank 0 means no adapter.
 
     Targets that could not be measured keep their rank. All experts of a parameter have the same
-    rank. It counts once in the sum, and its score is the mean of the experts' scores.
+    rank. It counts once in a sum of ranks, and its score is the mean of the experts' scores.
     """
     if not config.allocates_ranks:
         return dict(targets)
@@ -39,14 +39,32 @@ def allocated(
         energy, by = result.energy[name], config.rank_allocation
         values = config.needs().scores(readouts, energy, by)[: offered_rank(targets[name], config)]
         scores.setdefault(targets[name].adapted, []).append(values)
+    costs = _costs(targets.values(), config)
     asked = {t.adapted: t.r for t in targets.values()}
     ranks = allocate_ranks(
         {name: mean_scores(of_experts) for name, of_experts in scores.items()},
-        sum(asked[name] for name in scores),
+        _budget({name: asked[name] * costs[name] for name in scores}, config),
+        costs=costs,
         min_rank=config.min_rank,
         max_rank=config.max_rank,
     )
     return {n: _with_rank(t, ranks.get(t.adapted, t.r), config) for n, t in targets.items()}
+
+
+def _costs(targets: Iterable[Target], config: GradInitConfig) -> dict[str, int]:
+    """What one rank of a layer, or of all experts of a parameter, takes of the budget."""
+    costs: dict[str, int] = {}
+    for target in targets:
+        if config.budget == "ranks" or target.shape is None:
+            costs[target.adapted] = 1
+        else:
+            costs[target.adapted] = costs.get(target.adapted, 0) + sum(target.shape)
+    return costs
+
+
+def _budget(asked: Mapping[str, int], config: GradInitConfig) -> int:
+    """What the config asks for, or what it would use without an allocation."""
+    return sum(asked.values()) if isinstance(config.budget, str) else config.budget
 
 
 def without_empty(config: GradInitConfig, targets: Mapping[str, Target]) -> None:

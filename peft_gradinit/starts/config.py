@@ -66,9 +66,13 @@ class GradInitConfig(LoraConfig, abc.ABC):
         rank_allocation: how the layers share the sum of their ranks. `"uniform"` (default): as
             configured. `"explained_variance"`: a rank goes where it explains the largest share of
             the layer's own statistic. `"gradient_energy"`: where it captures most of the gradient
-            of all layers together. The sum of the ranks and the scaling of each layer stay exactly
-            as they were. The ranks are in the report (`ranks()`) and in the saved adapter; this
-            config does not change.
+            of all layers together. The scaling of each layer stays as it was. The ranks are in the
+            report (`ranks()`) and in the saved adapter; this config does not change.
+        budget: what an allocation shares out. `"ranks"` (default): the sum of the ranks, kept
+            exactly; wide layers then cost no more than narrow ones, so that the number of trained
+            numbers changes. `"parameters"`: as many trained numbers as without an allocation, or up
+            to one rank of a layer fewer; a rank goes where it gains most for each number. A whole
+            number: so many trained numbers.
         rho: with an allocation, a layer can get up to `rho * r` ranks. 2, as in the EVA paper; at 1
             all ranks stay.
         min_rank: with an allocation, the least that a layer gets; at 0 it may lose its adapter.
@@ -101,6 +105,10 @@ class GradInitConfig(LoraConfig, abc.ABC):
     )
     rank_allocation: RankAllocation = field(
         default="uniform", metadata={"help": f"How layers share their ranks: {_ALLOCATIONS}."}
+    )
+    budget: Literal["ranks", "parameters"] | int = field(
+        default="ranks",
+        metadata={"help": "What an allocation keeps: 'ranks', 'parameters', or a number of these."},
     )
     rho: float = field(default=2.0, metadata={"help": "The largest rank over r."})
     min_rank: int = field(default=1, metadata={"help": "The least rank of a layer."})
@@ -275,6 +283,7 @@ def _check_allocation(config: "GradInitConfig") -> None:
     if not is_finite_number(config.rho) or config.rho < 1:
         raise ConfigError(f"{name}: rho must be a number of at least 1, got {config.rho!r}.")
     _check_limits(name, config)
+    _check_budget(name, config)
     if allocation not in (possible := config.needs().allocations):
         raise ConfigError(
             f"{name} measures {config.needs().title}, which serves rank_allocation in {possible}, "
@@ -286,6 +295,23 @@ def _check_allocation(config: "GradInitConfig") -> None:
             "decides shapes from data, which a deferred adapter does not have yet, and an optimiser "
             "(of Trainer, of TRL) is built on shapes. To have ranks from data, calibrate first: "
             "calibrate(model, config, data).save(path) and calibration=path, or calibration=data."
+        )
+
+
+def _check_budget(name: str, config: "GradInitConfig") -> None:
+    """Refuse a budget that is no budget, or that nothing shares out."""
+    budget = config.budget
+    if budget not in ("ranks", "parameters") and not (is_integer(budget) and budget > 0):
+        raise ConfigError(
+            f"{name}: budget must be 'ranks', 'parameters' or a number of trained numbers of at "
+            f"least 1, got {budget!r}."
+        )
+    if budget != "ranks" and config.rank_allocation == "uniform":
+        possible = config.needs().allocations[1:]
+        choice = f"set rank_allocation to one of {possible}, or " if possible else ""
+        raise ConfigError(
+            f"{name}: budget={budget!r} is for an allocation, but rank_allocation is 'uniform', "
+            f"which keeps the ranks; {choice}leave budget out."
         )
 
 

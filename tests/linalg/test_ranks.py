@@ -43,6 +43,34 @@ def test_no_other_allocation_within_the_limits_keeps_more(least, most):
         assert kept(scores, ranks) == pytest.approx(max(kept(scores, r) for r in others))
 
 
+COSTS = {"wide": 5, "narrow": 2, "flat": 3}
+
+
+def test_with_costs_the_largest_scores_for_their_cost_are_kept():
+    assert allocate_ranks(SCORES, 10, costs=COSTS) == {"wide": 0, "narrow": 2, "flat": 2}
+    assert allocate_ranks(SCORES, 14, costs=COSTS) == {"wide": 0, "narrow": 1, "flat": 4}
+
+
+@pytest.mark.parametrize("budget", range(10, 41))
+def test_costs_never_exceed_the_budget_and_leave_less_than_a_rank(budget):
+    ranks = allocate_ranks(SCORES, budget, costs=COSTS, min_rank=1)
+    left = budget - sum(COSTS[name] * r for name, r in ranks.items())
+    assert left >= 0
+    assert min(ranks.values()) >= 1
+    assert all(left < COSTS[name] for name, r in ranks.items() if r < 4)
+
+
+def test_equal_costs_are_a_budget_of_ranks():
+    same = dict.fromkeys(SCORES, 7)
+    for budget in range(13):
+        assert allocate_ranks(SCORES, 7 * budget, costs=same) == allocate_ranks(SCORES, budget)
+
+
+def test_a_budget_that_costs_cannot_keep_is_named():
+    with pytest.raises(ShapeError, match=r"9 trained numbers.*between 10 and 40"):
+        allocate_ranks(SCORES, 9, costs=COSTS, min_rank=1)
+
+
 def test_minimum_comes_before_scores():
     scores = {"rich": [9.0, 8.0, 7.0], "poor": [0.1, 0.1, 0.1]}
     assert allocate_ranks(scores, 4, min_rank=1) == {"rich": 3, "poor": 1}

@@ -365,6 +365,17 @@ def test_experts_of_a_parameter_share_the_rank_that_an_allocation_gives(
     assert torch.equal(logits(load_for_training(mixtral(), tmp_path / "gold", "gold")), trained)
 
 
+def test_a_budget_of_parameters_counts_every_expert():
+    def n_trained(**options):
+        peft_model = started(mixtral, LoraOneConfig, r=2, target_modules="all-linear", **options)
+        return sum(p.numel() for p in peft_model.parameters() if p.requires_grad), peft_model
+
+    uniform, peft_model = n_trained()
+    dearest = max((p.numel() for p in peft_model.parameters() if p.requires_grad), default=0)
+    by_gain, _ = n_trained(rank_allocation="gradient_energy", budget="parameters")
+    assert uniform - dearest < by_gain <= uniform
+
+
 def test_a_parameter_may_lose_its_adapter():
     options = {"rank_allocation": "gradient_energy", "rho": 4, "min_rank": 0, "r": 1}
     with torch.no_grad():

@@ -14,8 +14,10 @@ from peft_gradinit import (
     EvaConfig,
     LoraGAConfig,
     LoraOneConfig,
+    PiSSAConfig,
     calibrate,
     load_for_training,
+    pairs,
 )
 from peft_gradinit.errors import ConfigError, FingerprintError, ShapeError
 from peft_gradinit.records import records_of
@@ -71,6 +73,57 @@ def test_the_sum_of_ranks_stays_and_every_layer_within_its_limits(method, alloca
     assert min(ranks.values()) >= least
     assert max(ranks.values()) <= 8  # rho 2
     assert live_ranks(peft_model) == without_zeros(ranks)
+
+
+def n_trained(peft_model):
+    return sum(p.numel() for p in peft_model.parameters() if p.requires_grad)
+
+
+@every_allocation
+@pytest.mark.parametrize("make", [pico_llama, pico_gpt2], ids=["llama", "gpt2-conv1d"])
+def test_a_budget_of_parameters_is_what_uniform_ranks_train(method, allocation, make):
+    uniform = n_trained(allocated(method, "uniform", make()))
+    peft_model = allocated(method, allocation, make(), budget="parameters")
+    by_layer = {p.name: sum(p.A.shape[1:]) + p.B.shape[0] for p in pairs(peft_model)}
+    assert uniform - max(by_layer.values()) < n_trained(peft_model) <= uniform
+    assert len(set(ranks_of(peft_model).values())) > 1
+    half = allocated(method, allocation, make(), budget=uniform // 2)
+    assert uniform // 2 - max(by_layer.values()) < n_trained(half) <= uniform // 2
+
+
+def test_the_rank_that_gains_most_for_its_numbers_comes_first():
+    """Whatever else, no layer could give a rank to another and gain."""
+    peft_model = allocated(LoraOneConfig, "gradient_energy", budget="parameters", rho=4)
+    ranks = ranks_of(peft_model)
+    result = calibrate(pico_llama(), config_of(LoraOneConfig, r=16), quiet(token_batches()))
+    costs = {p.name: p.A.shape[1] + p.B.shape[0] for p in pairs(peft_model)}
+    gains = {n: (result.triplets[n].S ** 2 / costs[n]).tolist() for n in ranks}
+    last = {n: gains[n][r - 1] for n, r in ranks.items() if r > 1}
+    following = {n: gains[n][r] for n, r in ranks.items() if r < 16}
+    cheapest = min(costs.values())
+    left = 4 * sum(costs.values()) - sum(costs[n] * r for n, r in ranks.items())
+    assert left < cheapest
+    wanting = {n: gain for n, gain in following.items() if costs[n] == cheapest}
+    assert max(wanting.values()) <= min(last.values()) * 1.01
+
+
+@pytest.mark.parametrize("budget", ["numbers", 0, -3, 1.5, True, None])
+def test_a_budget_that_is_none_is_refused(budget):
+    with pytest.raises(ConfigError, match="budget must be 'ranks', 'parameters' or a number"):
+        config_of(LoraOneConfig, budget=budget)
+
+
+@pytest.mark.parametrize("budget", ["parameters", 1000])
+def test_a_budget_without_an_allocation_is_refused(budget):
+    with pytest.raises(ConfigError, match=r"rank_allocation to one of .*gradient_energy"):
+        config_of(LoraOneConfig, "uniform", budget=budget)
+    with pytest.raises(ConfigError, match="keeps the ranks; leave budget out"):
+        PiSSAConfig(r=4, budget=budget)
+
+
+def test_a_budget_that_the_layers_cannot_use_is_an_error_before_injection():
+    with pytest.raises(ShapeError, match=r"10 trained numbers cannot be kept by 14 layers"):
+        allocated(LoraOneConfig, budget=10)
 
 
 @every_allocation
