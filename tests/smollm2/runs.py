@@ -59,7 +59,7 @@ def train_steps(model: PeftModel, n: int = 2, lr: float = 1e-3) -> list[float]:
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=lr)
     ids, losses = probe().to(model.device), []
-    model.train()  # on a CPU, layers of 4 bits pass no gradient on in eval mode
+    model.train()
     for _ in range(n):
         loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
