@@ -1,16 +1,22 @@
 """Accuracy of the gradient sketch on real gradients, by size and by number of orientations.
 
     python scripts/bench_sketch.py [--sequences 64 --widths 64 80 96 112 128 --seeds 2]
+    python scripts/bench_sketch.py --model smollm2 --widths 112 --seeds 1
 
 Error of the rank-16 reconstruction of each of MiniLM's encoder layers over the best possible
-rank-16 error, on 64 docstrings: median and worst layer. Memory is that of one 4096 x 4096 layer,
-as a share of its dense gradient. The default is the row marked with a star.
+rank-16 error, on 64 docstrings: median and worst layer. Or of the 210 linear layers of SmolLM2's
+blocks, on functions as chats. "energy" is what the left and right singular vectors capture of the
+gradient's energy, over the most that rank 16 can. Memory is that of one 4096 x 4096 layer, as a
+share of its dense gradient, and that of the model's layers together. The default is the row marked
+with a star.
 """
 
 import argparse
 import os
 import statistics
 import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -23,13 +29,16 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import DataCollatorWithPadding
+from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding
 
 from peft_gradinit import Calibration
 from peft_gradinit.calibration import Feed, GradientRecorder, Gradients, LayerStatistics, run_pass
 from peft_gradinit.calibration.feed import batches
 from peft_gradinit.calibration.resume import Resume
 from peft_gradinit.layouts import Processes
+from peft_gradinit.recipes import encode, load_processor, load_rows
+from peft_gradinit.recipes import load_model as load_model_of
+from peft_gradinit.recipes.schema import DataSection, ModelSection
 from peft_gradinit.statistics import DenseGradient, SketchedGradient, TestMatrixPool
 
 RANK = 16
@@ -45,16 +54,47 @@ class OneOrientation(SketchedGradient):
             super().orient()
 
 
-def encoder_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The linear layers of the encoder."""
-    layers = model.get_submodule("bert.encoder").named_modules()
-    return {name: m for name, m in layers if isinstance(m, nn.Linear)}
+@dataclass
+class Bench:
+    """A model and data.
+
+    Attributes:
+        load: makes the model.
+        blocks: name of the module with the layers.
+        loader: of the data.
+    """
+
+    load: Callable[[], nn.Module]
+    blocks: str
+    loader: DataLoader
+
+    def layers(self, model: nn.Module) -> dict[str, nn.Module]:
+        """The linear layers of the blocks."""
+        layers = model.get_submodule(self.blocks).named_modules()
+        return {name: m for name, m in layers if isinstance(m, nn.Linear)}
 
 
-def fill(kind: str, width: int, seed: int, loader: DataLoader) -> dict:
+def minilm(n: int) -> Bench:
+    """The encoder on docstrings."""
+    collate = DataCollatorWithPadding(load_tokenizer())
+    rows = load_task()["train"].select(range(n))
+    return Bench(load_model, "bert.encoder", DataLoader(rows, batch_size=8, collate_fn=collate))
+
+
+def smollm2(n: int) -> Bench:
+    """The language model on functions as chats."""
+    section = DataSection(path="embedded:functions", max_length=192)
+    model = ModelSection(name="embedded:smollm2", dtype="float32")
+    tokenizer = load_processor(model)
+    rows = encode(load_rows(section).select(range(n)), section, "CAUSAL_LM", tokenizer)
+    loader = DataLoader(rows, batch_size=4, collate_fn=DataCollatorForSeq2Seq(tokenizer))
+    return Bench(lambda: load_model_of(model), "model.layers", loader)
+
+
+def fill(kind: str, width: int, seed: int, bench: Bench) -> dict:
     """Run a pass with one estimator on every layer."""
-    model, pool = load_model(), TestMatrixPool()
-    modules = encoder_layers(model)
+    model, pool = bench.load(), TestMatrixPool()
+    modules = bench.layers(model)
     cls = OneOrientation if kind == "after 8" else SketchedGradient
     filled = {
         name: DenseGradient(m.out_features, m.in_features)
@@ -63,19 +103,22 @@ def fill(kind: str, width: int, seed: int, loader: DataLoader) -> dict:
         for name, m in modules.items()
     }
     batches.FIRST_ORIENTATION = FIRST_ORIENTATIONS.get(kind, 10**9)
-    calibration = Calibration(loader, progress=False, seed=seed)
+    calibration = Calibration(bench.loader, progress=False, seed=seed)
     layers = LayerStatistics(filled)
     recorder = GradientRecorder(model, layers, calibration, Gradients(), Processes(), {})
     run_pass(recorder, modules, Feed(calibration, model), Resume())
     return filled
 
 
-def errors(filled: dict, exact: dict[str, Tensor]) -> list[float]:
-    """Error over the best possible error, by layer."""
+def errors(filled: dict, exact: dict[str, Tensor]) -> list[tuple[float, float]]:
+    """Error over the best possible error, and energy captured over the most possible, by layer."""
     ratios = []
     for name, G in exact.items():
-        best = torch.linalg.svdvals(G)[RANK:].square().sum().sqrt()
-        ratios.append(((G - filled[name].triplets(RANK).matrix()).norm() / best).item())
+        squares = torch.linalg.svdvals(G).square()
+        found = filled[name].triplets(RANK)
+        error = (G - found.matrix()).norm() / squares[RANK:].sum().sqrt()
+        energy = (found.U.mT @ G @ found.Vh.mT).square().sum() / squares[:RANK].sum()
+        ratios.append((error.item(), energy.item()))
     return ratios
 
 
@@ -89,6 +132,7 @@ def memory_share(width: int, kind: str) -> str:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=("minilm", "smollm2"), default="minilm")
     parser.add_argument("--sequences", type=int, default=64)
     parser.add_argument("--widths", type=int, nargs="+", default=[64, 80, 96, 112, 128])
     parser.add_argument("--seeds", type=int, default=2, help="how many")
@@ -97,23 +141,30 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    rows = load_task()["train"].select(range(options.sequences))
-    loader = DataLoader(rows, batch_size=8, collate_fn=DataCollatorWithPadding(load_tokenizer()))
-    exact = {name: s.mean() for name, s in fill("dense", 0, 0, loader).items()}
-    table = Table(title=f"{len(exact)} layers, {options.seeds} seeds")
-    for column in ("width", "orientations", "median", "worst", "memory at 4096"):
+    bench = {"minilm": minilm, "smollm2": smollm2}[options.model](options.sequences)
+    dense = fill("dense", 0, 0, bench)
+    exact = {name: s.mean() for name, s in dense.items()}
+    held = sum(s.n_bytes() for s in dense.values()) / 2**20
+    table = Table(title=f"{len(exact)} layers, {options.seeds} seeds; dense: {held:.0f} MiB")
+    for column in ("width", "orientations", "median", "worst", "memory at 4096", "memory here"):
         table.add_column(column, justify="right")
+    table.add_column("energy: best, median, worst", justify="right")
     for kind in FIRST_ORIENTATIONS:
         for width in options.widths:
-            filled = [fill(kind, width, seed, loader) for seed in range(options.seeds)]
-            ratios = [r for sketches in filled for r in errors(sketches, exact)]
+            filled = [fill(kind, width, seed, bench) for seed in range(options.seeds)]
+            ratios, energies = zip(
+                *(r for sketches in filled for r in errors(sketches, exact)), strict=True
+            )
             star = " *" if (width, kind) == (2 * RANK + 80, "after 8 and 24") else ""
+            held = sum(s.n_bytes() for s in filled[0].values()) / 2**20
             table.add_row(
                 f"{width}{star}",
                 kind,
                 f"{statistics.median(ratios):.3f}",
                 f"{max(ratios):.3f}",
                 memory_share(width, kind),
+                f"{held:.0f} MiB",
+                f"{max(energies):.4f}, {statistics.median(energies):.4f}, {min(energies):.4f}",
             )
     Console().print(table)
 

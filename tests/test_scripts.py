@@ -90,8 +90,11 @@ def test_bench_sketch_prints_a_row_for_each_width_and_orientation(minilm, tmp_pa
     }
     assert rows.keys() == {"none", "after 8", "after 8 and 24"}
     assert rows["after 8 and 24"][0] == "112 *"  # the default
-    for _, _, median, worst, memory in rows.values():
+    for _, _, median, worst, memory, here, energies in rows.values():
         assert 1 <= float(median) <= float(worst) < 1.5
+        assert re.fullmatch(r"\d+ MiB", here)
+        most, middle, least = map(float, energies.split(", "))
+        assert 1.0001 >= most >= middle >= least > 0.5
         assert re.fullmatch(r"1/\d+\.\d", memory)
     assert float(rows["after 8 and 24"][2]) < float(rows["none"][2])
 
