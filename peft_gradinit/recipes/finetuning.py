@@ -189,7 +189,8 @@ def _last_checkpoint(recipe: Recipe) -> str | None:
 def _results(
     trainer: Trainer, recipe: Recipe, reader: Reader, metrics: dict[str, float]
 ) -> dict[str, Any]:
-    history, model = trainer.state.log_history, trainer.accelerator.unwrap_model(trainer.model)
+    history = trainer.state.log_history
+    model: Any = trainer.accelerator.unwrap_model(trainer.model)
     reports = getattr(model.base_model, "init_report", None) or {}
     report = reports.get("default")
     return {

@@ -70,7 +70,7 @@ def test_the_tests_of_peft(method, suite, runs):
     print(f"\n{method}, part {part}: {len(outcomes.passed)} passed, {len(outcomes.failed)} failed")  # noqa: T201
     print("\n".join(f"{n:6} {reason}" for reason, n in table.most_common()))  # noqa: T201
     assert unexplained(method, outcomes.failed) == {}
-    assert len(outcomes.passed) > (1000 if whole else 10), outcomes.output
+    assert len(outcomes.passed) > (500 if whole else 0), outcomes.output
     if whole:
         runs[method] = outcomes.failed
 

@@ -11,7 +11,8 @@ import torch
 from peft_gradinit.errors import ConfigError
 from peft_gradinit.recipes import embedded, encode, load_model, load_processor, load_rows
 from peft_gradinit.recipes.embedded import functions, reference, smollm2_folder
-from peft_gradinit.recipes.embedded.functions import SPLITS, functions_of, split_of
+from peft_gradinit.recipes.embedded.functions import functions_of
+from peft_gradinit.recipes.embedded.splits import SPLITS, split_of
 from peft_gradinit.recipes.schema import DataSection, ModelSection
 
 MODULE = '''

@@ -8,7 +8,6 @@ changes the rows of the functions that it changes, and moves no other row.
 
 import ast
 import functools
-import hashlib
 import importlib.util
 import re
 import sysconfig
@@ -19,9 +18,9 @@ from typing import Any
 import datasets
 
 from ...errors import ConfigError
+from .splits import SPLITS, hash_of, split_of
 
 FUNCTIONS = "embedded:functions"
-SPLITS = ("train", "validation", "test")
 PACKAGES = ("accelerate", "datasets", "huggingface_hub", "numpy", "peft", "transformers")
 """Packages that recipes need anyway; their functions stand beside those of the standard library."""
 
@@ -55,16 +54,11 @@ def functions(split: str) -> datasets.Dataset:
     return datasets.Dataset.from_list([row for row in _rows() if split_of(row["module"]) == split])
 
 
-def split_of(module: str) -> str:
-    """The split of a module: one in ten is for validation, one in ten for tests."""
-    return {0: "validation", 1: "test"}.get(int(_hash(module), 16) % 10, "train")
-
-
 @functools.cache
 def _rows() -> list[dict[str, Any]]:
     """All rows; a source and an answer are there once, so no split holds a copy of another's."""
     found = sorted(
-        _found(), key=lambda row: (_hash(f"{row['module']}.{row['name']}"), row["source"])
+        _found(), key=lambda row: (hash_of(f"{row['module']}.{row['name']}"), row["source"])
     )
     sources, answers, rows = set(), set(), []
     for row in found:
@@ -143,7 +137,3 @@ def _source(node: _Function, lines: list[str]) -> str:
     before = lines[node.lineno - 1 : docstring.lineno - 1]
     after = lines[docstring.end_lineno : node.end_lineno]
     return "\n".join(line[node.col_offset :].rstrip() for line in [*before, *after])
-
-
-def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,15 +1,14 @@
 """Prose of Python's language reference, which comes with Python, for continued pretraining."""
 
-import hashlib
 import pydoc_data.topics
 
 import datasets
 
 from ...errors import ConfigError
+from .splits import SPLITS, hash_of, split_of
 
 REFERENCE = "embedded:reference"
 _LENGTH = 1200  # characters
-_SPLITS = ("train", "validation", "test")
 
 
 def reference(split: str) -> datasets.Dataset:
@@ -27,19 +26,17 @@ def reference(split: str) -> datasets.Dataset:
     Raises:
         ConfigError: for another split.
     """
-    if split not in _SPLITS:
-        raise ConfigError(f"{REFERENCE!r} has the splits {list(_SPLITS)}, got {split!r}.")
+    if split not in SPLITS:
+        raise ConfigError(f"{REFERENCE!r} has the splits {list(SPLITS)}, got {split!r}.")
     rows = [
         {"text": passage, "topic": topic}
-        for topic, text in sorted(pydoc_data.topics.topics.items(), key=lambda item: _hash(item[0]))
-        if _split_of(topic) == split
+        for topic, text in sorted(
+            pydoc_data.topics.topics.items(), key=lambda item: hash_of(item[0])
+        )
+        if split_of(topic) == split
         for passage in _passages(text)
     ]
     return datasets.Dataset.from_list(rows)
-
-
-def _split_of(topic: str) -> str:
-    return {0: "validation", 1: "test"}.get(int(_hash(topic), 16) % 10, "train")
 
 
 def _passages(text: str) -> list[str]:
@@ -50,7 +47,3 @@ def _passages(text: str) -> list[str]:
             passage = ""
         passage = f"{passage}\n\n{paragraph}" if passage else paragraph
     return [*passages, passage]
-
-
-def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
