@@ -9,6 +9,11 @@ from peft_gradinit.recipes import DataSection, encode, labels_of, load_rows
 from peft_gradinit.recipes.labels import Classes, Numbers
 from tests.recipes.classifiers import tokenizer
 
+# Older datasets leave it to the garbage collector to close a CSV.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning"
+)
+
 
 def section(path="embedded:docstrings", **options):
     return DataSection(path=str(path), **options)
