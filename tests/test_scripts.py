@@ -239,6 +239,7 @@ def test_quickstart_refuses_options_that_say_nothing(arguments, message, tmp_pat
 
 
 @needs_smollm2
+@pytest.mark.skipif("ALL_SLOW" not in os.environ, reason="four minutes; by hand, with ALL_SLOW=1")
 def test_bench_calibration_of_a_language_model_has_the_candidates_of_eva(tmp_path):
     arguments = ("--model", "smollm2", "--repetitions", 1, "--batches", 1, "--batch-size", 2)
     output = run("bench_calibration.py", *arguments, "--json", "figures.json", cwd=tmp_path)
