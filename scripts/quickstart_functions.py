@@ -20,7 +20,6 @@ from typing import Any
 import datasets
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
-from quickstart_plots import draw_validation
 from quickstart_progress import Clock
 from reload_with_plain_peft import answer
 from rich.console import Console
@@ -38,7 +37,7 @@ from peft_gradinit import (
     init_report,
     suggest_learning_rate,
 )
-from peft_gradinit.analysis import draw_rank_map
+from peft_gradinit.analysis import draw_losses, draw_rank_map
 from peft_gradinit.recipes import encode, load_model, load_processor, load_rows
 from peft_gradinit.recipes.schema import DataSection, ModelSection
 
@@ -258,7 +257,8 @@ def run(arguments: argparse.Namespace) -> None:
             report = init_report(model)
     console.print(table(runs))
     show_answers(base, runs, data)
-    pictures = [draw_validation({m: r.curve for m, r in runs.items()}, OUT / "quickstart.png")]
+    curves = {method: run.curve for method, run in runs.items()}
+    pictures = [draw_losses(curves, OUT / "quickstart.png", label="validation loss")]
     if report is not None:
         pictures.append(draw_rank_map(report.ranks(), OUT / "ranks.png"))
     results = {method: asdict(run) for method, run in runs.items()}

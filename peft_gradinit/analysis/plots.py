@@ -109,7 +109,10 @@ def draw_angles(
 
 
 def draw_losses(
-    runs: Mapping[str, Sequence[tuple[float, float]]], path: str | os.PathLike[str]
+    runs: Mapping[str, Sequence[tuple[float, float]]],
+    path: str | os.PathLike[str],
+    *,
+    label: str = "training loss",
 ) -> Path:
     """Draw `(step, loss)` by run as lines, the thickest for the first run, before its baselines."""
     figure, (panel,) = _panels(1, size=(6.4, 3.8))
@@ -118,7 +121,7 @@ def draw_losses(
         smooth = _running_mean(losses, min(_SMOOTHING, max(1, len(losses) // 5)))
         (line,) = panel.plot(steps, smooth, label=name, lw=2.2 if i == 0 else 1.4, zorder=9 - i)
         panel.plot(steps, losses, color=line.get_color(), alpha=0.2, lw=0.7)
-    panel.set(xlabel="step", ylabel="training loss")
+    panel.set(xlabel="step", ylabel=label)
     panel.grid(alpha=0.3)
     panel.legend(frameon=False, fontsize=8)
     return _saved(figure, path)

@@ -12,8 +12,9 @@ from datasets.exceptions import DatasetGenerationError
 from ..errors import ConfigError, DataError
 from . import embedded
 from .encoding import Encoder
-from .labels import Labels, Rows
+from .labels import Labels
 from .packing import pack
+from .rows import Rows, columns_of
 from .schema import DataSection, Task, nearest
 
 _BUILDERS = {
@@ -92,11 +93,6 @@ def encode(
             f"max_length={section.length}, or without a match of completion_keep."
         )
     return encoded
-
-
-def columns_of(rows: Rows) -> list[str]:
-    """Names of the columns, also of streams that do not know them before the first row."""
-    return list(rows.column_names or next(iter(rows), {}))
 
 
 def _read(path: str, name: str | None, split: str, section: DataSection) -> Rows:

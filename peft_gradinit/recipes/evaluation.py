@@ -10,13 +10,13 @@ from torch import nn
 from transformers import EvalPrediction, Trainer
 
 from ..errors import ConfigError
-from .data import columns_of
 from .encoding import Encoder
-from .labels import Numbers, Rows
+from .labels import Numbers
 from .lengths import table_length
 from .metrics import check_metrics, compute
 from .models import empty_model
 from .reading import Reader
+from .rows import Rows, columns_of
 from .schema import CLASSIFIED, Recipe, Task
 
 

@@ -22,10 +22,10 @@ from ..tuners import load_for_training
 from .collation import collator
 from .data import load_rows
 from .evaluation import check_evaluation, evaluate_model, label_metrics
-from .labels import Rows
 from .methods import adapter_config, calibration_of
 from .publishing import make_repository, publish
 from .reading import Reader
+from .rows import Rows
 from .schema import Recipe
 
 _FIELDS = {field.name for field in dataclasses.fields(TrainingArguments)}

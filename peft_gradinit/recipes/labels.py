@@ -8,9 +8,8 @@ from typing import Any, Protocol
 import datasets
 
 from ..errors import ConfigError, DataError
+from .rows import Rows, columns_of
 from .schema import DataSection, nearest
-
-Rows = datasets.Dataset | datasets.IterableDataset
 
 _N_SHOWN = 10
 _TRAINED = "of the training data"
@@ -247,7 +246,7 @@ def _called(value: Any, feature: Any, column: str) -> str:
 
 
 def _check_column(rows: Rows, column: str) -> None:
-    columns = list(rows.column_names or next(iter(rows), {}))
+    columns = columns_of(rows)
     if column not in columns:
         raise DataError(
             f"there is no column {column!r} of labels{nearest(column, columns)}; the columns are "

@@ -5,10 +5,11 @@ from typing import Any
 
 from torch import nn
 
-from .data import Rows, encode
+from .data import encode
 from .labels import Labels, labels_of
 from .lengths import sequence_length
 from .models import load_model, load_processor, model_config, task_of
+from .rows import Rows
 from .schema import CLASSIFIED, DataSection, ModelSection, Task
 
 

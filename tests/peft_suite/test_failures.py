@@ -2,6 +2,7 @@
 
 import pytest
 
+from tests import host_suites
 from tests.peft_suite import sdist
 from tests.peft_suite.failures import ALL, RULES, counts, stale, unexplained
 
@@ -33,7 +34,7 @@ def test_every_type_of_a_rule_is_known():
 
 
 def test_without_a_network_there_is_a_reason_to_skip(tmp_path, monkeypatch):
-    monkeypatch.setattr(sdist, "cached_assets_path", lambda *_, **__: tmp_path)
+    monkeypatch.setattr(host_suites, "cached_assets_path", lambda *_, **__: tmp_path)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    with pytest.raises(sdist.UnreachableError, match=r"PEFT 0\.21\.2.*cannot be downloaded"):
+    with pytest.raises(host_suites.UnreachableError, match=r"PEFT 0\.21\.2.*cannot be downloaded"):
         sdist.peft_tests()

@@ -13,11 +13,11 @@ import shutil
 import peft
 import pytest
 
-from tests.host_suites import run
+from tests.host_suites import UnreachableError, run
 from tests.methods.rows import INFO
 from tests.peft_suite.failures import counts, stale, unexplained
 from tests.peft_suite.hub import fill_cache
-from tests.peft_suite.sdist import VERSION, UnreachableError, peft_tests
+from tests.peft_suite.sdist import VERSION, peft_tests
 
 pytestmark = pytest.mark.slow
 

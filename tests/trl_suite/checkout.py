@@ -2,20 +2,15 @@
 
 import os
 import tarfile
-import tempfile
 import urllib.error
 import urllib.request
 from pathlib import Path
 
-from huggingface_hub import cached_assets_path
+from tests.host_suites import UnreachableError, cached_source
 
 VERSION = "1.9.0"
 VARIABLE = "TRL_CHECKOUT"
 ARCHIVE = f"https://github.com/huggingface/trl/archive/refs/tags/v{VERSION}.tar.gz"
-
-
-class UnreachableError(Exception):
-    """There is neither a checkout nor a network."""
 
 
 def checkout() -> Path:
@@ -33,23 +28,18 @@ def checkout() -> Path:
         if found != VERSION:
             raise ValueError(f"{VARIABLE} names TRL {found}; check out v{VERSION}.")
         return Path(named)
-    place = Path(cached_assets_path("peft_gradinit", namespace="sources")) / f"trl-{VERSION}"
-    if not place.exists():
-        _download(place)
-    return place
+    return cached_source(f"trl-{VERSION}", _download)
 
 
-def _download(place: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=place.parent) as folder:
-        try:
-            with (
-                urllib.request.urlopen(ARCHIVE, timeout=30) as answer,
-                tarfile.open(fileobj=answer, mode="r|gz") as archive,
-            ):
-                archive.extractall(folder, filter="data")
-        except (urllib.error.URLError, TimeoutError) as error:
-            raise UnreachableError(
-                f"TRL's tests cannot be had from {ARCHIVE} ({error}); name a checkout of v{VERSION} "
-                f"as {VARIABLE}."
-            ) from error
-        (Path(folder) / place.name).rename(place)
+def _download(folder: Path) -> None:
+    try:
+        with (
+            urllib.request.urlopen(ARCHIVE, timeout=30) as answer,
+            tarfile.open(fileobj=answer, mode="r|gz") as archive,
+        ):
+            archive.extractall(folder, filter="data")
+    except (urllib.error.URLError, TimeoutError) as error:
+        raise UnreachableError(
+            f"TRL's tests cannot be had from {ARCHIVE} ({error}); name a checkout of v{VERSION} "
+            f"as {VARIABLE}."
+        ) from error

@@ -4,8 +4,8 @@ import shutil
 
 import pytest
 
-from tests.host_suites import Expected, run
-from tests.trl_suite.checkout import UnreachableError, checkout
+from tests.host_suites import Expected, UnreachableError, run
+from tests.trl_suite.checkout import checkout
 from tests.trl_suite.stand_ins import fill_cache
 
 pytestmark = pytest.mark.slow

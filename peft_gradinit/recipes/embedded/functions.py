@@ -17,8 +17,7 @@ from typing import Any
 
 import datasets
 
-from ...errors import ConfigError
-from .splits import SPLITS, hash_of, split_of
+from .splits import check_split, hash_of, split_of
 
 FUNCTIONS = "embedded:functions"
 PACKAGES = ("accelerate", "datasets", "huggingface_hub", "numpy", "peft", "transformers")
@@ -49,8 +48,7 @@ def functions(split: str) -> datasets.Dataset:
     Raises:
         ConfigError: for another split.
     """
-    if split not in SPLITS:
-        raise ConfigError(f"{FUNCTIONS!r} has the splits {list(SPLITS)}, got {split!r}.")
+    check_split(FUNCTIONS, split)
     return datasets.Dataset.from_list([row for row in _rows() if split_of(row["module"]) == split])
 
 
@@ -100,8 +98,8 @@ def functions_of(text: str, module: str) -> Iterator[dict[str, Any]]:
     """
     lines = text.splitlines()
     for name, node in _definitions(ast.parse(text), ""):
-        answer, source = _answer(node), _source(node, lines)
-        if answer and len(source) in _SOURCE_LENGTHS:
+        answer = _answer(node)
+        if answer is not None and len(source := _source(node, lines)) in _SOURCE_LENGTHS:
             yield {
                 "prompt": [{"role": "user", "content": QUESTION.format(source=source)}],
                 "completion": [{"role": "assistant", "content": answer}],

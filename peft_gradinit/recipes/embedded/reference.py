@@ -4,8 +4,7 @@ import pydoc_data.topics
 
 import datasets
 
-from ...errors import ConfigError
-from .splits import SPLITS, hash_of, split_of
+from .splits import check_split, hash_of, split_of
 
 REFERENCE = "embedded:reference"
 _LENGTH = 1200  # characters
@@ -26,8 +25,7 @@ def reference(split: str) -> datasets.Dataset:
     Raises:
         ConfigError: for another split.
     """
-    if split not in SPLITS:
-        raise ConfigError(f"{REFERENCE!r} has the splits {list(SPLITS)}, got {split!r}.")
+    check_split(REFERENCE, split)
     rows = [
         {"text": passage, "topic": topic}
         for topic, text in sorted(

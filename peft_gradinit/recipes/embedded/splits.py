@@ -2,7 +2,15 @@
 
 import hashlib
 
+from ...errors import ConfigError
+
 SPLITS = ("train", "validation", "test")
+
+
+def check_split(data: str, split: str) -> None:
+    """Refuse a split that the data do not have (`ConfigError`)."""
+    if split not in SPLITS:
+        raise ConfigError(f"{data!r} has the splits {list(SPLITS)}, got {split!r}.")
 
 
 def split_of(name: str) -> str:
