@@ -73,7 +73,8 @@ def run(folder: Path, *arguments: str, env: Mapping[str, str]) -> Outcomes:
     report = folder / "report.xml"
     base = (*("-q", "-p", "no:cacheprovider", "-c", os.devnull), "--rootdir", str(folder))
     paths = os.pathsep.join([str(folder), str(ROOT)])
-    known = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **env}
+    fixed = {"PYTHONPATH": paths, "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"}
+    known = {**os.environ, **fixed, **env}  # what an error says depends on the order of sets
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *base, f"--junitxml={report}", *arguments],
         cwd=folder,
