@@ -4,7 +4,7 @@ Importing the package registers its types with PEFT, so that `get_peft_model(mod
 LoraGAConfig(…, calibration=data))` works.
 """
 
-from . import errors
+from . import errors, optim
 from .calibration import Calibration, CalibrationResult
 from .errors import GradInitError
 from .export import ExportReport, export_adapter
@@ -61,6 +61,7 @@ __all__ = [
     "init_report",
     "initialize",
     "load_for_training",
+    "optim",
     "pairs",
     "suggest_learning_rate",
 ]

@@ -1,0 +1,327 @@
+"""What the optimisers of pairs share: groups, state, float32 masters, and the order of a step.
+
+An optimiser says which state it keeps (`layouts`) and how a stack of pairs moves (`update`). Here is
+everything else: pairs of one shape are stacked, the state is kept by parameter as plain tensors of
+at least float32, and what is in no pair is AdamW's. A factor without a gradient stands still, and the
+other one of its pair takes its own part of the step. An expert that no token of a batch has reached
+stands still with its state.
+"""
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
+from typing import Any, ClassVar, TypedDict, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from typing_extensions import Required
+
+from ..errors import ConfigError
+from ..numbers import is_finite_number
+from .adamw import adamw_step, master_of
+from .groups import check_layout, group_of_pairs, groups_of_rest, slots_of, trainable_pairs
+from .stacks import (
+    MASTER,
+    Layout,
+    Slot,
+    Stack,
+    as_parameters,
+    by_expert,
+    stacks,
+    whole_rows,
+    working_dtype,
+    write_rows,
+)
+
+ADAM: dict[str, Layout] = {
+    "exp_avg_A": "A",
+    "exp_avg_sq_A": "A",
+    "exp_avg_B": "B",
+    "exp_avg_sq_B": "B",
+}
+"""Adam's two moments of each factor."""
+
+
+class Common(TypedDict, total=False):
+    """Options of every optimiser here.
+
+    Attributes:
+        lr: rate of the pairs, in the units of the method.
+        head_lr: rate of AdamW for what is in no pair; needed if there are such parameters.
+        weight_decay: decoupled decay of the pairs; towards zero factors, also where a start has
+            put an anchor beside them.
+        head_weight_decay: AdamW's decay of matrices in no pair; vectors have none.
+        adapter_name: which adapter, or a list of those that train together.
+    """
+
+    lr: Required[float]
+    head_lr: float | None
+    weight_decay: float
+    head_weight_decay: float
+    adapter_name: str | Sequence[str]
+
+
+class PairOptimizer(torch.optim.Optimizer):
+    """Steps the pairs of LoRA adapters as pairs, and everything else with AdamW.
+
+    The first group holds the pairs; a schedule that multiplies rates keeps their ratios.
+
+    Args:
+        model: the model with the adapter, inside DDP or not, sharded by FSDP2 or not.
+        options: the method's own, kept in the group of the pairs.
+        **common: see `Common`.
+
+    Raises:
+        ConfigError: if a number has no meaning, the layout is not served, or the model has no pairs.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    paper: ClassVar[str]
+
+    def __init__(self, model: nn.Module, options: Mapping[str, Any], **common: Any) -> None:
+        values: dict[str, Any] = _defaults() | common
+        numbers = {k: v for k, v in values.items() if k != "adapter_name" and v is not None}
+        check_positive(self.title, **numbers)
+        check_layout(model, self.title)
+        found = trainable_pairs(model, values["adapter_name"], self.title)
+        lr, decay = values["lr"], values["weight_decay"]
+        of_pairs = group_of_pairs(found, self.title, lr=lr, weight_decay=decay, **options)
+        of_rest = values["head_lr"], values["head_weight_decay"], self.title
+        rest = groups_of_rest(model, found, *of_rest)
+        super().__init__([of_pairs, *rest], {"lr": lr, "weight_decay": 0.0})
+
+    @abstractmethod
+    def layouts(self, options: Mapping[str, Any]) -> dict[str, Layout]:
+        """The state by name, all of it zero at first; `_A` and `_B` say with which factor it is kept."""
+
+    @abstractmethod
+    def update(
+        self, stack: Stack, state: dict[str, Tensor], options: Mapping[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        """New `A` and `B` of a stack; the state is changed in place, or replaced in its dict.
+
+        Args:
+            stack: pairs of one shape.
+            state: by the names of `layouts`, stacked likewise.
+            options: the group of the pairs.
+        """
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Step every parameter that has a gradient.
+
+        Args:
+            closure: computes the loss again, with gradients.
+
+        Returns:
+            What the closure gives.
+
+        Raises:
+            ConfigError: if no parameter has a gradient: the optimiser holds parameters that the
+                model does not have any more.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if all(p.grad is None for group in self.param_groups for p in group["params"]):
+            raise ConfigError(
+                f"{self.title}: none of its parameters has a gradient, so nothing would train. If the "
+                "model was sharded after the optimiser was made, make it afterwards, or let "
+                "Accelerate prepare both together; else call backward before step."
+            )
+        for group in self.param_groups:
+            if "scalings" in group:
+                self._step_pairs(group)
+            else:
+                adamw_step(group, self.state)
+        return loss
+
+    @torch.no_grad()
+    def _step_pairs(self, group: dict[str, Any]) -> None:
+        layouts = self.layouts(group)
+        whole = "weight" in layouts.values()
+
+        def size(slot: Slot) -> int:
+            out, columns = slot.B.shape[0], slot.A.shape[1]
+            return slot.n_experts * out * columns if whole else slot.A.numel() + slot.B.numel()
+
+        for slots in stacks(slots_of(group, self.title), self.state, size):
+            self._step_stack(slots, layouts, group)
+
+    def _step_stack(
+        self, slots: list[Slot], layouts: dict[str, Layout], group: dict[str, Any]
+    ) -> None:
+        for slot in slots:
+            self._prepare(slot, layouts)
+        stack, state = self._read(slots, layouts)
+        if slots[0].n_experts > 1:
+            factors, state = self._update_experts(stack, state, group)
+        else:
+            factors = self.update(stack, state, group)
+        self._write(slots, layouts, factors, state)
+
+    def _update_experts(
+        self, stack: Stack, state: dict[str, Tensor], group: dict[str, Any]
+    ) -> tuple[tuple[Tensor, Tensor], dict[str, Tensor]]:
+        before = {name: entry.clone() for name, entry in state.items()}
+        new_A, new_B = self.update(stack, state, group)
+        reached = (stack.gA.flatten(1).any(1) | stack.gB.flatten(1).any(1))[:, None, None]
+        state = {name: torch.where(reached, state[name], before[name]) for name in state}
+        factors = torch.where(reached, new_A, stack.A), torch.where(reached, new_B, stack.B)
+        return factors, state
+
+    def _prepare(self, slot: Slot, layouts: Mapping[str, Layout]) -> None:
+        """Zeros for the state of a pair that has none."""
+        for factor in (slot.A, slot.B):
+            if factor not in self.state:
+                self.state[factor] = {"step": 0}
+        for name, layout in layouts.items():
+            owner, entry = self._place(slot, name)
+            if entry not in owner:
+                owner[entry] = _zeros(slot, layout)
+
+    def _place(self, slot: Slot, name: str) -> tuple[dict[str, Any], str]:
+        entry, _, side = name.rpartition("_")
+        return self.state[slot.A if side == "A" else slot.B], entry
+
+    def _read(
+        self, slots: list[Slot], layouts: Mapping[str, Layout]
+    ) -> tuple[Stack, dict[str, Tensor]]:
+        columns: dict[str, list[Any]] = {}
+        moves = slots[0].moves
+        for side, moving in zip(("A", "B"), moves, strict=True):
+            factors = [getattr(slot, side) for slot in slots]
+            columns[side] = [master_of(f, self.state[f]) for f in factors]
+            if moving:
+                columns[f"g{side}"] = [f.grad.to(working_dtype(f)) for f in factors]
+        of_state = {n: [self._entry(s, n) for s in slots] for n in layouts}
+        spread = {n: of_state[n] for n, layout in layouts.items() if layout in ("A", "B")}
+        rows = whole_rows(columns | spread)
+        device = rows["A"].device
+        kept = {n: torch.stack(of_state[n]).to(device) for n in layouts if n not in spread}
+        kinds: dict[str, Layout] = {"A": "A", "B": "B", "gA": "A", "gB": "B", **layouts}
+        n = slots[0].n_experts
+        found = {k: by_expert(v, kinds[k], n) for k, v in (rows | kept).items()}
+        A, B = found["A"], found["B"]
+        gA, gB = (found.get(f"g{s}", torch.zeros_like(found[s])) for s in ("A", "B"))
+        step = self.state[slots[0].A]["step"] + 1
+        stack = Stack(A, B, gA, gB, slots[0].scaling, step, moves)
+        return stack, {name: found[name] for name in layouts}
+
+    def _entry(self, slot: Slot, name: str) -> Tensor:
+        owner, entry = self._place(slot, name)
+        return owner[entry]
+
+    def _write(
+        self,
+        slots: list[Slot],
+        layouts: Mapping[str, Layout],
+        factors: tuple[Tensor, Tensor],
+        state: Mapping[str, Tensor],
+    ) -> None:
+        n = slots[0].n_experts
+        for name, layout in layouts.items():
+            values = as_parameters(state[name], layout, n)
+            write_rows([self._entry(slot, name) for slot in slots], values)
+        sides: tuple[Layout, Layout] = ("A", "B")
+        for side, values, moving in zip(sides, factors, slots[0].moves, strict=True):
+            parameters = [getattr(slot, side) for slot in slots]
+            if moving:
+                masters = [self.state[p].get(MASTER, p) for p in parameters]
+                write_rows(masters, as_parameters(values, side, n))
+                for parameter, master in zip(parameters, masters, strict=True):
+                    if master is not parameter:
+                        parameter.copy_(master)
+            for parameter in parameters:
+                self.state[parameter]["step"] += 1
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state, in the precision that it was saved in.
+
+        `torch.optim.Optimizer` rounds the state of a half-precision parameter to that precision.
+        """
+        super().load_state_dict(state_dict)
+        ids = chain.from_iterable(g["params"] for g in state_dict["param_groups"])
+        parameters = chain.from_iterable(g["params"] for g in self.param_groups)
+        for i, parameter in zip(ids, parameters, strict=True):
+            for key, value in state_dict["state"].get(i, {}).items():
+                loaded = self.state[parameter][key]
+                if isinstance(value, Tensor) and loaded.dtype != value.dtype:
+                    self.state[parameter][key] = value.to(loaded.device, copy=True)
+
+
+def decayed(factor: Tensor, decay: float) -> Tensor:
+    """A copy that has shrunk by `1 - decay`."""
+    return factor * (1 - decay)
+
+
+def check_positive(optimizer: str, **numbers: Any) -> None:
+    """Check rates and decays.
+
+    Raises:
+        ConfigError: if a number is negative or not finite.
+    """
+    for option, value in numbers.items():
+        if not is_finite_number(value) or value < 0:
+            raise ConfigError(
+                f"{optimizer}: {option} must be a number of at least 0, got {value!r}."
+            )
+
+
+def check_fraction(optimizer: str, **numbers: Any) -> None:
+    """Check dampenings and decays of moments.
+
+    Raises:
+        ConfigError: if a number is not in `[0, 1)`.
+    """
+    for option, value in numbers.items():
+        if not is_finite_number(value) or not 0 <= value < 1:
+            raise ConfigError(
+                f"{optimizer}: {option} must be at least 0 and below 1, got {value!r}."
+            )
+
+
+def check_betas(optimizer: str, betas: Any) -> None:
+    """Check the decays of two moments.
+
+    Raises:
+        ConfigError: if they are not two numbers in `[0, 1)`.
+    """
+    if not isinstance(betas, Sequence) or len(betas) != 2:
+        raise ConfigError(f"{optimizer}: betas must be two numbers, got {betas!r}.")
+    check_fraction(optimizer, **{"betas[0]": betas[0], "betas[1]": betas[1]})
+
+
+def check_choice(optimizer: str, option: str, value: Any, choices: Any) -> None:
+    """Check an option that is one of some words, given as a `Literal`.
+
+    Raises:
+        ConfigError: if it is another.
+    """
+    if value not in get_args(choices):
+        raise ConfigError(
+            f"{optimizer}: {option} must be one of {list(get_args(choices))}, got {value!r}."
+        )
+
+
+def _defaults() -> dict[str, Any]:
+    return {
+        "lr": math.nan,  # refused below
+        "head_lr": None,
+        "weight_decay": 0.0,
+        "head_weight_decay": 0.0,
+        "adapter_name": "default",
+    }
+
+
+def _zeros(slot: Slot, layout: Layout) -> Tensor:
+    factor = slot.A if layout == "A" else slot.B
+    if layout in ("A", "B"):
+        return torch.zeros_like(factor, dtype=working_dtype(factor))
+    n, r = slot.n_experts, slot.A.shape[0] // slot.n_experts
+    shape = (n, r, r) if layout == "square" else (n, slot.B.shape[0], slot.A.shape[1])
+    device = factor.to_local().device if isinstance(factor, DTensor) else factor.device
+    return torch.zeros(shape, dtype=working_dtype(factor), device=device)

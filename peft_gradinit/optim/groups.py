@@ -1,0 +1,150 @@
+"""From a model to groups of parameters: the pairs in one, everything else by its decay.
+
+In the group of the pairs, `A` and `B` alternate; `scalings` and `experts` have one entry a pair. The
+order is all that tells a pair, so that FSDP2 and Accelerate can put other parameters in their place.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from accelerate.state import AcceleratorState, is_initialized
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+
+from ..errors import ConfigError
+from ..layouts import plain_name
+from ..layouts.tensor_parallel import replicas
+from ..layouts.zero3 import is_partitioned
+from ..tuners import Pair, pairs
+from .stacks import Slot, check_placed
+
+_DEEPSPEED = (
+    "DeepSpeed, whose ZeRO hands an optimiser flat parts of all parameters, in which no pair can be "
+    "told. Adapters are small: train with DDP, or shard the base with FSDP2"
+)
+_FSDP1 = (
+    "FSDP1, which flattens the factors and cuts pairs apart. Use FSDP2 (fsdp_version: 2 in Accelerate, "
+    "fully_shard in torch) or DDP"
+)
+
+
+def check_layout(model: nn.Module, optimizer: str) -> None:
+    """Refuse the layouts in which a pair's factors cannot be had.
+
+    Raises:
+        ConfigError: under FSDP1, DeepSpeed and tensor parallelism.
+    """
+    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+        raise ConfigError(f"{optimizer} does not work under {_FSDP1}.")
+    by_deepspeed = is_initialized() and AcceleratorState().distributed_type.value == "DEEPSPEED"
+    if by_deepspeed or any(is_partitioned(p) for p in model.parameters()):
+        raise ConfigError(f"{optimizer} does not work under {_DEEPSPEED}.")
+    if replicas(model) is not None:
+        raise ConfigError(
+            f"{optimizer} does not work under tensor parallelism, which cuts the factors along their "
+            "inputs or outputs. Use torch.optim.AdamW, or FSDP2 in place of tensor parallelism."
+        )
+
+
+def trainable_pairs(model: nn.Module, adapters: str | Sequence[str], optimizer: str) -> list[Pair]:
+    """The pairs of some adapters of which at least one factor trains.
+
+    Args:
+        model: the model with the adapters.
+        adapters: one name, or several.
+        optimizer: its name, for errors.
+
+    Returns:
+        The pairs, in the order of the model, each once.
+
+    Raises:
+        ConfigError: if there are none, or if pairs of other adapters train as well.
+    """
+    names = [adapters] if isinstance(adapters, str) else list(adapters)
+    found = _unique(pair for name in names for pair in pairs(model, name))
+    training = [p for p in found if p.A.requires_grad or p.B.requires_grad]
+    others = [n for n in _names(model) if n not in names and _trains(model, n)]
+    if others:
+        raise ConfigError(
+            f"{optimizer} was made for adapter_name={adapters!r}, but pairs of {others} train as well; "
+            f"pass adapter_name={[*names, *others]}, or freeze the others with set_adapter."
+        )
+    if not training:
+        state = "none of them trains" if found else "the model has none"
+        raise ConfigError(
+            f"{optimizer} steps the pairs A, B of a LoRA adapter, and of adapter_name={adapters!r} "
+            f"{state}. Adapters with LoRA layers: {_names(model)}. Pass the name of one that trains; "
+            "SVFit has one vector a layer and trains with torch.optim.AdamW."
+        )
+    return training
+
+
+def group_of_pairs(found: Sequence[Pair], optimizer: str, **settings: Any) -> dict[str, Any]:
+    """The group of the pairs."""
+    for pair in found:
+        for factor in (pair.A, pair.B):
+            check_placed(factor, optimizer)
+    return {
+        "params": [factor for pair in found for factor in (pair.A, pair.B)],
+        "scalings": [float(pair.scaling) for pair in found],
+        "experts": [pair.n_experts for pair in found],
+        **settings,
+    }
+
+
+def groups_of_rest(
+    model: nn.Module, found: Sequence[Pair], lr: float | None, decay: float, optimizer: str
+) -> list[dict[str, Any]]:
+    """The groups for AdamW: matrices with decay, and vectors without.
+
+    Raises:
+        ConfigError: if there are such parameters and no rate for them.
+    """
+    known = {id(factor) for pair in found for factor in (pair.A, pair.B)}
+    rest = [(n, p) for n, p in model.named_parameters() if p.requires_grad and id(p) not in known]
+    if rest and lr is None:
+        names = ", ".join(plain_name(name) for name, _ in rest[:3])
+        more = f" and {len(rest) - 3} more" if len(rest) > 3 else ""
+        raise ConfigError(
+            f"{optimizer}: {names}{more} train as well and are in no pair; AdamW steps them. Pass "
+            "head_lr, its rate (1e-3, say), or freeze them."
+        )
+    matrices = [p for _, p in rest if p.ndim > 1]
+    vectors = [p for _, p in rest if p.ndim <= 1]
+    kinds = [(matrices, decay), (vectors, 0.0)]
+    return [{"params": ps, "lr": lr, "weight_decay": d} for ps, d in kinds if ps]
+
+
+def slots_of(group: dict[str, Any], optimizer: str) -> list[Slot]:
+    """The pairs of a group, checked to be pairs still.
+
+    Raises:
+        ConfigError: if the parameters are no longer the factors that the group was made from.
+    """
+    factors, scalings = group["params"], group["scalings"]
+    if len(factors) != 2 * len(scalings) or any(p.ndim != 2 for p in factors):
+        raise ConfigError(
+            f"{optimizer} was made for {len(scalings)} pairs of matrices, and has "
+            f"{len(factors)} parameters now, the first of shape {tuple(factors[0].shape)}: they were "
+            f"flattened after the optimiser was made. It does not work under {_DEEPSPEED}. Nor "
+            f"does it under {_FSDP1}."
+        )
+    for factor in factors:
+        check_placed(factor, optimizer)
+    halves = zip(factors[::2], factors[1::2], scalings, group["experts"], strict=True)
+    return [Slot(A, B, scaling, n) for A, B, scaling, n in halves]
+
+
+def _names(model: nn.Module) -> list[str]:
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    return list(dict.fromkeys(name for layer in layers for name in layer.r))
+
+
+def _trains(model: nn.Module, name: str) -> bool:
+    return any(p.A.requires_grad or p.B.requires_grad for p in pairs(model, name))
+
+
+def _unique(found: Iterable[Pair]) -> list[Pair]:
+    """Pairs that several layers share, once."""
+    return list({(id(pair.A), id(pair.B)): pair for pair in found}.values())
