@@ -51,7 +51,8 @@ class LoraOne(PairOptimizer):
 
     Args:
         model: the model with the adapter; the paper starts it with `LoraOneConfig`.
-        mode: `"gd"`, what the theory is about, or `"adamw"`, as the text has it.
+        mode: `"gd"`, what the theory is about, or `"adamw"`, as the text has it. Without a state,
+            `"gd"` has none to load: torch refuses a full state dict under FSDP2, as it does for SGD.
         betas: decay of Adam's moments.
         eps: added to the root of Adam's second moment.
         dampening: fraction of the largest eigenvalue added to the Gram matrices.

@@ -1,0 +1,83 @@
+"""LoRA-Muon: the paper's step, and what it is for the product."""
+
+import math
+
+import pytest
+import torch
+
+from peft_gradinit.errors import ConfigError
+from peft_gradinit.optim import LoraMuon
+from tests.optim.rows import EXACT, toy
+from tests.optim.single import IN, OUT, S, close, gradient, single, steps
+
+ETA, BETA, DECAY = 0.05, 0.8, 0.3
+
+
+def sign(X):
+    U, _, Vh = torch.linalg.svd(X, full_matrices=False)
+    return U @ Vh
+
+
+def inverse_root(gram):
+    values, vectors = torch.linalg.eigh(gram)
+    return vectors @ torch.diag(values**-0.5) @ vectors.T
+
+
+def papers_steps(n, *, nesterov):
+    """The paper's formulas, in our letters; the unit of the rate is departure 1."""
+    _, pair = single()
+    A, B = pair.A.detach().clone(), pair.B.detach().clone()
+    mA, mB = torch.zeros_like(A), torch.zeros_like(B)
+    eta = ETA * math.sqrt(OUT / IN) / S
+    found = []
+    for step in range(n):
+        g = gradient(step)
+        gA, gB = S * B.T @ g, S * g @ A.T
+        mA, mB = BETA * mA + (1 - BETA) * gA, BETA * mB + (1 - BETA) * gB
+        lA = BETA * mA + (1 - BETA) * gA if nesterov else mA
+        lB = BETA * mB + (1 - BETA) * gB if nesterov else mB
+        RA, RB = inverse_root(A @ A.T), inverse_root(B.T @ B)
+        dB = -eta / 2 * sign(lB @ RA) @ RA
+        dA = -eta / 2 * RB @ sign(RB @ lA)
+        s = math.sqrt(1 - DECAY * ETA)
+        A, B = s * A + dA / s, s * B + dB / s
+        found.append((A, B))
+    return found
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_steps_are_the_papers(nesterov):
+    model, pair = single()
+    options = {"momentum": BETA, "nesterov": nesterov, "dampening": EXACT}
+    optimizer = LoraMuon(model, lr=ETA, weight_decay=DECAY, **options)
+    want = papers_steps(4, nesterov=nesterov)
+    for got, expected in zip(steps(optimizer, pair, 4)[1:], want, strict=True):
+        close(got, expected)
+
+
+def test_each_half_moves_the_weight_by_half_the_rate():
+    """In the norm from root mean square to root mean square, whatever gradient, rank and scaling."""
+    model, pair = single()
+    (A, B), (newA, newB) = steps(LoraMuon(model, lr=ETA, dampening=EXACT), pair, 1)
+    unit = math.sqrt(OUT / IN)
+    for half in (S * (newB - B) @ A, S * B @ (newA - A)):
+        values = torch.linalg.svdvals(half)[:3] / unit
+        torch.testing.assert_close(values, torch.full_like(values, ETA / 2))
+
+
+def test_decay_beyond_the_product_is_refused():
+    with pytest.raises(ConfigError, match=r"lr \* weight_decay must be below 1, got 2.0"):
+        LoraMuon(toy(), lr=1.0, weight_decay=2.0)
+
+
+def test_dampening_bounds_the_step_of_a_factor():
+    """With `B` nearly of lower rank, `A` moves at most by `1 / (dampening^(1/2) sigma_1)`."""
+    model, pair = single()
+    pair.B.data[:, 0] = pair.B.data[:, 1] + 1e-9
+    for dampening, bounded in ((1e-4, True), (EXACT, False)):
+        (A, B), (newA, _) = steps(LoraMuon(model, lr=ETA, dampening=dampening), pair, 1)
+        unit = ETA / 2 * math.sqrt(OUT / IN) / S
+        size = torch.linalg.matrix_norm(newA - A, 2) / unit
+        bound = 1 / (1e-2 * torch.linalg.matrix_norm(B, 2))
+        assert (size <= bound) == bounded
+        pair.A.data, pair.B.data = A, B
