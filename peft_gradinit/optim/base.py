@@ -16,7 +16,6 @@ from typing import Any, ClassVar, TypedDict, get_args
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from typing_extensions import Required
 
 from ..errors import ConfigError
 from ..numbers import is_finite_number
@@ -44,7 +43,11 @@ ADAM: dict[str, Layout] = {
 """Adam's two moments of each factor."""
 
 
-class Common(TypedDict, total=False):
+class _Rate(TypedDict):
+    lr: float
+
+
+class Common(_Rate, total=False):
     """Options of every optimiser here.
 
     Attributes:
@@ -56,7 +59,6 @@ class Common(TypedDict, total=False):
         adapter_name: which adapter, or a list of those that train together.
     """
 
-    lr: Required[float]
     head_lr: float | None
     weight_decay: float
     head_weight_decay: float
@@ -119,28 +121,29 @@ class PairOptimizer(torch.optim.Optimizer):
             What the closure gives.
 
         Raises:
-            ConfigError: if no parameter has a gradient: the optimiser holds parameters that the
-                model does not have any more.
+            ConfigError: if no parameter has a gradient, or pairs are none any more: the optimiser
+                holds other parameters than the model.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        slots = [slots_of(g, self.title) if "scalings" in g else None for g in self.param_groups]
         if all(p.grad is None for group in self.param_groups for p in group["params"]):
             raise ConfigError(
                 f"{self.title}: none of its parameters has a gradient, so nothing would train. If the "
                 "model was sharded after the optimiser was made, make it afterwards, or let "
                 "Accelerate prepare both together; else call backward before step."
             )
-        for group in self.param_groups:
-            if "scalings" in group:
-                self._step_pairs(group)
-            else:
+        for group, of_pairs in zip(self.param_groups, slots, strict=True):
+            if of_pairs is None:
                 adamw_step(group, self.state)
+            else:
+                self._step_pairs(group, of_pairs)
         return loss
 
     @torch.no_grad()
-    def _step_pairs(self, group: dict[str, Any]) -> None:
+    def _step_pairs(self, group: dict[str, Any], pairs: list[Slot]) -> None:
         layouts = self.layouts(group)
         whole = "weight" in layouts.values()
 
@@ -148,7 +151,7 @@ class PairOptimizer(torch.optim.Optimizer):
             out, columns = slot.B.shape[0], slot.A.shape[1]
             return slot.n_experts * out * columns if whole else slot.A.numel() + slot.B.numel()
 
-        for slots in stacks(slots_of(group, self.title), self.state, size):
+        for slots in stacks(pairs, self.state, size):
             self._step_stack(slots, layouts, group)
 
     def _step_stack(

@@ -124,9 +124,10 @@ def slots_of(group: dict[str, Any], optimizer: str) -> list[Slot]:
     """
     factors, scalings = group["params"], group["scalings"]
     if len(factors) != 2 * len(scalings) or any(p.ndim != 2 for p in factors):
+        shapes = [tuple(p.shape) for p in factors[:2]]
         raise ConfigError(
             f"{optimizer} was made for {len(scalings)} pairs of matrices, and has "
-            f"{len(factors)} parameters now, the first of shape {tuple(factors[0].shape)}: they were "
+            f"{len(factors)} parameters now, the first ones of shapes {shapes}: they were "
             f"flattened after the optimiser was made. It does not work under {_DEEPSPEED}. Nor "
             f"does it under {_FSDP1}."
         )

@@ -31,16 +31,18 @@ The step has one moment, half the state of Adam.
 
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from jaxtyping import Float
 from torch import Tensor, nn
-from typing_extensions import Unpack
 
 from ..errors import ConfigError
 from .base import Common, PairOptimizer, check_fraction
 from .stacks import Layout, Stack
 from .whitening import gram_power, polar
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 LAYOUTS: dict[str, Layout] = {"momentum_A": "A", "momentum_B": "B"}
 
@@ -72,7 +74,7 @@ class LoraMuon(PairOptimizer):
         momentum: float = 0.9,
         nesterov: bool = True,
         dampening: float = 1e-4,
-        **common: Unpack[Common],
+        **common: "Unpack[Common]",
     ) -> None:
         check_fraction(self.title, momentum=momentum, dampening=dampening)
         options = {"momentum": momentum, "nesterov": nesterov, "dampening": dampening}

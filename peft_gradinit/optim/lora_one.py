@@ -25,11 +25,10 @@ by its own size afterwards, which takes most of the preconditioning away again.
 """
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from jaxtyping import Float
 from torch import Tensor, nn
-from typing_extensions import Unpack
 
 from .base import (
     ADAM,
@@ -42,6 +41,9 @@ from .base import (
 )
 from .stacks import Layout, Stack
 from .whitening import adam_direction, gram_power
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 Mode = Literal["adamw", "gd"]
 
@@ -74,7 +76,7 @@ class LoraOne(PairOptimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         dampening: float = 1e-6,
-        **common: Unpack[Common],
+        **common: "Unpack[Common]",
     ) -> None:
         check_choice(self.title, "mode", mode, Mode)
         check_betas(self.title, betas)

@@ -31,12 +31,11 @@ divides every entry of a factor by its own size afterwards.
 """
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from typing_extensions import Unpack
 
 from .base import (
     ADAM,
@@ -49,6 +48,9 @@ from .base import (
 )
 from .stacks import Layout, Stack
 from .whitening import Square, adam_direction, gram_power
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 Mode = Literal["full", "efficient"]
 Step = tuple[Float[Tensor, "n r in"], Float[Tensor, "n out r"]]
@@ -85,7 +87,7 @@ class LoraPro(PairOptimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         dampening: float = 1e-6,
-        **common: Unpack[Common],
+        **common: "Unpack[Common]",
     ) -> None:
         check_choice(self.title, "mode", mode, Mode)
         check_betas(self.title, betas)

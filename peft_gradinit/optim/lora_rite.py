@@ -32,14 +32,16 @@ and are carried over when it turns. Letters: the second moment `V (r, r)`, the f
 """
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
-from typing_extensions import Unpack
 
 from .base import Common, PairOptimizer, check_betas, check_fraction, decayed
 from .stacks import Layout, Stack
 from .whitening import Square, Tall, gram_power, power
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 LAYOUTS: dict[str, Layout] = {
     "exp_avg_A": "A",
@@ -72,7 +74,7 @@ class LoraRite(PairOptimizer):
         *,
         betas: tuple[float, float] = (0.9, 0.999),
         dampening: float = 1e-6,
-        **common: Unpack[Common],
+        **common: "Unpack[Common]",
     ) -> None:
         check_betas(self.title, betas)
         check_fraction(self.title, dampening=dampening)

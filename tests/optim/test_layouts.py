@@ -51,10 +51,12 @@ def test_other_layouts_are_refused_by_name(several):
 
 
 @pytest.mark.slow
-def test_fsdp2_anchored_resumed_and_made_before_sharding():
+def test_fsdp2_in_other_forms():
+    """Anchored pairs, experts, copies of parts; resumed; an optimiser made before the sharding."""
     found = values("more")
-    difference, moved = found["fsdp2_anchored"]
-    assert difference <= 1e-6 < moved
+    for name in ("fsdp2_anchored", "fsdp2_experts", "fsdp2_hybrid"):
+        difference, moved = found[name]
+        assert difference <= 1e-6 < 1e-3 < moved, name
     with_state = {name for name, row in ROWS.items() if row.state}
     assert found["fsdp2_resumed"] == dict.fromkeys(with_state, 0.0)
     assert found["fsdp2_made_before"].keys() == ROWS.keys()

@@ -27,6 +27,7 @@ from tests.distributed.parallel import cut
 from tests.distributed.sharded import fsdp1
 from tests.helpers import pico_llama, token_batches
 from tests.methods.rows import started
+from tests.moe.models import mixtral
 from tests.optim.rows import ROWS
 
 N_STEPS = 4
@@ -154,11 +155,37 @@ def fsdp2_made_before():
 
 
 def fsdp2_anchored():
-    model = fsdp2(started("lora_ga"))
+    return _replayed_muon(fsdp2(started("lora_ga")), started("lora_ga"))
+
+
+def fsdp2_experts():
+    """The experts' factors are cut by rows as any matrix; they are blocks when they are whole."""
+
+    def make():
+        options = {"r": 3, "lora_alpha": 6, "target_modules": ["q_proj"]}
+        targets = ["experts.gate_up_proj", "experts.down_proj"]
+        return get_peft_model(mixtral(), LoraConfig(**options, target_parameters=targets))
+
+    model = make()
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for layer in model.base_model.model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return _replayed_muon(model, make())
+
+
+def fsdp2_hybrid():
+    """A mesh of two dimensions, one of copies and one of parts."""
+    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("copies", "parts"))
+    return _replayed_muon(fully_shard(lora(), mesh=mesh), lora())
+
+
+def _replayed_muon(model, alone):
     before = trained(model)
-    steps, ends = train(model, LoraMuon(model, lr=0.03))
-    alone = started("lora_ga")
-    return worst(replayed(alone, LoraMuon(alone, lr=0.03), steps), ends), worst(before, ends)
+    steps, ends = train(model, LoraMuon(model, lr=0.03, head_lr=1e-3))
+    return worst(replayed(alone, LoraMuon(alone, lr=0.03, head_lr=1e-3), steps), ends), worst(
+        before, ends
+    )
 
 
 def fsdp2_resumed():
@@ -243,4 +270,5 @@ def several():
 
 
 def more():
-    return {f.__name__: f() for f in (fsdp2_resumed, fsdp2_anchored, fsdp2_made_before)}
+    functions = (fsdp2_resumed, fsdp2_anchored, fsdp2_experts, fsdp2_hybrid, fsdp2_made_before)
+    return {f.__name__: f() for f in functions}
