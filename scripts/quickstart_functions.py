@@ -43,9 +43,9 @@ from peft_gradinit.recipes.schema import DataSection, ModelSection
 
 OUT = Path("out/quickstart")
 MODEL = ModelSection(name="embedded:smollm2", dtype="float32")
-N_STEPS, BATCH_SIZE = 24, 4
+N_STEPS, BATCH_SIZE = 16, 4
 MAX_CHARACTERS, MAX_LENGTH = 160, 192  # of a source; of a chat, in tokens: all fit
-N_CALIBRATION, N_VALIDATION, N_EVALUATIONS = 64, 24, 2
+N_CALIBRATION, N_VALIDATION, N_EVALUATIONS = 128, 32, 2
 ADAPTER = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 BY_GRADIENT = {"rank_allocation": "gradient_energy", "budget": "parameters", "rho": 4}
 METHODS: dict[str, Callable[..., PeftConfig]] = {

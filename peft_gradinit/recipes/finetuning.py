@@ -18,6 +18,7 @@ from ..errors import ConfigError
 from ..export import export_adapter
 from ..files import check_writable, write_json
 from ..methods import METHODS
+from ..trainer import SUGGESTED, CalibrationCallback
 from ..tuners import load_for_training
 from .collation import collator
 from .data import load_rows
@@ -125,16 +126,21 @@ def _trainer(model: PeftModel, recipe: Recipe, inputs: _Inputs) -> Trainer:
         compute_metrics=label_metrics(recipe, reader),
     )
     trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
+    rate, head_rate = recipe.training.learning_rate, recipe.training.head_learning_rate
+    if rate == SUGGESTED or head_rate is not None:
+        rates = {"learning_rate": SUGGESTED if rate == SUGGESTED else None}
+        trainer.add_callback(CalibrationCallback(trainer, head_learning_rate=head_rate, **rates))  # pyright: ignore[reportArgumentType]
     return trainer
 
 
 def _arguments(recipe: Recipe, *, evaluates: bool) -> TrainingArguments:
     training, evaluation = recipe.training, recipe.evaluation
     in_training = evaluates and evaluation.steps is not None
-    checkpointing: dict[str, Any] = {_CHECKPOINTING: training.gradient_checkpointing}
+    options: dict[str, Any] = {_CHECKPOINTING: training.gradient_checkpointing}
+    if training.learning_rate != SUGGESTED:
+        options["learning_rate"] = training.learning_rate
     return TrainingArguments(
         output_dir=str(Path(recipe.output) / "checkpoints"),
-        learning_rate=training.learning_rate,
         num_train_epochs=training.epochs,
         max_steps=training.max_steps,
         per_device_train_batch_size=training.batch_size,
@@ -148,7 +154,7 @@ def _arguments(recipe: Recipe, *, evaluates: bool) -> TrainingArguments:
         adam_beta2=training.adam_betas[1],
         bf16=training.precision == "bf16",
         fp16=training.precision == "fp16",
-        **checkpointing,
+        **options,
         logging_steps=training.logging_steps,
         save_strategy="no" if training.save_steps is None else "steps",
         save_steps=training.save_steps or 500,
@@ -201,6 +207,7 @@ def _results(
         "eval_losses": [[e["step"], e["eval_loss"]] for e in history if "eval_loss" in e],
         "metrics": metrics,
         "labels": reader.labels and list(reader.labels.head()["id2label"].values()),
+        "learning_rate": trainer.args.learning_rate,
         "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "start": report.to_dict() if report else None,
     }

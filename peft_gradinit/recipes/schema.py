@@ -6,10 +6,11 @@ one.
 
 import dataclasses
 import difflib
+import math
 from typing import Annotated, Any, Literal
 
 from peft import LoraConfig
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
 from ..methods import METHODS
 
@@ -25,6 +26,20 @@ CLASSIFIED = ("SEQ_CLS", "IMAGE_CLS")
 
 Positive = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(ge=0)]
+
+
+def _suggested_or_positive(value: Any) -> Any:
+    """A learning rate: one fault for a union of types, of which each would be one."""
+    try:
+        positive = (
+            not isinstance(value, bool) and 0 < float(value) < math.inf
+        )  # YAML reads 3e-4 as text
+    except (TypeError, ValueError):
+        positive = False
+    if value != "suggested" and not positive:
+        raise ValueError("should be 'suggested' or a number greater than 0")
+    return value if value == "suggested" else float(value)
+
 
 METHOD_CONFIGS: dict[str, Any] = {"lora": LoraConfig} | {m.name: m for m in METHODS}
 """Config classes by the names that `method.name` takes."""
@@ -216,7 +231,14 @@ class CalibrationSection(Section):
 class TrainingSection(Section):
     """The arguments of `transformers.Trainer`; AdamW."""
 
-    learning_rate: float = Field(gt=0, description="Peak.")
+    learning_rate: Annotated[
+        float | Literal["suggested"], BeforeValidator(_suggested_or_positive)
+    ] = Field(
+        default="suggested", description="Peak; `suggested`: as `suggest_learning_rate` says."
+    )
+    head_learning_rate: float | None = Field(
+        default=None, gt=0, description="Of a new head. Default: that of the adapter."
+    )
     epochs: float = Field(default=1.0, gt=0, description="Passes over the data.")
     max_steps: int = Field(default=-1, description="Ends earlier; -1: does not.")
     batch_size: Positive = Field(default=8, description="Sequences a device and step.")

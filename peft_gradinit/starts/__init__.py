@@ -1,9 +1,10 @@
 """From a model and a config to the factors of a start; the model is not edited here."""
 
-from .allocation import without_empty
-from .base import base_fingerprint
-from .config import GradInitConfig, RankAllocation
+from .allocation import resized, without_empty
+from .base import base_fingerprint, base_hashes
+from .config import GradInitConfig
 from .experts import mean_scores
+from .options import AUTO, RankAllocation
 from .spectral import SpectralConfig
 from .start import Start, compute_start, measured, planned_targets
 from .switching import adapter_alone, adapters_disabled

@@ -18,37 +18,67 @@ def offered_rank(target: Target, config: GradInitConfig) -> int:
     """The largest rank that a target may get; the calibration measures that many triplets."""
     if not config.allocates_ranks or target.shape is None:
         return target.r
-    highest = math.ceil(config.rho * target.requested_r)
+    highest = math.ceil(config.rho * (target.requested_r or target.r))
     if config.max_rank is not None:
         highest = min(highest, config.max_rank)
     return max(target.r, min(highest, config.needs().rank_limit(target.shape)))
 
 
 def allocated(
-    targets: Mapping[str, Target], result: CalibrationResult, config: GradInitConfig
+    targets: Mapping[str, Target],
+    result: CalibrationResult,
+    config: GradInitConfig,
+    n_parameters: int,
 ) -> dict[str, Target]:
     """The targets with their budget shared out anew; rank 0 means no adapter.
 
-    Targets that could not be measured keep their rank. All experts of a parameter have the same
-    rank. It counts once in a sum of ranks, and its score is the mean of the experts' scores.
+    All experts of a parameter have the same rank. It counts once in a sum of ranks, and its score
+    is the mean of the experts' scores. Targets that could not be measured keep their rank; with
+    automatic targets they get none. `n_parameters` is the size of the model, of which a budget may
+    be a share.
     """
     if not config.allocates_ranks:
         return dict(targets)
+    scores = _scores(targets, result, config)
+    costs = _costs(targets.values(), config)
+    # What "auto+output" adds was not asked for.
+    asked = {t.adapted: min(t.r, t.requested_r) for t in targets.values() if t.shape is not None}
+    counted = asked if config.automatic else scores
+    ranks = allocate_ranks(
+        scores,
+        _budget(sum(asked[name] * costs[name] for name in counted), config, n_parameters),
+        costs=costs,
+        min_rank=config.min_rank,
+        max_rank=config.max_rank,
+    )
+    unmeasured = asked.keys() - scores.keys() if config.automatic else ()
+    reasons = _reasons(scores, ranks, costs, asked)
+    ranks |= dict.fromkeys(unmeasured, 0)
+    return {
+        n: resized(t, ranks.get(t.adapted, t.r), config, reasons.get(t.adapted, ""))
+        for n, t in targets.items()
+    }
+
+
+def resized(target: Target, r: int, config: GradInitConfig, reason: str = "") -> Target:
+    """A target with another rank, its `lora_alpha` changed as the config says, and the reason."""
+    reason = reason if r != target.requested_r else ""
+    if r == target.r:
+        return dataclasses.replace(target, reason=reason)
+    alpha = target.alpha * config.allocated_alpha(r / target.r)
+    return dataclasses.replace(target, r=r, alpha=alpha, reason=reason)
+
+
+def _scores(
+    targets: Mapping[str, Target], result: CalibrationResult, config: GradInitConfig
+) -> dict[str, Tensor]:
+    """The gain of each rank that a layer, or all experts of a parameter, may get."""
     scores: dict[str, list[Tensor]] = {}
     for name, readouts in result.readouts.items():
         energy, by = result.energy[name], config.rank_allocation
         values = config.needs().scores(readouts, energy, by)[: offered_rank(targets[name], config)]
         scores.setdefault(targets[name].adapted, []).append(values)
-    costs = _costs(targets.values(), config)
-    asked = {t.adapted: t.r for t in targets.values()}
-    ranks = allocate_ranks(
-        {name: mean_scores(of_experts) for name, of_experts in scores.items()},
-        _budget({name: asked[name] * costs[name] for name in scores}, config),
-        costs=costs,
-        min_rank=config.min_rank,
-        max_rank=config.max_rank,
-    )
-    return {n: _with_rank(t, ranks.get(t.adapted, t.r), config) for n, t in targets.items()}
+    return {name: mean_scores(of_experts) for name, of_experts in scores.items()}
 
 
 def _costs(targets: Iterable[Target], config: GradInitConfig) -> dict[str, int]:
@@ -62,9 +92,36 @@ def _costs(targets: Iterable[Target], config: GradInitConfig) -> dict[str, int]:
     return costs
 
 
-def _budget(asked: Mapping[str, int], config: GradInitConfig) -> int:
+def _budget(asked: int, config: GradInitConfig, n_parameters: int) -> int:
     """What the config asks for, or what it would use without an allocation."""
-    return sum(asked.values()) if isinstance(config.budget, str) else config.budget
+    if isinstance(config.budget, str):
+        return asked
+    return int(config.budget * n_parameters) if config.budget < 1 else int(config.budget)
+
+
+def _reasons(
+    scores: Mapping[str, Tensor],
+    ranks: Mapping[str, int],
+    costs: Mapping[str, int],
+    asked: Mapping[str, int],
+) -> dict[str, str]:
+    """Why each layer got its rank, for the report."""
+    gains = {name: values[: ranks[name]].sum().item() for name, values in scores.items()}
+    total, spent = sum(gains.values()), sum(ranks[name] * costs[name] for name in scores)
+    least = min(
+        (scores[n][r - 1].item() / costs[n] for n, r in ranks.items() if r), default=math.inf
+    )
+    reasons = {}
+    for name, r in ranks.items():
+        said = f"{asked[name]} asked for"
+        if r:
+            gained, paid = gains[name] / max(total, 1e-300), r * costs[name] / spent
+            share = f"{gained:.1%} of the gain for {paid:.1%} of the budget"
+            reasons[name] = f"r allocated, {said}: {share}"
+        else:
+            best = scores[name][0].item() / costs[name] / max(least, 1e-300)
+            reasons[name] = f"no rank, {said}: its best gains {best:.0%} of the least that was kept"
+    return reasons
 
 
 def without_empty(config: GradInitConfig, targets: Mapping[str, Target]) -> None:
@@ -83,10 +140,3 @@ def without_empty(config: GradInitConfig, targets: Mapping[str, Target]) -> None
     else:
         kept = [rf"(?:.*\.)?{re.escape(name)}" for name in sorted(old)]
     config.exclude_modules = "|".join([*kept, *(re.escape(name) for name in empty)])
-
-
-def _with_rank(target: Target, r: int, config: GradInitConfig) -> Target:
-    if r == target.r:
-        return target
-    alpha = target.alpha * config.allocated_alpha(r / target.r)
-    return dataclasses.replace(target, r=r, alpha=alpha)

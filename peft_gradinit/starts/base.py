@@ -1,9 +1,11 @@
-"""Hashes that tell which base model an adapter was made on."""
+"""The base model that an adapter was made on: hashes that tell it, and its size."""
 
 import re
 from collections.abc import Collection
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
+from peft import PeftModel
 from torch import nn
 
 from ..layouts import model_fingerprint
@@ -41,3 +43,14 @@ def base_hashes(model: nn.Module) -> dict[str, str]:
     """Hashes of all base weights, by their names in a model without adapters."""
     hashes = model_fingerprint(model, skip=_ADAPTER_PARAMETERS)
     return {name.replace(".token_adapter", ""): value for name, value in hashes.items()}
+
+
+def n_parameters(model: nn.Module) -> int:
+    """Number of parameters of the base model as PEFT counts them, without those of adapters."""
+    named = [
+        (name, parameter)
+        for name, parameter in model.named_parameters()
+        if not any(part in f".{name}" for part in _ADAPTER_PARAMETERS)
+    ]
+    base = SimpleNamespace(named_parameters=lambda: named)
+    return PeftModel.get_nb_trainable_parameters(cast("Any", base))[1]

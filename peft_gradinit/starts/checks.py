@@ -38,14 +38,21 @@ def check_failures(
     """Refuse, or warn of, targets that could not be measured; `failures` has reasons by name.
 
     Single experts get a plain start in any case, since the router decides which experts run.
+    Automatic targets that failed as a whole get no adapter.
 
     Raises:
-        CalibrationError: if a layer, or every expert of a parameter, failed and the config says so.
+        CalibrationError: if a layer, or every expert of a parameter, failed and the config says so;
+            with automatic targets, if all failed.
     """
     if not failures:
         return
     reached = {targets[name].adapted for name in targets.keys() - failures.keys()}
     whole = {n: reason for n, reason in failures.items() if targets[n].adapted not in reached}
+    if config.automatic and reached:
+        failures = {name: reason for name, reason in failures.items() if name not in whole}
+        whole = {}
+        if not failures:
+            return
     if whole and config.uncalibrated == "error":
         of_experts = any(targets[name].expert is not None for name in whole)
         raise CalibrationError(

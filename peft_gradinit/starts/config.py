@@ -24,6 +24,7 @@ from ..records import (
     write_provenance,
 )
 from ..statistics import Readouts
+from .options import AUTO, AUTO_WITH_OUTPUT, AllocationOptions
 from .target import Target
 
 _UNUSABLE_OPTIONS = {
@@ -43,17 +44,22 @@ _UNUSABLE_OPTIONS = {
 }
 
 
-RankAllocation = Literal["uniform", "explained_variance", "gradient_energy"]
-_ALLOCATIONS = ("uniform", "explained_variance", "gradient_energy")
-
-
 @dataclass
-class GradInitConfig(LoraConfig, abc.ABC):
+class GradInitConfig(AllocationOptions, LoraConfig, abc.ABC):
     """A LoRA config whose adapter starts from a calibration pass.
 
     Everything of `peft.LoraConfig` keeps its meaning. `calibration` is not a field: it is shared by
     copies, absent from `to_dict()`, comparisons and `repr`, and never reaches
     `adapter_config.json`.
+
+    `target_modules="auto"` lets the calibration choose among the layers and experts that
+    `"all-linear"` stands for. Where other options have their defaults, the choice is
+    `rank_allocation="gradient_energy"` (EVA: `"explained_variance"`) with `budget="parameters"`, the
+    numbers that `r` on `"all-linear"` would train, `rho=4` and `min_rank=0`: layers that gain least
+    for their numbers get no adapter. With `"auto+output"` the output layer, tied or not, is a
+    candidate as well. It is apart because TRL refuses adapters there since 1.16 (it reads the weight
+    itself), servers may not take them, and PEFT saves the weight beside them unless
+    `save_pretrained(…, save_embedding_layers=False)`.
 
     Args:
         calibration: the data, a `Calibration(data, …)`, a `CalibrationResult` or the path of a
@@ -72,7 +78,7 @@ class GradInitConfig(LoraConfig, abc.ABC):
             exactly; wide layers then cost no more than narrow ones, so that the number of trained
             numbers changes. `"parameters"`: as many trained numbers as without an allocation, or up
             to one rank of a layer fewer; a rank goes where it gains most for each number. A whole
-            number: so many trained numbers.
+            number: so many trained numbers. A number between 0 and 1: that share of the model's.
         rho: with an allocation, a layer can get up to `rho * r` ranks. 2, as in the EVA paper; at 1
             all ranks stay.
         min_rank: with an allocation, the least that a layer gets; at 0 it may lose its adapter.
@@ -103,16 +109,6 @@ class GradInitConfig(LoraConfig, abc.ABC):
         default="error",
         metadata={"help": "What happens to targets without a start: 'error' or plain 'lora'."},
     )
-    rank_allocation: RankAllocation = field(
-        default="uniform", metadata={"help": f"How layers share their ranks: {_ALLOCATIONS}."}
-    )
-    budget: Literal["ranks", "parameters"] | int = field(
-        default="ranks",
-        metadata={"help": "What an allocation keeps: 'ranks', 'parameters', or a number of these."},
-    )
-    rho: float = field(default=2.0, metadata={"help": "The largest rank over r."})
-    min_rank: int = field(default=1, metadata={"help": "The least rank of a layer."})
-    max_rank: int | None = field(default=None, metadata={"help": "The largest rank of a layer."})
     calibration: InitVar[Any] = None
 
     def __post_init__(self, calibration: Any) -> None:
@@ -131,7 +127,9 @@ class GradInitConfig(LoraConfig, abc.ABC):
             raise ConfigError(
                 f"{self._name}: uncalibrated must be 'error' or 'lora', got {self.uncalibrated!r}."
             )
-        _check_allocation(self)
+        if self.target_modules in (AUTO, AUTO_WITH_OUTPUT):
+            self.choose_automatically(self.target_modules, self.needs())
+        self.check_allocation(self.r, self.rank_pattern or {}, self.needs())
         for name, reason in _UNUSABLE_OPTIONS.items():
             if value := getattr(self, name, None):
                 raise ConfigError(f"{self._name} cannot be used with {name}={value!r}: {reason}.")
@@ -272,65 +270,3 @@ def _is_one_of(calibration: Any, *words: str) -> bool:
 
 def _is_like(word: str, known: str) -> bool:
     return bool(difflib.get_close_matches(word.lower(), [known], cutoff=0.7))
-
-
-def _check_allocation(config: "GradInitConfig") -> None:
-    name, allocation = type(config).__name__, config.rank_allocation
-    if allocation not in _ALLOCATIONS:
-        raise ConfigError(
-            f"{name}: rank_allocation must be one of {_ALLOCATIONS}, got {allocation!r}."
-        )
-    if not is_finite_number(config.rho) or config.rho < 1:
-        raise ConfigError(f"{name}: rho must be a number of at least 1, got {config.rho!r}.")
-    _check_limits(name, config)
-    _check_budget(name, config)
-    if allocation not in (possible := config.needs().allocations):
-        raise ConfigError(
-            f"{name} measures {config.needs().title}, which serves rank_allocation in {possible}, "
-            f"got {allocation!r}."
-        )
-    if config.allocates_ranks and config.is_deferred:
-        raise ConfigError(
-            f"{name}: pass rho=1 with calibration={DEFERRED!r}; rank_allocation={allocation!r} "
-            "decides shapes from data, which a deferred adapter does not have yet, and an optimiser "
-            "(of Trainer, of TRL) is built on shapes. To have ranks from data, calibrate first: "
-            "calibrate(model, config, data).save(path) and calibration=path, or calibration=data."
-        )
-
-
-def _check_budget(name: str, config: "GradInitConfig") -> None:
-    """Refuse a budget that is no budget, or that nothing shares out."""
-    budget = config.budget
-    if budget not in ("ranks", "parameters") and not (is_integer(budget) and budget > 0):
-        raise ConfigError(
-            f"{name}: budget must be 'ranks', 'parameters' or a number of trained numbers of at "
-            f"least 1, got {budget!r}."
-        )
-    if budget != "ranks" and config.rank_allocation == "uniform":
-        possible = config.needs().allocations[1:]
-        choice = f"set rank_allocation to one of {possible}, or " if possible else ""
-        raise ConfigError(
-            f"{name}: budget={budget!r} is for an allocation, but rank_allocation is 'uniform', "
-            f"which keeps the ranks; {choice}leave budget out."
-        )
-
-
-def _check_limits(name: str, config: "GradInitConfig") -> None:
-    """Refuse a `min_rank` or `max_rank` that contradicts the ranks asked for."""
-    highest = config.max_rank
-    if not is_integer(config.min_rank) or not 0 <= config.min_rank <= config.r:
-        raise ConfigError(
-            f"{name}: min_rank must be between 0 and r={config.r}, got {config.min_rank!r}."
-        )
-    if highest is None:
-        return
-    if not is_integer(highest) or highest < config.r:
-        raise ConfigError(
-            f"{name}: max_rank must be an integer of at least r={config.r}, got {highest!r}."
-        )
-    for pattern, r in (config.rank_pattern or {}).items():
-        if r > highest:
-            raise ConfigError(
-                f"{name}: rank_pattern[{pattern!r}] must be at most max_rank={highest}, got {r}; "
-                "raise max_rank, or lower the pattern."
-            )

@@ -16,7 +16,7 @@ from ..linalg import frobenius_of_product, rate_of_start
 from ..records import InitReport, ModuleReport, StepCheck, scaling
 from ..statistics import Fingerprint
 from .allocation import allocated, offered_rank
-from .base import base_hashes
+from .base import base_hashes, n_parameters
 from .checks import check_complete, check_failures, those_that_train
 from .config import GradInitConfig
 from .switching import adapters_disabled
@@ -95,7 +95,7 @@ def compute_start(
     result = measured(model, targets, config, calibration, runner)
     check_complete(result, config)
     check_failures(result.failures, targets, config)
-    targets = allocated(targets, result, config)
+    targets = allocated(targets, result, config, n_parameters(model))
     source = (result.fingerprint, result, result.options or calibration)
     return _start(model, targets, config, source, runner)
 
@@ -181,12 +181,10 @@ def _sizes_of(targets: Mapping[str, Target], config: GradInitConfig) -> dict[str
     }
 
 
-def _rank_note(target: Target, config: GradInitConfig) -> str:
+def _rank_note(target: Target) -> str:
     if target.r == target.requested_r:
         return ""
-    if not config.allocates_ranks:
-        return f"r lowered from {target.requested_r}"
-    return f"r allocated, {target.requested_r} asked for"
+    return target.reason or f"r lowered from {target.requested_r}"
 
 
 def _factors(
@@ -208,8 +206,9 @@ def _line(
     config: GradInitConfig,
     factors: tuple[Tensor, Tensor] | None,
 ) -> ModuleReport:
-    note, name = _rank_note(target, config), target.name
+    note, name = _rank_note(target), target.name
     if target.r == 0:
+        note = result.failures.get(name, note) if result else note
         return ModuleReport(name, "none", 0, target.requested_r, None, 0.0, note)
     if factors is None:
         kind = f"{type(target.module).__name__} has no start of this method"

@@ -20,9 +20,10 @@ class Target:
         shape: `(out, in)` of its weight in the layout of `nn.Linear`; `None` for layers that are
             not linear.
         r: rank of its adapter.
-        requested_r: rank that the config asked for.
+        requested_r: rank that the config asked for; 0 for what `"auto+output"` adds.
         alpha: its `lora_alpha`; a lowered rank lowers it as well, so that the scaling stays.
         expert: the matrix of the parameter; `None` for layers.
+        reason: why an allocation gave it its rank; empty if that is the rank asked for.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Target:
     requested_r: int
     alpha: float
     expert: ExpertWeight | None = None
+    reason: str = ""
 
     def weight(self) -> Tensor:
         """The weight in the layout of `nn.Linear`, dequantised if need be, float32 and finite."""

@@ -19,6 +19,7 @@ from ..layouts import is_offloaded
 from ..records import alpha_growth, alpha_of, patterns, rank_of
 from .config import GradInitConfig
 from .experts import expert_shape, expert_weights
+from .options import AUTO, AUTO_WITH_OUTPUT
 from .target import Target
 from .weights import LINEAR_KINDS, linear_shape
 
@@ -34,6 +35,9 @@ def with_converted_targets(config: GradInitConfig, model: nn.Module) -> GradInit
     do so for the saved adapter, which is plain LoRA, and the live one must agree.
     """
     config = copy.copy(config)
+    asked = config.target_modules
+    if asked in (AUTO, AUTO_WITH_OUTPUT):
+        config.target_modules = "all-linear"
     if config.target_modules is None:
         return config
     config.rank_pattern = dict(config.rank_pattern or {})
@@ -41,7 +45,31 @@ def with_converted_targets(config: GradInitConfig, model: nn.Module) -> GradInit
     kind, config.peft_type = config.peft_type, PeftType.LORA
     convert_peft_config_for_transformers(config, model, None)
     config.peft_type = kind
+    if asked == AUTO_WITH_OUTPUT:
+        _add_output(config, model)
     return config
+
+
+def _add_output(config: GradInitConfig, model: nn.Module) -> None:
+    """Add the output layer to `"all-linear"`, which is replaced by PEFT's names for it."""
+    recorder = _TargetRecorder(model, copy.deepcopy(config), {})
+    recorder.record()
+    all_linear: Any = recorder.peft_config[_RECORDED].target_modules
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    names = [name for name, module in model.named_modules() if module is output]
+    in_full = config.modules_to_save or ()
+    added = {
+        name
+        for name in names[:1]
+        if linear_shape(_base_of(output)) is not None and name.rpartition(".")[2] not in in_full
+    }
+    names_of_all: Any = added.union(all_linear)  # PEFT makes a set of a list
+    config.target_modules = names_of_all
+    vars(config)["added"] = frozenset(added)
+
+
+def _base_of(module: Any) -> nn.Module:
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
 def _check_parameter_options(config: GradInitConfig, names: list[str]) -> None:
@@ -131,7 +159,7 @@ def targets_of(
     `ranks` gives the rank, the rank asked for and `lora_alpha` for a weight of shape `(out, in)`.
     `can_start` says whether a layer of such a weight gets the method's start; others start plain.
     """
-    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    base = _base_of(module)
     if parameter is None:
         shape = linear_shape(base)
         shape = shape if shape and can_start(shape) else None
@@ -159,7 +187,7 @@ def _ranks(
         )
     if r != requested:
         alpha *= alpha_growth(r / requested, use_rslora=config.use_rslora)
-    return r, requested, alpha
+    return r, 0 if name in config.added else requested, alpha
 
 
 def _check_kinds(targets: Mapping[str, Target], config: GradInitConfig) -> None:

@@ -7,7 +7,13 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate import (
+    Accelerator,
+    DataLoaderConfiguration,
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    PartialState,
+)
 from peft import get_peft_model
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
@@ -23,7 +29,7 @@ from peft_gradinit import (
     PiSSAConfig,
     calibrate,
 )
-from peft_gradinit.layouts import world
+from peft_gradinit.layouts import whole, world
 from tests.helpers import pad, pico_llama, rows_of, token_batches
 
 N = 37
@@ -246,36 +252,79 @@ def a_harmful_step_is_scaled_alike():
 # The Trainer callback ------------------------------------------------------------------------------
 
 
-def by_callback():
+CALLED_BACK = {
+    "LoraGAConfig": (LoraGAConfig, {}),
+    "LoraOneConfig": (LoraOneConfig, {}),
+    "auto": (LoraGAConfig, {"target_modules": "auto"}),
+}
+
+
+def by_callback(names=tuple(CALLED_BACK), sharded=False):
     """The start that `CalibrationCallback` gives under `Trainer`, and the losses that follow."""
-    size = dist.get_world_size() if dist.is_initialized() else 1
-    values = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
     found = {}
-    for config_cls in (LoraGAConfig, LoraOneConfig):
-        model = get_peft_model(pico_llama(), config_cls(**values, calibration="deferred"))
+    for name in names:
+        config_cls, own = CALLED_BACK[name]
+        values = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"} | own
+        config = config_cls(**values, task_type="CAUSAL_LM", calibration="deferred")
+        model = get_peft_model(pico_llama(), config)
         with tempfile.TemporaryDirectory() as directory:
-            arguments = TrainingArguments(
-                directory,
-                per_device_train_batch_size=4 // size,
-                max_steps=4,
-                learning_rate=1e-2,
-                logging_steps=1,
-                report_to=[],
-                disable_tqdm=True,
-                use_cpu=True,
-                ddp_backend="gloo",
-                save_strategy="no",
-            )
-            data = [{key: value[0] for key, value in pad([row[:12]]).items()} for row in rows()]
-            trainer = Trainer(model, arguments, train_dataset=data[: 4 * (N // 4)])
-            assert trainer.args.world_size == size
-            trainer.add_callback(CalibrationCallback(trainer, estimator="dense"))
+            trainer = trainer_of(model, directory, sharded)
             trainer.add_callback(Start(found, model))
             trainer.train()
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         report = model.base_model.init_report["default"]
-        found[config_cls.__name__] = (found.pop("start"), losses, report.facts.n_sequences)
+        found[name] = (found.pop("start"), losses, report.facts.n_sequences)
     return found
+
+
+def trainer_of(model, directory, sharded=False):
+    size = dist.get_world_size() if dist.is_initialized() else 1
+    values = {
+        "per_device_train_batch_size": 4 // size,
+        "max_steps": 4,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "ddp_backend": "gloo",
+        "save_strategy": "no",
+    }
+    data = [{key: value[0] for key, value in pad([row[:12]]).items()} for row in rows()]
+    arguments = TrainingArguments(directory, **values)
+    trainer = Trainer(model, arguments, train_dataset=data[: 4 * (N // 4)])
+    assert trainer.args.world_size == size
+    if sharded:
+        shard(trainer)
+    trainer.add_callback(CalibrationCallback(trainer, estimator="dense"))
+    return trainer
+
+
+def shard(trainer):
+    """Let Accelerate shard by FSDP2, which it offers on accelerators alone."""
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+        cpu_ram_efficient_loading=False,
+    )
+    shared = {"fsdp_plugin": plugin, "distributed_type": DistributedType.FSDP}
+    type(trainer.accelerator.state)._shared_state.update(shared)
+    PartialState._shared_state.update(shared)
+    trainer.is_fsdp_enabled = True
+
+
+def by_callback_under_fsdp2():
+    """Ranks and targets from the data, before the model is sharded."""
+    return by_callback(("auto",), sharded=True)
+
+
+def loaded_on_the_first_alone():
+    """The processes but the first have weights without values, until FSDP2 sends them."""
+    config = LoraOneConfig(target_modules="auto", task_type="CAUSAL_LM", calibration="deferred")
+    model = get_peft_model(pico_llama(seed=dist.get_rank()), config)
+    with tempfile.TemporaryDirectory() as directory:
+        trainer_of(model, directory, sharded=True).train()
 
 
 class Start(TrainerCallback):
@@ -285,5 +334,5 @@ class Start(TrainerCallback):
         self.found, self.model = found, model
 
     def on_train_begin(self, *_, **__):
-        parts = self.model.named_parameters()
-        self.found["start"] = {n: p.detach().clone() for n, p in parts if p.requires_grad}
+        parts = {n: whole(p.detach()).clone() for n, p in self.model.named_parameters()}
+        self.found["start"] = {n: p for n, p in parts.items() if "lora_" in n}

@@ -105,3 +105,25 @@ def test_the_callback_gives_the_start_and_the_losses_of_one_process():
         for parameter, want in start.items():
             assert torch.equal(one[name][0][parameter], other[name][0][parameter])
             assert relative_error(one[name][0][parameter], want) <= 1e-3, parameter
+
+
+@pytest.mark.slow
+def test_ranks_and_targets_from_data_come_before_fsdp2_shards():
+    (reference,) = values("by_callback", 1)
+    start, losses, n_sequences = reference["auto"]
+    for found in values("by_callback_under_fsdp2"):
+        got, losses_there, n_there = found["auto"]
+        assert n_there == n_sequences
+        assert got.keys() == start.keys()
+        for parameter, want in start.items():
+            assert got[parameter].shape == want.shape, parameter
+            assert relative_error(got[parameter], want) <= 1e-3, parameter
+        assert losses_there == pytest.approx(losses, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_model_that_only_one_process_has_loaded_is_refused_before_fsdp2_shards_it():
+    for kind, text in launch(plain.__name__, "loaded_on_the_first_alone"):
+        assert kind == "error"
+        assert "processes have other weights (" in text
+        assert "calibrate first" in text

@@ -112,7 +112,7 @@ def test_all_faults_are_shown_at_once_with_the_nearest_key(tmp_path):
         "trainig: no such key, did you mean 'training'?",
         "data.max_lenght: no such key, did you mean 'max_length'?",
         "has no option 'stable_gama', did you mean 'stable_gamma'?",
-        "training.learning_rate: Input should be greater than 0 (got -1)",
+        "training.learning_rate: should be 'suggested' or a number greater than 0 (got -1)",
         "model.dtype: Input should be 'auto'",
         "calibration.max_tokns: no such key, did you mean 'max_tokens'?",
         "'nonsense' is not of the form section.key=value",

@@ -12,15 +12,17 @@ import pytest
 import sklearn.metrics
 import torch
 import yaml
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from transformers import T5Config, T5ForConditionalGeneration
 
+from peft_gradinit import suggest_learning_rate
 from peft_gradinit.errors import ConfigError, DataError, OutputError
 from peft_gradinit.recipes import ModelSection, finetune, load_model, load_recipe
 from peft_gradinit.recipes.embedded import pico_tokenizer
 from peft_gradinit.recipes.evaluation import _generated
 from peft_gradinit.recipes.metrics import compute
+from peft_gradinit.records import InitReport
 from tests.recipes.images import save_vit
 
 ROOT = Path(__file__).parent.parent.parent
@@ -60,6 +62,36 @@ def test_every_offline_recipe_runs(path, tmp_path):
     assert results["start"] is None or results["start"]["method"]
     for target in set(recipe.export.targets) - {"peft"}:
         assert (tmp_path / "out" / target).is_dir()
+
+
+def rate_of_the_start(method, tmp_path):
+    """Trained at, and suggested, where a recipe says no rate; the first logged loss."""
+    values = yaml.safe_load(PICO.read_text())
+    del values["training"]["learning_rate"]
+    values["method"] = {"name": method, "r": 4, "lora_alpha": 8}
+    path = tmp_path / f"{method}.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return run(path, tmp_path / method)
+
+
+def test_a_recipe_without_a_rate_takes_the_suggested_one(tmp_path):
+    ours, lora = rate_of_the_start("lora_one", tmp_path), rate_of_the_start("lora", tmp_path)
+    report = InitReport.from_dict(ours["start"])
+    assert ours["learning_rate"] == report.learning_rate.suggested
+    config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
+    plain = get_peft_model(load_model(ModelSection(name="embedded:pico-llama")), config)
+    assert lora["learning_rate"] == suggest_learning_rate(plain).suggested
+
+
+@pytest.mark.parametrize("rate", ["best", "0", "-1", "true", ".inf", "[1]"])
+def test_a_rate_that_is_none_is_refused(rate):
+    with pytest.raises(ConfigError, match=r"training\.learning_rate: .*'suggested' or a number"):
+        load_recipe(PICO, [f"training.learning_rate={rate}"])
+
+
+@pytest.mark.parametrize(("rate", "read"), [("3e-4", 3e-4), ("0.1", 0.1), ("suggested",) * 2])
+def test_rates_are_read_as_yaml_writes_them(rate, read):
+    assert load_recipe(PICO, [f"training.learning_rate={rate}"]).training.learning_rate == read
 
 
 def test_the_adapter_is_the_one_that_was_evaluated(tmp_path):

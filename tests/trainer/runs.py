@@ -88,7 +88,7 @@ def trainer_of(
 def calibrated_run(trainer, **options):
     """Train with the callback; returns what the adapter was when training began."""
     recorder = Recorder()
-    trainer.add_callback(CalibrationCallback(trainer, **options))
+    trainer.add_callback(CalibrationCallback(trainer, log=False, **options))
     trainer.add_callback(recorder)
     trainer.train()
     return recorder
@@ -104,11 +104,12 @@ def uncalibrated_run(trainer, start):
 
 
 def logs_of(trainer):
-    """Everything logged, except times."""
+    """Everything logged, except times and the report on the start."""
     timed = ("runtime", "per_second", "step_time", "flos")
     return [
         {k: v for k, v in log.items() if not any(part in k for part in timed)}
         for log in trainer.state.log_history
+        if not any(key.startswith("calibration/") for key in log)
     ]
 
 

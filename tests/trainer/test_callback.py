@@ -11,10 +11,7 @@ from transformers import Trainer, TrainerCallback
 
 from peft_gradinit import (
     CalibrationCallback,
-    EvaConfig,
-    LoraGAConfig,
     SVFitConfig,
-    calibrate,
     initialize,
 )
 from peft_gradinit.errors import ConfigError, NotInitializedError
@@ -30,7 +27,6 @@ from tests.helpers import (
     quiet,
     relative_error,
     same_factors,
-    token_batches,
 )
 from tests.trainer.runs import ROWS, arguments, trainer_of
 
@@ -221,8 +217,8 @@ def test_adapters_inside_of_another_model_are_found(tmp_path):
 
 
 def test_nothing_to_start_is_said_once(tmp_path):
-    for model in (adapted(pico_llama()), svfit()):
-        trainer = trainer_of(tmp_path, model=model, cls=Trainer)
+    for model, rate in ((adapted(pico_llama()), 1e-2), (svfit(), 1e-1)):
+        trainer = trainer_of(tmp_path, model=model, cls=Trainer, learning_rate=rate)
         trainer.add_callback(CalibrationCallback(trainer))
         with pytest.warns(UserWarning, match="every adapter has its start already"):
             trainer.train()
@@ -265,7 +261,9 @@ def test_resumed_run_is_not_calibrated(tmp_path, monkeypatch):
     trainer.train()
     resumed = trainer_of(tmp_path / "resumed", **options)
     resumed.add_callback(CalibrationCallback(resumed))
-    monkeypatch.setattr("peft_gradinit.trainer.initialize", lambda *_: pytest.fail("calibrated"))
+    monkeypatch.setattr(
+        "peft_gradinit.trainer.callback.initialize", lambda *_: pytest.fail("calibrated")
+    )
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert torch.equal(logits(resumed.model), logits(trainer.model))
 
@@ -288,35 +286,6 @@ def test_progress_follows_the_trainer(tmp_path, capsys):
     assert "calibration" not in capsys.readouterr().err
     begin(trainer_of(tmp_path, disable_tqdm=False))
     assert "calibration: 100%" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"rank_allocation": "gradient_energy"},
-        {"rank_allocation": "explained_variance", "rho": 1.5},
-    ],
-)
-def test_shapes_that_depend_on_data_are_refused_before_there_is_an_optimiser(options):
-    with pytest.raises(
-        ConfigError, match=r"pass rho=1 .*optimiser .of Trainer, of TRL. is built on shapes"
-    ):
-        LoraGAConfig(calibration="deferred", target_modules="all-linear", **options)
-
-
-def test_eva_by_default_says_what_to_do_for_a_trainer(tmp_path):
-    values = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-    with pytest.raises(ConfigError, match=r"pass rho=1.*save\(path\) and calibration=path"):
-        EvaConfig(calibration="deferred", **values)
-    # What the message says works.
-    path = calibrate(pico_llama(), EvaConfig(**values), quiet(token_batches())).save(tmp_path / "c")
-    by_path = get_peft_model(pico_llama(), EvaConfig(calibration=path, **values))
-    trainer_of(tmp_path, model=by_path, cls=Trainer).train()
-    for keep in ({"rank_allocation": "uniform"}, {"rho": 1.0}):
-        model = get_peft_model(pico_llama(), EvaConfig(calibration="deferred", **values, **keep))
-        started_model = begin(trainer_of(tmp_path, model=model, cls=Trainer))
-        ranks = started_model.base_model.init_report["default"].modules
-        assert {m.r for m in ranks} == {4}
 
 
 def test_a_report_tells_what_was_read(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from peft_gradinit import Calibration, EvaConfig, LoraGAConfig
+from peft_gradinit import Calibration, LoraGAConfig
 from peft_gradinit.errors import ConfigError
 from tests.helpers import (
     adapted,
@@ -69,9 +69,3 @@ def test_a_misspelt_deferred_gets_the_word(word):
 def test_activated_lora_is_refused():
     with pytest.raises(ConfigError, match="start would be of all tokens, not of the activated"):
         lora_ga(alora_invocation_tokens=[1, 2])
-
-
-def test_eva_says_first_how_it_is_deferred():
-    with pytest.raises(ConfigError, match=r"^EvaConfig: pass rho=1 with calibration='deferred'"):
-        EvaConfig(calibration="deferred")
-    assert EvaConfig(calibration="deferred", rho=1).is_deferred

@@ -8,7 +8,7 @@ import copy
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -49,6 +49,7 @@ from .checks import checked_step, drift
 from .combining import combined_config, highest_rank
 from .deferred import defer, deferred_adapters, mark_started
 from .pairs import adapted_layers, pairs, stacked
+from .reshaping import differences, note_shapes, reshaped, targets_in_file
 from .saving import check_savable, live_entries, plain_entries
 
 if TYPE_CHECKING:
@@ -118,7 +119,7 @@ class GradInitModel(WithReports, RecordedSaves, OffloadedBase, LoraModel):
         # The user's config gets the changes that PEFT makes to any config, and no others.
         by_peft = {name: v for name, v in vars(injected).items() if v is not before.get(name)}
         vars(config).update(vars(converted) | by_peft)
-        record.resolved = _differences(injected, config)
+        record.resolved = differences(injected, config)
         record.ranks = {t.adapted: t.r for t in targets.values() if t.r}
         keep_record(model, adapter_name, record)
         attach_record(config, record)
@@ -153,6 +154,24 @@ class GradInitModel(WithReports, RecordedSaves, OffloadedBase, LoraModel):
 
     def fill(self, adapter_name: str, start: Start) -> InitReport:
         """Write a start into an injected adapter; the report is also kept in `init_report`."""
+        record, model = self._record(adapter_name), self.model
+        waiting = deferred_adapters(model)
+        copies = [n for n, r in records_of(model).items() if r.copy_of == adapter_name]
+        copies = [name for name in copies if name in waiting]
+        names = (adapter_name, *copies)
+        with ExitStack() as stack:
+            shapes = [reshaped(model, name, start.targets) for name in names]
+            changed = [stack.enter_context(shape) for shape in shapes]
+            record.report = self._filled(adapter_name, start)
+        for name in (name for name, new in zip(names, changed, strict=True) if new):
+            note_shapes(self._record(name), self._config(name), start.targets)
+        record.fingerprint = start.fingerprint
+        for name in copies:
+            self._copy(adapter_name, name)
+        return record.report
+
+    def _filled(self, adapter_name: str, start: Start) -> InitReport:
+        """Write a start and measure what it does; after a failure the adapter waits again."""
         config, model, step = self._config(adapter_name), self.model, None
         write = partial(self._write, adapter_name, start)
         try:
@@ -166,14 +185,7 @@ class GradInitModel(WithReports, RecordedSaves, OffloadedBase, LoraModel):
                     mark_started(layer, adapter_name)
                     defer(layer, adapter_name)
             raise
-        report = start.report(config.method, moved, step)
-        record = self._record(adapter_name)
-        record.fingerprint, record.report = start.fingerprint, report
-        waiting = deferred_adapters(model)
-        for name, other in records_of(model).items():
-            if other.copy_of == adapter_name and name in waiting:
-                self._copy(adapter_name, name)
-        return report
+        return start.report(config.method, moved, step)
 
     def _prepare_layers(self, targets: Mapping[str, Target], adapter_name: str) -> None:
         """Anchor the layers if the method does so, and defer them until they have their start."""
@@ -293,9 +305,22 @@ class GradInitModel(WithReports, RecordedSaves, OffloadedBase, LoraModel):
         return super()._remove_adapter_name_from_key(key, adapter_name)
 
     @classmethod
+    def _take_shapes(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> None:
+        """Give a deferred adapter whose ranks come from data those of a file that is loaded."""
+        if not config.allocates_ranks or adapter_name not in deferred_adapters(model):
+            return
+        targets = targets_in_file(model, adapter_name, config, state_dict)
+        with reshaped(model, adapter_name, targets) as changed:
+            if changed:
+                note_shapes(records_of(model)[adapter_name], config, targets)
+
+    @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
+        cls._take_shapes(model, config, adapter_name, state_dict)
         if config.anchored:
             state_dict = live_entries(model, adapter_name, state_dict)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
@@ -315,10 +340,3 @@ def _as_saved(config: Any) -> Any:
     if not isinstance(config, GradInitConfig):
         return config
     return config.saved_config(attached_record(config))
-
-
-def _differences(injected: GradInitConfig, config: GradInitConfig) -> dict[str, Any]:
-    """The options of an injection with other values than in the user's config."""
-    names = ("exclude_modules", "target_parameters", "rank_pattern", "alpha_pattern")
-    values = {name: getattr(injected, name) for name in names}
-    return {name: value for name, value in values.items() if value != getattr(config, name)}

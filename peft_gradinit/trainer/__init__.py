@@ -1,0 +1,3 @@
+"""The callback that starts deferred adapters in `transformers.Trainer` and its subclasses."""
+
+from .callback import SUGGESTED, CalibrationCallback

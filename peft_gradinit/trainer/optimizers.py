@@ -1,0 +1,146 @@
+"""What the callback does to the trainer's optimiser: act before it is made, and set rates."""
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import nn
+
+from ..errors import ConfigError, warn
+from ..layouts import agreed, processes
+from ..records import LearningRate
+from ..starts import base_hashes
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+    from transformers import Trainer
+
+_FAR = 2.0
+"""A rate this many times outside of the suggested range is warned of."""
+
+
+def before_optimizer(
+    trainer: "Trainer", act: Callable[[], None], adjust: Callable[["Optimizer"], None]
+) -> None:
+    """Call `act` before the trainer makes its optimiser, and `adjust` with a new one."""
+    create: Any = trainer.create_optimizer
+
+    @functools.wraps(create)
+    def create_optimizer(*args: Any, **kwargs: Any) -> Any:
+        is_new = trainer.optimizer is None
+        act()
+        optimizer = create(*args, **kwargs)
+        if is_new:
+            adjust(optimizer)
+        return optimizer
+
+    trainer.create_optimizer = create_optimizer
+
+
+def has_made_optimizer(trainer: "Trainer") -> bool:
+    """Whether the user gave the trainer an optimiser."""
+    return trainer.optimizer is not None
+
+
+def is_supervised(trainer: "Trainer") -> bool:
+    """Whether the loss is one for which rates are suggested: TRL's others need far lower ones."""
+    of_trl = {kind.__name__ for kind in type(trainer).__mro__ if kind.__module__.startswith("trl.")}
+    return not of_trl or "SFTTrainer" in of_trl
+
+
+def shards_before_optimizer(trainer: "Trainer") -> str | None:
+    """Name of what shards the model before the trainer makes its optimiser; `None` if nothing."""
+    if trainer.is_deepspeed_enabled:
+        return "DeepSpeed"
+    plugin: Any = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
+    if plugin is not None and getattr(plugin, "fsdp_version", 1) != 2:
+        return "FSDP1"
+    return None
+
+
+@contextmanager
+def whole_on_device(trainer: "Trainer", model: nn.Module) -> Iterator[None]:
+    """Let a model that FSDP2 is to shard run before that: on the device of the batches.
+
+    Raises:
+        ConfigError: if not every process has the weights, as with `cpu_ram_efficient_loading`.
+    """
+    if not trainer.is_fsdp_enabled:
+        yield
+        return
+    with agreed(model), processes(model) as world:
+        hashes = world.gather(base_hashes(model))
+        differing = sorted(
+            n for n, value in hashes[0].items() if any(h[n] != value for h in hashes)
+        )
+        if differing:
+            raise ConfigError(
+                f"processes have other weights ({differing[0]}, …) before FSDP2 shards the model, "
+                "as with cpu_ram_efficient_loading, so it cannot run there; load it whole on every "
+                "process, or calibrate first (calibrate(model, config, data).save(path), then "
+                "calibration=path in the config)."
+            )
+    device = next(model.parameters()).device
+    model.to(trainer.accelerator.device)
+    try:
+        yield
+    finally:
+        model.to(device)
+
+
+def rescale_rates(trainer: "Trainer", rate: float) -> None:
+    """Set the rate of an optimiser and a schedule that were made with another one.
+
+    The first group has the rate itself; the ratios of the others to it stay.
+    """
+    optimizer: Any = trainer.optimizer
+    trainer.args.learning_rate = rate
+    factor = rate / optimizer.param_groups[0]["initial_lr"]
+    if math.isclose(factor, 1.0):
+        return
+    for group in optimizer.param_groups:
+        group["lr"] = group["lr"] * factor
+        group["initial_lr"] = group["initial_lr"] * factor
+    schedule: Any = trainer.lr_scheduler
+    schedule = getattr(schedule, "scheduler", schedule)  # inside Accelerate's wrapper
+    schedule.base_lrs = [base * factor for base in schedule.base_lrs]
+    schedule._last_lr = [group["lr"] for group in optimizer.param_groups]
+
+
+def give_heads_a_rate(optimizer: "Optimizer", model: nn.Module, rate: float) -> None:
+    """Move the modules that are trained in full into groups of their own, with this rate.
+
+    Raises:
+        ConfigError: if there are none.
+    """
+    wrappers = [m for m in model.modules() if isinstance(m, AuxiliaryTrainingWrapper)]
+    heads = {id(p) for wrapper in wrappers for p in wrapper.parameters() if p.requires_grad}
+    moved = []
+    for group in optimizer.param_groups:
+        if of_heads := [p for p in group["params"] if id(p) in heads]:
+            group["params"] = [p for p in group["params"] if id(p) not in heads]
+            moved.append({**group, "params": of_heads, "lr": rate})
+    if not moved:
+        raise ConfigError(
+            f"head_learning_rate={rate} is for modules that are trained in full, but the optimiser "
+            "has none; name them in modules_to_save, or leave head_learning_rate out."
+        )
+    for group in moved:
+        optimizer.add_param_group(group)
+
+
+def check_rate(trainer: "Trainer", suggested: LearningRate) -> None:
+    """Warn of a rate far outside of the suggested range, for Adam and its kin."""
+    rate = trainer.args.learning_rate
+    kind = type(getattr(trainer.optimizer, "optimizer", trainer.optimizer)).__name__
+    near = suggested.low / _FAR <= rate <= suggested.high * _FAR
+    if near or not rate or "adam" not in kind.lower() or not is_supervised(trainer):
+        return
+    warn(
+        f"the learning rate {rate:.1e} is far from the one suggested for this adapter, {suggested}; "
+        "train at it with CalibrationCallback(trainer, learning_rate='suggested'), or set "
+        "learning_rate in the arguments."
+    )

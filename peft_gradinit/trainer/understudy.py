@@ -1,0 +1,148 @@
+"""The understudy that runs the pass instead of the trainer, and leaves no trace in it.
+
+An object of the trainer's class that shares its model and data and has copies of its counters and
+containers.
+"""
+
+import copy
+import sys
+import types
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from torch.utils.data import IterableDataset
+from transformers import TrainerControl, TrainerState
+
+from ..calibration import left_as_found, unsharded
+from ..errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+
+class TrainingBatches:
+    """The batches that the trainer gives to its loss.
+
+    Attributes:
+        loader: a new data loader, whose generators the pass puts back.
+    """
+
+    def __init__(self, understudy: Any) -> None:
+        self._understudy = understudy
+        loader = understudy.get_train_dataloader()
+        # Accelerate repeats samples to give all processes equally many. So the pass shares the data
+        # out itself, except generated ones, which stay with their process.
+        is_split = understudy.args.world_size > 1 and not is_online(understudy)
+        self.loader = unsharded(loader) if is_split else loader
+
+    def __iter__(self) -> Iterator[Any]:
+        understudy = self._understudy
+        for batch in self.loader:
+            yield understudy._prepare_inputs(batch)
+            # Online trainers generate data for several steps at once and choose those of a step by
+            # this counter, which only `training_step` advances.
+            if is_online(understudy):
+                understudy._step += 1
+
+
+def is_online(trainer: Any) -> bool:
+    """Whether a trainer is one of TRL's that generate their data during training: GRPO, RLOO, …."""
+    return hasattr(trainer, "_buffered_inputs") and hasattr(trainer, "_step")
+
+
+def understudy_of(trainer: "Trainer") -> Any:
+    """A copy of the trainer for the pass, which can change its own attributes freely.
+
+    Model, accelerator and data are shared, but a data set that can be read only once is copied.
+    """
+    understudy = object.__new__(type(trainer))
+    copies: dict[int, Any] = {id(trainer): understudy}
+    shared = ("train_dataset", "eval_dataset")
+    for name, value in vars(trainer).items():
+        vars(understudy)[name] = value if name in shared else _copied(value, copies)
+    understudy.train_dataset = _rereadable(trainer.train_dataset)
+    # Some collators make a generator when they are first used.
+    understudy.data_collator = copy.copy(understudy.data_collator)
+    understudy.current_gradient_accumulation_steps = 1
+    understudy.args = args = copy.copy(trainer.args)
+    args.report_to = []
+    # Losses that switch checkpointing off for a reference switch it on again with these options.
+    for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
+        if hasattr(args, name):
+            vars(args)[name] = {**(getattr(args, name) or {}), "use_reentrant": False}
+    understudy.callback_handler = copy.copy(trainer.callback_handler)
+    understudy.callback_handler.callbacks = []
+    return understudy
+
+
+def _copied(value: Any, copies: dict[int, Any]) -> Any:
+    """Copy containers, records and bound methods recursively; share everything else.
+
+    `copies` has every copy by the id of its original, which keeps identities and ends cycles.
+    """
+    if id(value) in copies:
+        return copies[id(value)]
+    if isinstance(value, types.MethodType):
+        owner = copies.get(id(value.__self__))
+        return value if owner is None else types.MethodType(value.__func__, owner)
+    if not isinstance(value, TrainerState | TrainerControl | dict | list | deque | set):
+        return value
+    duplicate: Any = copy.copy(value)
+    copies[id(value)] = duplicate
+    if isinstance(value, list | deque):
+        for i, item in enumerate(value):
+            duplicate[i] = _copied(item, copies)
+    elif not isinstance(value, set):
+        entries = duplicate if isinstance(value, dict) else vars(duplicate)
+        entries.update({key: _copied(item, copies) for key, item in entries.items()})
+    return duplicate
+
+
+def _rereadable(dataset: Any) -> Any:
+    """The data set, or a copy of it if reading it would take samples away from training."""
+    # `datasets` is slow to import, and is imported already if its data sets are used.
+    rereadable = getattr(sys.modules.get("datasets"), "IterableDataset", ())
+    if not isinstance(dataset, IterableDataset) or isinstance(dataset, rereadable):
+        return dataset
+    try:
+        return copy.deepcopy(dataset)
+    except Exception as error:
+        raise DataError(
+            f"the training data ({type(dataset).__name__}) are a stream that cannot be copied "
+            f"({error}), so the calibration would take samples away from training; open the stream "
+            "in __iter__, or calibrate first: calibrate(model, config, data).save(path), then "
+            "calibration=path in the config."
+        ) from error
+
+
+@contextmanager
+def as_in_training(model: nn.Module, seed: int) -> Iterator[None]:
+    """Put the model and the random state back at the end, and let losses see a model in training.
+
+    The modules are in eval mode, without dropout. Only the outermost one is in training mode, since
+    losses ask it whether to evaluate, and may compute another loss then. Losses with a reference
+    switch adapters, and PEFT changes `requires_grad` of parameters with that.
+    """
+    trainable = [(p, p.requires_grad) for p in model.parameters()]
+    with left_as_found(model, None, seed):
+        model.training = True
+        try:
+            yield
+        finally:
+            for parameter, requires_grad in trainable:
+                parameter.requires_grad = requires_grad
+
+
+@contextmanager
+def bookkeeping(accelerator: Any) -> Iterator[None]:
+    """Make the accelerator forget the data loader of the pass, which may not be read to its end."""
+    loaders, gradients = list(accelerator._dataloaders), accelerator.gradient_state
+    references = gradients.dataloader_references
+    try:
+        yield
+    finally:
+        accelerator._dataloaders[:] = loaders
+        gradients.dataloader_references = references
