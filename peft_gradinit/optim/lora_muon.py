@@ -14,11 +14,11 @@ count, and neither does how the product is split into factors.
 | `dB = -(eta / 2) msign(m_B R_A) R_A`, `dA` likewise | `lora_muon_directions` |
 | decay split over the factors, `s = (1 - lambda eta)^(1/2)`, `f <- s f + df / s` | `split_decay` |
 
-**Departures from the paper**, whose authors have published no code.
+**Departures from the paper**; no code of the authors was found.
 
 1. `eta` is the step of the weight in its natural norm, from root mean square to root mean square:
    the spectral norm of a half is `eta / 2 * (out / in)^(1/2)`, and the factor `s = alpha / r` that PEFT
-   multiplies the product by is divided out. The paper has neither factor. One rate then serves all
+   multiplies the product by is divided out. The paper's update has neither factor. One rate then serves all
    shapes, ranks and `lora_alpha`.
 2. Nesterov's look-ahead on the moment, as in Muon (`nesterov=False` is the paper's formula).
 3. Dampening: `1e-4` of the largest eigenvalue is added to the Gram matrices. It bounds the step of a
@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 from .base import Common, PairOptimizer, check_fraction
 from .stacks import Layout, Stack
-from .whitening import gram_power, polar
+from .whitening import gram_power
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -132,7 +132,7 @@ def lora_muon_directions(
         of a factor that is zero.
     """
     RA, RB = gram_power(A.mT, -0.5, dampening), gram_power(B, -0.5, dampening)
-    return (_one_side(mA.mT, RB)).mT, _one_side(mB, RA)
+    return _one_side(mA.mT, RB).mT, _one_side(mB, RA)
 
 
 def split_decay(factor: Tensor, direction: Tensor, rate: float, decay: float) -> Tensor:
@@ -142,5 +142,6 @@ def split_decay(factor: Tensor, direction: Tensor, rate: float, decay: float) ->
 
 
 def _one_side(moment: Tensor, root: Tensor) -> Tensor:
-    """`msign(m R) R`."""
-    return polar(moment @ root) @ root
+    """`msign(m R) R`, with the small products first."""
+    whitened = moment @ root
+    return whitened @ (gram_power(whitened, -0.5) @ root)

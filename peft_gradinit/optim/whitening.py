@@ -1,4 +1,4 @@
-"""What the optimisers' formulas share: powers of Gram matrices, polar factors, Adam's direction.
+"""What the optimisers' formulas share: powers of Gram matrices and Adam's direction.
 
 Everything is batched over a leading dimension, and finite for factors that are zero, of lower rank
 than they have columns, or so large or small that their Gram matrix is not a float32 number.
@@ -18,6 +18,9 @@ _ROUNDING = 8
 def gram_power(tall: Tall, exponent: float, dampening: float = 0.0) -> Square:
     """`(X^T X + dampening * lambda_1 I)^exponent` for a negative exponent; zero for `X = 0`.
 
+    With -1/2 and no dampening, `X gram_power(X)` is the matrix sign `U V^T` of `X = U S V^T`, without the
+    directions that `X` does not have.
+
     Args:
         tall: `X`; a factor `A` is passed as `A^T`.
         exponent: -1/2 or -1.
@@ -29,7 +32,8 @@ def gram_power(tall: Tall, exponent: float, dampening: float = 0.0) -> Square:
     """
     # So that the power is finite: below this, a matrix is zero.
     smallest = torch.finfo(tall.dtype).tiny ** (0.4 / abs(exponent))
-    scale = torch.linalg.vector_norm(tall, float("inf"), dim=(-2, -1), keepdim=True)
+    entries = (-2, -1)  # the largest in size, without a copy of all
+    scale = torch.maximum(tall.amax(entries, keepdim=True), -tall.amin(entries, keepdim=True))
     bounded = scale.clamp_min(smallest)
     unit = tall / bounded
     scaled = power(unit.mT @ unit, exponent, dampening) * bounded ** (2 * exponent)
@@ -49,11 +53,6 @@ def power(matrix: Square, exponent: float, dampening: float = 0.0) -> Square:
     powers = damped.clamp_min(torch.finfo(matrix.dtype).tiny) ** exponent
     powers = powers.where(largest > 0, torch.zeros_like(powers))
     return (vectors * powers[..., None, :]) @ vectors.mT
-
-
-def polar(tall: Tall) -> Tall:
-    """`U V^T` of `X = U S V^T`: the matrix sign. Directions that `X` does not have stay zero."""
-    return tall @ gram_power(tall, -0.5)
 
 
 def adam_direction(
