@@ -28,6 +28,7 @@ Steps = Callable[[nn.Module, float, float], torch.optim.Optimizer]
 LORAPLUS_RATIO = 16.0
 """The ratio that the LoRA+ paper recommends (https://arxiv.org/abs/2402.12354)."""
 BY_GRADIENT = {"rank_allocation": "gradient_energy", "rho": 4.0}
+EQUAL_NUMBERS = {**BY_GRADIENT, "budget": "parameters", "use_rslora": False}
 
 
 def adamw(model: nn.Module, lr: float, head_lr: float) -> torch.optim.Optimizer:
@@ -96,6 +97,38 @@ def calibrated(config: type[PeftConfig], **options: Any) -> Start:
         return get_peft_model(model, config(**_adapter(task, **options), calibration=calibration))
 
     return start
+
+
+def automatic(config: type[PeftConfig], word: str) -> Start:
+    """One of our types whose layers the calibration chooses, among those of the task."""
+
+    def start(model: PreTrainedModel, task: Task, batches: list[Rows]) -> nn.Module:
+        options: dict[str, Any] = {**EQUAL_NUMBERS, "min_rank": 0}
+        if task.adapter["target_modules"] == "all-linear":
+            options["target_modules"] = word
+        return calibrated(config, **options)(model, task, batches)
+
+    return start
+
+
+def with_output(model: PreTrainedModel, task: Task, batches: list[Rows]) -> nn.Module:
+    """PEFT's LoRA with a rank less, whose numbers go to the output layer; tied layers stay tied."""
+    r, alpha = task.settings.adapter["r"], task.settings.adapter["lora_alpha"]
+    head = model.get_output_embeddings()
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    names = [n for n, m in layers.items() if m is not head]
+    freed = sum(sum(layers[n].weight.shape) for n in names)
+    own = max(1, freed // sum(head.weight.shape))
+    options = {
+        "target_modules": [*names, "lm_head"],
+        "r": r - 1,
+        "lora_alpha": alpha * (r - 1) / r,
+        "rank_pattern": {"lm_head": own},
+        "alpha_pattern": {"lm_head": alpha * own / r},
+    }
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
+        return plain(use_rslora=False, **options)(model, task, batches)
 
 
 def svfit(**options: Any) -> Start:
@@ -173,6 +206,7 @@ class Method:
         reads_data: calibration batches count as steps.
         ours: one of this package's types.
         suggests: the package suggests a learning rate for it; of ours, where the optimiser is AdamW.
+        has_output: adapts the output layer, which language models alone have.
     """
 
     title: str
@@ -182,11 +216,15 @@ class Method:
     reads_data: bool = False
     ours: bool = False
     suggests: bool = False
+    has_output: bool = False
 
 
 METHODS: dict[str, Method] = {
     "full": Method("full fine-tuning", full, 1e-3),
     "lora": Method("LoRA", plain(use_rslora=False), 3.2e-3, suggests=True),
+    "lora_output": Method(
+        "LoRA with output layer", with_output, 3.2e-3, suggests=True, has_output=True
+    ),
     "rslora": Method("rsLoRA", plain(), 3.2e-3),
     "loraplus": Method("LoRA+", plain(), 1e-3, loraplus),
     "riemannian": Method("LoRA, Riemannian", plain(), 3.2e-3, riemannian),
@@ -215,6 +253,31 @@ METHODS: dict[str, Method] = {
     ),
     "lora_one": Method(
         "LoRA-One", calibrated(LoraOneConfig), 3.2e-3, reads_data=True, ours=True, suggests=True
+    ),
+    "lora_one_ranks": Method(
+        "LoRA-One, ranks by gradient",
+        calibrated(LoraOneConfig, **EQUAL_NUMBERS),
+        3.2e-3,
+        reads_data=True,
+        ours=True,
+        suggests=True,
+    ),
+    "lora_one_auto": Method(
+        "LoRA-One, `auto`",
+        automatic(LoraOneConfig, "auto"),
+        3.2e-3,
+        reads_data=True,
+        ours=True,
+        suggests=True,
+    ),
+    "lora_one_auto_output": Method(
+        "LoRA-One, `auto+output`",
+        automatic(LoraOneConfig, "auto+output"),
+        3.2e-3,
+        reads_data=True,
+        ours=True,
+        suggests=True,
+        has_output=True,
     ),
     "lora_one_riemannian": Method(
         "LoRA-One, Riemannian",

@@ -58,17 +58,19 @@ class Settings(Section):
         adapter: `r` and `lora_alpha` of all low-rank methods; scaled as rsLoRA does, save for plain
             LoRA.
         recipe: with `task: recipe`, a file of `configs/`, whose model and data are taken.
+        max_length: tokens of a sequence of `functions` and `reference`.
         n_test: held-out rows; a recipe says itself what is held out.
         n_calibration: sequences or images that starts are computed from, of the training data.
         search_seeds: how many seeds the search for the learning rate averages over.
         seeds: how many seeds the best rate is run with.
     """
 
-    task: Literal["docstrings", "topics", "digits", "recipe"]
+    task: Literal["docstrings", "topics", "digits", "functions", "reference", "recipe"]
     recipe: Path | None = None
     pretraining: Pretraining = Pretraining()
     training: Training
     adapter: dict[str, int] = Field(default_factory=lambda: {"r": 8, "lora_alpha": 16})
+    max_length: int = 96
     n_calibration: int
     n_test: int = 0
     search_seeds: int = 1

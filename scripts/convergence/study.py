@@ -23,6 +23,8 @@ from .training import Key, run, start_steps
 
 BASELINE = "lora"
 REFERENCES = (BASELINE, "full")
+WITH_OUTPUT = ("topics", "functions", "reference")
+"""Tasks whose model has an output layer."""
 SHORTER = 0.6
 """Shorter runs, calibration included, of the references and of those of our types that end near the
 baseline, with a schedule and a best rate of their own: what a user would do who is in a hurry."""
@@ -84,6 +86,8 @@ class Study:
 
     def pending(self, method: str) -> list[Key]:
         """Runs that a method needs next: the search, then seeds, the suggested rate, shorter runs."""
+        if METHODS[method].has_output and self.settings.task not in WITH_OUTPUT:
+            return []
         losses = self.search(method)
         rates = next_rates(METHODS[method].first_rate, losses)
         if rates:

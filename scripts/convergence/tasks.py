@@ -1,4 +1,4 @@
-"""Three tasks with a pretrained model and real data, nothing downloaded; and those of recipes.
+"""Tasks with a pretrained model and real data, nothing downloaded; and those of recipes.
 
 A task is a model, rows to train and test on, and rows of what the model was pretrained on, to see
 what it forgets.
@@ -9,6 +9,7 @@ import sysconfig
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from minilm_task import load_model, load_task
@@ -25,6 +26,7 @@ from transformers import (
 from peft_gradinit.recipes import Reader, load_recipe, load_rows
 from peft_gradinit.recipes import load_model as load_model_of
 from peft_gradinit.recipes.collation import collator
+from peft_gradinit.recipes.schema import DataSection, ModelSection
 
 from .pretraining import Rows, pretrained
 from .settings import Settings
@@ -141,24 +143,52 @@ def of_recipe(settings: Settings) -> Task:
     if settings.recipe is None:
         raise SystemExit("'task: recipe' needs 'recipe: FILE', one of configs/ or of your own")
     recipe = load_recipe(settings.recipe)
-    rows, held_out = load_rows(recipe.data), load_rows(recipe.data, evaluation=True)
-    reader = Reader.of(recipe.model, recipe.data, rows)
+    held_out = load_rows(recipe.data, evaluation=True)
+    task = _read(recipe.model, recipe.data, held_out, recipe.title, settings)
+    return replace(task, adapter={**task.adapter, "target_modules": recipe.method.target_modules})
 
-    def as_one_batch(rows) -> Rows:
-        return collator(reader.processor)(list(reader.encode(rows)))
+
+def functions(settings: Settings) -> Task:
+    """SmolLM2; the first sentence of a function's docstring, from its source."""
+    return _smollm2("embedded:functions", "sentence about a function", settings)
+
+
+def reference(settings: Settings) -> Task:
+    """SmolLM2; prose of the language reference."""
+    return _smollm2("embedded:reference", "prose of the language reference", settings)
+
+
+def _smollm2(path: str, title: str, settings: Settings) -> Task:
+    length = settings.max_length
+    section = DataSection(path=path, max_length=length, drop_longer=path == "embedded:functions")
+    held_out = load_rows(section.model_copy(update={"split": "test"}))
+    model = ModelSection(name="embedded:smollm2", dtype="float32")
+    task = _read(model, section, held_out, f"SmolLM2 (135 M): {title}", settings)
+    return replace(task, test=_spread(task.test, settings.n_test))
+
+
+def _read(
+    model: ModelSection, data: DataSection, held_out: Any, title: str, settings: Settings
+) -> Task:
+    """A task of a model and data as recipes describe them."""
+    rows = load_rows(data)
+    reader = Reader.of(model, data, rows)
+
+    def as_one_batch(some: Any) -> Rows:
+        return collator(reader.processor)(list(reader.encode(some)))
 
     def load() -> PreTrainedModel:
         torch.manual_seed(0)
-        return load_model_of(recipe.model, reader.labels)
+        return load_model_of(model, reader.labels)
 
     return Task(
-        title=recipe.title,
+        title=title,
         load_model=load,
         train=as_one_batch(rows),
         test=as_one_batch(held_out),
         source=None,
         settings=settings,
-        adapter={"target_modules": recipe.method.target_modules, "task_type": reader.task},
+        adapter={"target_modules": "all-linear", "task_type": reader.task},
     )
 
 
@@ -167,6 +197,8 @@ TASKS: dict[str, Callable[[Settings], Task]] = {
     "docstrings": docstrings,
     "topics": topics,
     "digits": digits,
+    "functions": functions,
+    "reference": reference,
 }
 
 
