@@ -79,12 +79,7 @@ class LoraMuon(PairOptimizer):
         check_fraction(self.title, momentum=momentum, dampening=dampening)
         options = {"momentum": momentum, "nesterov": nesterov, "dampening": dampening}
         super().__init__(model, options, **common)
-        decay = self.defaults["lr"] * common.get("weight_decay", 0.0)
-        if decay >= 1:
-            raise ConfigError(
-                f"{self.title}: lr * weight_decay must be below 1, got {decay}; a step would turn the "
-                "product around. Lower weight_decay."
-            )
+        product_decay(self.param_groups[0])
 
     def layouts(self, options: Mapping[str, Any]) -> dict[str, Layout]:  # noqa: D102
         del options
@@ -100,8 +95,23 @@ class LoraMuon(PairOptimizer):
         dA, dB = lora_muon_directions(stack.A, stack.B, *moments, dampening=options["dampening"])
         out, size = stack.B.shape[-2], stack.A.shape[-1]
         half = options["lr"] / 2 * math.sqrt(out / size) / stack.scaling
-        decay = options["lr"] * options["weight_decay"]
+        decay = product_decay(options)
         return split_decay(stack.A, dA, half, decay), split_decay(stack.B, dB, half, decay)
+
+
+def product_decay(options: Mapping[str, Any]) -> float:
+    """What a step takes from the product.
+
+    Raises:
+        ConfigError: if it is all of it or more.
+    """
+    decay = options["lr"] * options["weight_decay"]
+    if decay >= 1:
+        raise ConfigError(
+            f"{LoraMuon.title}: lr * weight_decay must be below 1, got {decay}; a step would turn the "
+            "product around. Lower weight_decay."
+        )
+    return decay
 
 
 def moving_average(moment: Tensor, gradient: Tensor, beta: float, *, nesterov: bool) -> Tensor:

@@ -68,6 +68,11 @@ def test_each_half_moves_the_weight_by_half_the_rate():
 def test_decay_beyond_the_product_is_refused():
     with pytest.raises(ConfigError, match=r"lr \* weight_decay must be below 1, got 2.0"):
         LoraMuon(toy(), lr=1.0, weight_decay=2.0)
+    model, pair = single()
+    optimizer = LoraMuon(model, lr=0.1, weight_decay=2.0)
+    optimizer.param_groups[0]["lr"] = 1.0  # a schedule may raise it
+    with pytest.raises(ConfigError, match="Lower weight_decay"):
+        steps(optimizer, pair, 1)
 
 
 def test_dampening_bounds_the_step_of_a_factor():
