@@ -81,8 +81,17 @@ def trainable_pairs(model: nn.Module, adapters: str | Sequence[str], optimizer: 
 
 
 def group_of_pairs(found: Sequence[Pair], optimizer: str, **settings: Any) -> dict[str, Any]:
-    """The group of the pairs."""
+    """The group of the pairs.
+
+    Raises:
+        ConfigError: if a pair is multiplied by zero, or cut in a way that is not served.
+    """
     for pair in found:
+        if not pair.scaling:
+            raise ConfigError(
+                f"{optimizer}: the pair of {pair.name} has a scaling of 0, so that nothing it does is "
+                "seen; pass a lora_alpha (or alpha_pattern) other than 0, or do not adapt the layer."
+            )
         for factor in (pair.A, pair.B):
             check_placed(factor, optimizer)
     return {

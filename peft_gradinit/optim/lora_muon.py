@@ -94,7 +94,7 @@ class LoraMuon(PairOptimizer):
         ]
         dA, dB = lora_muon_directions(stack.A, stack.B, *moments, dampening=options["dampening"])
         out, size = stack.B.shape[-2], stack.A.shape[-1]
-        half = options["lr"] / 2 * math.sqrt(out / size) / stack.scaling
+        half = options["lr"] / 2 * math.sqrt(out / size) / abs(stack.scaling)
         decay = product_decay(options)
         return split_decay(stack.A, dA, half, decay), split_decay(stack.B, dB, half, decay)
 

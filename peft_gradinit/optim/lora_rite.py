@@ -88,7 +88,7 @@ class LoraRite(PairOptimizer):
         self, stack: Stack, state: dict[str, Tensor], options: Mapping[str, Any]
     ) -> tuple[Tensor, Tensor]:
         betas = [corrected(beta, stack.step) for beta in options["betas"]]
-        dampening, rate = options["dampening"], options["lr"] / stack.scaling
+        dampening, rate = options["dampening"], options["lr"] / abs(stack.scaling)
         decay = options["lr"] * options["weight_decay"]
         A, B, gA = stack.A.mT, stack.B, stack.gA.mT
         mA, mB = state["exp_avg_A"].mT, state["exp_avg_B"]

@@ -100,6 +100,21 @@ def test_the_scaling_belongs_to_the_product(name):
         assert relative_error(one, two) < 1e-8
 
 
+@every_row
+def test_a_negative_scaling_is_a_negative_factor(row):
+    """The same products, with the sign in the scaling or in `B`; neither climbs."""
+    ends = []
+    for scaling in (2.0, -2.0):
+        model = toy(dtype=torch.float64)
+        for pair in pairs(model):
+            pair.layer.scaling["default"] = scaling
+            pair.B.data *= scaling / 2
+        run(model, row.make(model, dampening=EXACT))
+        ends.append(products(model))
+    for one, other in zip(*ends, strict=True):
+        assert relative_error(one, other) < 1e-8
+
+
 # Degenerate cases ----------------------------------------------------------------------------------
 
 

@@ -70,6 +70,12 @@ def test_what_is_in_no_pair_needs_a_rate():
     assert [len(g["params"]) for g in groups] == [6, 1, 4]
 
 
+def test_a_pair_that_is_multiplied_by_zero_is_an_error():
+    model = toy(alpha_pattern={"second": 0})
+    with pytest.raises(ConfigError, match="the pair of second has a scaling of 0"):
+        LoraMuon(model, lr=0.1)
+
+
 def test_a_model_without_pairs_is_an_error():
     with pytest.raises(ConfigError, match=r"of adapter_name='default' the model has none"):
         LoraMuon(nn.Linear(3, 3), lr=0.1)
