@@ -36,6 +36,7 @@ on; `mode="kpm"` the last ones, of data whose knowledge is to be kept.
 At initialisation the function is unchanged up to rounding.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -78,6 +79,7 @@ class CorDAConfig(GradInitConfig):
     method: ClassVar[str] = "CorDA"
     paper: ClassVar[str] = "2406.05223"
     start: ClassVar[str] = "parts of the weight, ordered by what the inputs need"
+    paper_values: ClassVar[Mapping[str, Any]] = {"r": 128, "lora_alpha": 128}
     anchored: ClassVar[bool] = True
     reads_weights: ClassVar[bool] = True
 

@@ -38,6 +38,7 @@ their layer's variance.
 At initialisation the function is unchanged: `B0 = 0`.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -49,7 +50,7 @@ from ..calibration import Inputs, triplets_of
 from ..errors import ConfigError
 from ..linalg import TruncatedSVD
 from ..numbers import is_finite_number
-from ..starts import GradInitConfig, RankAllocation, Target
+from ..starts import GradInitConfig, Target
 from ..statistics import Readouts
 
 
@@ -87,11 +88,13 @@ class EvaConfig(GradInitConfig):
     paper: ClassVar[str] = "2410.07170"
     start: ClassVar[str] = "principal components of the layer's inputs"
 
-    rank_allocation: RankAllocation = field(
-        default="explained_variance",
-        metadata={"help": "How layers share their ranks; 'uniform' leaves them as configured."},
-    )
-    min_rank: int = field(default=0, metadata={"help": "The least rank of a layer."})
+    usual: ClassVar[Mapping[str, Any]] = {
+        **GradInitConfig.usual,
+        "rank_allocation": "explained_variance",
+        "min_rank": 0,
+    }
+    paper_values: ClassVar[Mapping[str, Any]] = {"r": 16, "lora_alpha": 1}
+
     tau: float | None = field(
         default=None, metadata={"help": "Share of variance at which to stop reading."}
     )

@@ -38,8 +38,9 @@ At initialisation the function is unchanged up to rounding; singular values of `
 the scale of the loss does not matter.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -87,6 +88,12 @@ class LoraGAConfig(GradInitConfig):
     method: ClassVar[str] = "LoRA-GA"
     paper: ClassVar[str] = "2407.05000"
     start: ClassVar[str] = "leading singular vectors of the gradient"
+    paper_values: ClassVar[Mapping[str, Any]] = {
+        "r": 8,
+        "lora_alpha": 16,
+        "use_rslora": True,
+        "stable_gamma": 64.0,
+    }
     anchored: ClassVar[bool] = True
 
     direction: Direction = field(

@@ -25,6 +25,7 @@ rsLoRA, `s = alpha / r^(1/2)`, as the paper reads.
 The scale of the loss does not matter, as the singular values are normalised by the first.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -61,6 +62,7 @@ class LoraOneConfig(GradInitConfig):
     method: ClassVar[str] = "LoRA-One"
     paper: ClassVar[str] = "2502.01235"
     start: ClassVar[str] = "one normalised low-rank gradient step"
+    paper_values: ClassVar[Mapping[str, Any]] = {"r": 8, "lora_alpha": 16, "use_rslora": True}
     preserves_output: ClassVar[bool] = False
 
     stable_gamma: float = field(default=128.0, metadata={"help": "Inverse scale of the step."})

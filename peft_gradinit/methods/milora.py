@@ -31,8 +31,9 @@ factors are almost zero and hardly move at first.
 At initialisation the function is unchanged up to rounding. No data are read.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from jaxtyping import Float
 from torch import Tensor
@@ -59,6 +60,7 @@ class MiLoRAConfig(GradInitConfig):
     method: ClassVar[str] = "MiLoRA"
     paper: ClassVar[str] = "2406.09044"
     start: ClassVar[str] = "smallest singular triplets of the weight"
+    paper_values: ClassVar[Mapping[str, Any]] = {"r": 64, "lora_alpha": 64, "lora_dropout": 0.05}
     anchored: ClassVar[bool] = True
     reads_weights: ClassVar[bool] = True
 

@@ -27,8 +27,9 @@ With `W = Q R` the adapter starts at the first `r` columns of `Q` and the first 
 At initialisation the function is unchanged up to rounding. No data are read.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -53,6 +54,7 @@ class OLoRAConfig(GradInitConfig):
     method: ClassVar[str] = "OLoRA"
     paper: ClassVar[str] = "2406.01775"
     start: ClassVar[str] = "leading part of the weight's QR decomposition"
+    paper_values: ClassVar[Mapping[str, Any]] = {"r": 32, "lora_alpha": 16, "lora_dropout": 0.05}
     anchored: ClassVar[bool] = True
     reads_weights: ClassVar[bool] = True
 

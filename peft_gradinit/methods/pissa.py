@@ -30,6 +30,7 @@ part is taken out of the function: what is trained is the weight's own leading d
 At initialisation the function is unchanged up to rounding. No data are read.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -63,6 +64,7 @@ class PiSSAConfig(GradInitConfig):
     method: ClassVar[str] = "PiSSA"
     paper: ClassVar[str] = "2404.02948"
     start: ClassVar[str] = "leading singular triplets of the weight"
+    paper_values: ClassVar[Mapping[str, Any]] = {"r": 128, "lora_alpha": 128, "svd": "randomized"}
     anchored: ClassVar[bool] = True
     reads_weights: ClassVar[bool] = True
 

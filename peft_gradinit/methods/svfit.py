@@ -31,6 +31,7 @@ weight, the paper freezes `U_r`, `V_r` and `W_e` and trains `sigma_r` alone, fro
 """
 
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -86,6 +87,7 @@ class SVFitConfig(SpectralConfig):
     method: ClassVar[str] = "SVFit"
     paper: ClassVar[str] = "2409.05926"
     start: ClassVar[str] = "singular vectors of the weight; trains r numbers a layer"
+    paper_values: ClassVar[Mapping[str, Any]] = {"r": "full"}
 
     svd: Decomposition = field(default="exact", metadata={"help": f"How W is decomposed: {SVDS}."})
     seed: int = field(default=0, metadata={"help": "Seed of the randomised decomposition."})

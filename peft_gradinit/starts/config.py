@@ -24,7 +24,7 @@ from ..records import (
     write_provenance,
 )
 from ..statistics import Readouts
-from .options import AUTO, AUTO_WITH_OUTPUT, AllocationOptions
+from .options import AllocationOptions, PaperSettings
 from .target import Target
 
 _UNUSABLE_OPTIONS = {
@@ -45,7 +45,7 @@ _UNUSABLE_OPTIONS = {
 
 
 @dataclass
-class GradInitConfig(AllocationOptions, LoraConfig, abc.ABC):
+class GradInitConfig(PaperSettings, AllocationOptions, LoraConfig, abc.ABC):
     """A LoRA config whose adapter starts from a calibration pass.
 
     Everything of `peft.LoraConfig` keeps its meaning. `calibration` is not a field: it is shared by
@@ -53,7 +53,7 @@ class GradInitConfig(AllocationOptions, LoraConfig, abc.ABC):
     `adapter_config.json`.
 
     `target_modules="auto"` lets the calibration choose among the layers and experts that
-    `"all-linear"` stands for. Where other options have their defaults, the choice is
+    `"all-linear"` stands for. Unless you give other values, that is
     `rank_allocation="gradient_energy"` (EVA: `"explained_variance"`) with `budget="parameters"`, the
     numbers that `r` on `"all-linear"` would train, `rho=4` and `min_rank=0`: layers that gain least
     for their numbers get no adapter. With `"auto+output"` the output layer, tied or not, is a
@@ -117,6 +117,7 @@ class GradInitConfig(AllocationOptions, LoraConfig, abc.ABC):
         # Pyright takes an `InitVar` for no attribute.
         self.calibration = self._calibration(calibration)  # pyright: ignore[reportAttributeAccessIssue]
         self.peft_type = PeftType(self.name.upper())
+        self.resolve_allocation(self.target_modules, self.needs())
         self._check_numbers()
         if self.init_lora_weights is not True:
             raise ConfigError(
@@ -127,8 +128,6 @@ class GradInitConfig(AllocationOptions, LoraConfig, abc.ABC):
             raise ConfigError(
                 f"{self._name}: uncalibrated must be 'error' or 'lora', got {self.uncalibrated!r}."
             )
-        if self.target_modules in (AUTO, AUTO_WITH_OUTPUT):
-            self.choose_automatically(self.target_modules, self.needs())
         self.check_allocation(self.r, self.rank_pattern or {}, self.needs())
         for name, reason in _UNUSABLE_OPTIONS.items():
             if value := getattr(self, name, None):

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 from ..calibration import Need
 from ..errors import ConfigError
@@ -10,10 +10,29 @@ from ..numbers import is_finite_number, is_integer
 
 AUTO, AUTO_WITH_OUTPUT = "auto", "auto+output"
 """Values of `target_modules`: the calibration chooses the layers, the output layer among them."""
+ConfigT = TypeVar("ConfigT")
 RankAllocation = Literal["uniform", "explained_variance", "gradient_energy"]
 _ALLOCATIONS = ("uniform", "explained_variance", "gradient_energy")
+_UNSET: Any = None
+"""Default of options whose value depends on others; `resolve_allocation` sets them."""
+_USUAL = {"rank_allocation": "uniform", "budget": "ranks", "rho": 2.0, "min_rank": 1}
 _OF_AUTO = {"budget": "parameters", "rho": 4.0, "min_rank": 0}
-"""Values that `target_modules="auto"` gives to options that have their defaults."""
+
+
+class PaperSettings:
+    """A config that knows the options of its paper's experiments."""
+
+    paper_values: ClassVar[Mapping[str, Any]] = {}
+    """Options that the experiments have, but for data and targets."""
+
+    @classmethod
+    def as_in_paper(cls: type[ConfigT], **options: Any) -> ConfigT:
+        """The config with the options of the paper's experiments.
+
+        Args:
+            options: of the config; they win over the paper's.
+        """
+        return cls(**{**cls.paper_values, **options})  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @dataclasses.dataclass
@@ -25,43 +44,50 @@ class AllocationOptions:
     added: ClassVar[frozenset[str]] = frozenset()
     """Names of the layers that `"auto+output"` added to `"all-linear"`, once it is injected."""
 
+    usual: ClassVar[Mapping[str, Any]] = _USUAL
+    """Values of options that are not given, without automatic targets."""
+
     rank_allocation: RankAllocation = dataclasses.field(
-        default="uniform", metadata={"help": f"How layers share their ranks: {_ALLOCATIONS}."}
+        default=_UNSET, metadata={"help": f"How layers share their ranks: {_ALLOCATIONS}."}
     )
     budget: Literal["ranks", "parameters"] | int | float = dataclasses.field(
-        default="ranks",
+        default=_UNSET,
         metadata={
             "help": "What an allocation keeps: 'ranks', 'parameters', or a number of these, or a "
             "share of the model's."
         },
     )
-    rho: float = dataclasses.field(default=2.0, metadata={"help": "The largest rank over r."})
-    min_rank: int = dataclasses.field(default=1, metadata={"help": "The least rank of a layer."})
+    rho: float = dataclasses.field(default=_UNSET, metadata={"help": "The largest rank over r."})
+    min_rank: int = dataclasses.field(
+        default=_UNSET, metadata={"help": "The least rank of a layer."}
+    )
     max_rank: int | None = dataclasses.field(
         default=None, metadata={"help": "The largest rank of a layer."}
     )
 
-    def choose_automatically(self, word: str, need: Need) -> None:
-        """Note that the targets are automatic, and set what that implies.
+    def resolve_allocation(self, targets: Any, need: Need) -> None:
+        """Set the options that are not given, and note whether the targets are automatic.
 
         Args:
-            word: what the user gave as `target_modules`.
+            targets: what the user gave as `target_modules`.
             need: what the method measures.
 
         Raises:
-            ConfigError: if the method measures nothing that layers can be chosen by.
+            ConfigError: if the targets are automatic and the method measures nothing that layers
+                can be chosen by.
         """
-        if len(need.allocations) == 1:
-            raise ConfigError(
-                f"{type(self).__name__} measures {need.title}, by which no layers can be chosen; "
-                f"name them in target_modules, or 'all-linear', in place of {word!r}."
-            )
-        vars(self)["automatic"] = True
-        if self.rank_allocation == "uniform":
-            self.rank_allocation = need.allocations[-1]  # pyright: ignore[reportAttributeAccessIssue]
-        defaults = {f.name: f.default for f in dataclasses.fields(self)}
-        for name, value in _OF_AUTO.items():
-            if getattr(self, name) == defaults[name]:
+        values = dict(self.usual)
+        if targets in (AUTO, AUTO_WITH_OUTPUT):
+            if len(need.allocations) == 1:
+                raise ConfigError(
+                    f"{type(self).__name__} measures {need.title}, by which no layers can be "
+                    f"chosen; name them in target_modules, or 'all-linear', in place of "
+                    f"{targets!r}."
+                )
+            vars(self)["automatic"] = True
+            values |= {"rank_allocation": need.allocations[-1], **_OF_AUTO}
+        for name, value in values.items():
+            if getattr(self, name) is None:
                 setattr(self, name, value)
 
     def check_allocation(self, r: int, rank_pattern: Mapping[str, int], need: Need) -> None:

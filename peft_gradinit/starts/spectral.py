@@ -13,14 +13,14 @@ from ..calibration import Need, Weights
 from ..errors import ConfigError
 from ..numbers import is_integer, use_python_numbers
 from ..records import AdapterRecord, attached_record, unscaled, write_provenance
-from .options import AUTO, AUTO_WITH_OUTPUT
+from .options import AUTO, AUTO_WITH_OUTPUT, PaperSettings
 
 FULL = "full"
 _SAVE_FORMATS = ("lora", "compact")
 
 
 @dataclass
-class SpectralConfig(PeftConfig, abc.ABC):
+class SpectralConfig(PaperSettings, PeftConfig, abc.ABC):
     """An adapter that trains one number for each of `r` fixed rank-one directions of the weight.
 
     The options are described in `peft_gradinit.SVFitConfig`.

@@ -107,7 +107,7 @@ def test_the_rank_that_gains_most_for_its_numbers_comes_first():
     assert max(wanting.values()) <= min(last.values()) * 1.01
 
 
-@pytest.mark.parametrize("budget", ["numbers", 0, -3, 1.5, True, None])
+@pytest.mark.parametrize("budget", ["numbers", 0, -3, 1.5, True, 0.0, float("nan")])
 def test_a_budget_that_is_none_is_refused(budget):
     with pytest.raises(ConfigError, match="budget must be 'ranks', 'parameters', a number"):
         config_of(LoraOneConfig, budget=budget)

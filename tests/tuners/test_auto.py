@@ -129,9 +129,13 @@ def test_experts_are_candidates():
 
 
 def test_values_of_the_user_are_kept():
-    config = config_of(budget=3000, rho=3, min_rank=2, rank_allocation="explained_variance")
-    assert (config.budget, config.rho, config.min_rank) == (3000, 3, 2)
+    given = {"budget": "ranks", "rho": 2, "min_rank": 1}  # the values without automatic targets
+    config = config_of(**given, rank_allocation="explained_variance")
+    assert {name: getattr(config, name) for name in given} == given
     assert config.rank_allocation == "explained_variance"
+    usual = config_of()
+    assert (usual.budget, usual.rho, usual.min_rank) == ("parameters", 4, 0)
+    assert usual.rank_allocation == "gradient_energy"
     model = chosen(budget=3000)
     assert 3000 - 160 < n_trained(model) <= 3000
 

@@ -2,13 +2,16 @@
 
 import copy
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from peft import LoraConfig
 
 from peft_gradinit import Calibration, LoraGAConfig
 from peft_gradinit.errors import ConfigError
+from peft_gradinit.methods import METHODS
 from tests.helpers import (
     adapted,
     lora_ga,
@@ -16,6 +19,13 @@ from tests.helpers import (
     quiet,
     token_batches,
 )
+
+RECIPES = (
+    *("lora_ga/llama2_metamath", "lora_one/llama2_metamath", "eva/llama2_metamath"),
+    *("corda/llama2_metamath", "pissa/llama2_metamath", "milora/llama2_metamath"),
+    *("olora/tinyllama_alpaca", "svfit/roberta_base_cola"),
+)
+PAPERS = [Path(__file__).parents[2] / "configs" / f"{name}.yaml" for name in RECIPES]
 
 
 class Immovable:
@@ -69,3 +79,15 @@ def test_a_misspelt_deferred_gets_the_word(word):
 def test_activated_lora_is_refused():
     with pytest.raises(ConfigError, match="start would be of all tokens, not of the activated"):
         lora_ga(alora_invocation_tokens=[1, 2])
+
+
+@pytest.mark.parametrize("path", PAPERS, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_the_setting_of_a_paper_is_one_word(path):
+    """It is that of the paper's recipe; options that are given win."""
+    method = yaml.safe_load(path.read_text())["method"]
+    config_cls = next(m for m in METHODS if m.name == method["name"])
+    config = config_cls.as_in_paper()
+    given = {k: v for k, v in method.items() if k not in ("name", "options", "target_modules")}
+    for name, value in {**given, **method.get("options", {})}.items():
+        assert getattr(config, name) == value, name
+    assert config_cls.as_in_paper(r=3).r == 3
