@@ -21,6 +21,7 @@ from ..errors import ConfigError
 from ..numbers import is_finite_number
 from .adamw import adamw_step, master_of
 from .groups import check_layout, group_of_pairs, groups_of_rest, slots_of, trainable_pairs
+from .precision import exact_products
 from .stacks import (
     MASTER,
     Layout,
@@ -152,7 +153,8 @@ class PairOptimizer(torch.optim.Optimizer):
             return slot.n_experts * out * columns if whole else slot.A.numel() + slot.B.numel()
 
         for slots in stacks(pairs, self.state, size):
-            self._step_stack(slots, layouts, group)
+            with exact_products(slots[0].A.device):
+                self._step_stack(slots, layouts, group)
 
     def _step_stack(
         self, slots: list[Slot], layouts: dict[str, Layout], group: dict[str, Any]

@@ -21,7 +21,7 @@ count, and neither does how the product is split into factors.
    multiplies the product by is divided out. The paper's update has neither factor. One rate then serves all
    shapes, ranks and `lora_alpha`.
 2. Nesterov's look-ahead on the moment, as in Muon (`nesterov=False` is the paper's formula).
-3. Dampening: `1e-4` of the largest eigenvalue is added to the Gram matrices. It bounds the step of a
+3. Dampening: `1e-4` of its norm is added to each Gram matrix. It bounds the step of a
    factor when the other one is nearly of lower rank; with the paper's 0, such a step is as large as
    the inverse of the smallest singular value.
 4. While `B = 0`, `A` stands still: its gradient is zero, and no sign is made of rounding errors.
@@ -56,7 +56,7 @@ class LoraMuon(PairOptimizer):
         model: the model with the adapter.
         momentum: decay of the moments.
         nesterov: look one step ahead.
-        dampening: fraction of the largest eigenvalue added to the factors' Gram matrices.
+        dampening: fraction of the norm added to the factors' Gram matrices.
         **common: see `Common`. The decay is of the product: it shrinks by `1 - lr * weight_decay`.
 
     Raises:

@@ -17,7 +17,7 @@ by its own size afterwards, which takes most of the preconditioning away again.
    with the new one.
 2. Adam's moments are corrected for their start at zero; theirs are not, and the first step is 3.16
    times as large.
-3. The dampening is relative to the largest eigenvalue, and an option; theirs is 1e-6,
+3. The dampening is relative to the Gram matrix, and an option; theirs is 1e-6,
    whatever the factors' size.
 4. A factor that cannot be inverted is never passed over in silence: theirs falls back to the plain
    gradient, in bfloat16 always. While a factor is zero, the other one stands still.
@@ -57,7 +57,7 @@ class LoraOne(PairOptimizer):
             `"gd"` has none to load: torch refuses a full state dict under FSDP2, as it does for SGD.
         betas: decay of Adam's moments.
         eps: added to the root of Adam's second moment.
-        dampening: fraction of the largest eigenvalue added to the Gram matrices.
+        dampening: fraction of the norm added to the Gram matrices.
         **common: see `Common`. Both factors shrink by `1 - lr * weight_decay`.
 
     Raises:

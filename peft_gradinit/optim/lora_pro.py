@@ -18,7 +18,7 @@ the factors' spaces. All that is needed of `g` is in the factors' gradients.
 1. `s` is the layer's own scaling; theirs is 16 / 8 for every layer, also with rsLoRA.
 2. The first step counts as the first for Adam's bias; theirs counts it as the second.
 3. `B = 0` needs no branch: the inverse of its Gram matrix is zero, and `b = g_B (A A^T)^-1 / s^2`.
-4. Dampening is relative to the largest eigenvalue; their 1e-8 on a Gram matrix of 1e-6 lets rounding
+4. Dampening is relative to the Gram matrix; their 1e-8 on a Gram matrix of 1e-6 lets rounding
    decide the rank.
 5. The Sylvester equation is solved with two symmetric decompositions in real numbers; theirs are
    general, in complex ones. `P_B` is applied through the factors, never formed as `(out, out)`.
@@ -68,7 +68,7 @@ class LoraPro(PairOptimizer):
             LoRA.
         betas: decay of Adam's moments.
         eps: added to the root of Adam's second moment.
-        dampening: fraction of the largest eigenvalue added to the Gram matrices.
+        dampening: fraction of the norm added to the Gram matrices.
         **common: see `Common`. Both factors shrink by `1 - lr * weight_decay`.
 
     Raises:
@@ -146,16 +146,18 @@ def adjusted(stack: Stack, dampening: float) -> Step:
 def sylvester(left: Square, right: Square, target: Square) -> Square:
     """Solve `left X + X right = target` for symmetric `left` and `right` without negative eigenvalues.
 
-    `X` has no part where both have an eigenvalue of zero.
+    `X` has no part where both have an eigenvalue of zero. The decompositions are the CPU's: CUDA makes
+    them one after the other.
     """
-    left, right, target = (torch.nan_to_num(t, 0.0, 0.0, 0.0) for t in (left, right, target))
+    device = target.device
+    left, right, target = (torch.nan_to_num(t, 0.0, 0.0, 0.0).cpu() for t in (left, right, target))
     (first, U), (second, V) = torch.linalg.eigh(left), torch.linalg.eigh(right)
     sums = first.clamp_min(0)[..., :, None] + second.clamp_min(0)[..., None, :]
     largest = sums.amax(dim=(-2, -1), keepdim=True)
     floor = torch.finfo(left.dtype).eps * largest
     rotated = U.mT @ target @ V
     solved = torch.where(sums > floor, rotated / sums.clamp_min(torch.finfo(left.dtype).tiny), 0.0)
-    return U @ solved @ V.mT
+    return (U @ solved @ V.mT).to(device)
 
 
 def equivalent(stack: Stack, step: Step) -> Float[Tensor, "n out in"]:

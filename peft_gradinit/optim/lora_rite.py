@@ -25,7 +25,7 @@ and are carried over when it turns. Letters: the second moment `V (r, r)`, the f
    knows no scaling.
 4. A large gradient is neither dropped (theirs sets an update with a root mean square above 1 to zero,
    without a word) nor clipped at a norm of 1 over all pairs. Clip as in any training loop.
-5. Eigenvalues are dampened relative to the largest (their `relative_epsilon=True` is a `NameError`;
+5. Dampening is relative to the matrix (their `relative_epsilon=True` is a `NameError`;
    the default adds 1e-6 to the root, whatever the gradient's size).
 6. No escaped mass `rho`, as in their default (`apply_escape=False`).
 7. The state is plain tensors by parameter: it can be saved and loaded.
@@ -57,7 +57,7 @@ class LoraRite(PairOptimizer):
     Args:
         model: the model with the adapter.
         betas: decay of the first and of the second moment.
-        dampening: fraction of the largest eigenvalue added to Gram matrices and second moments.
+        dampening: fraction of the norm added to Gram matrices and second moments.
         **common: see `Common`. Both factors shrink by `1 - lr * weight_decay`.
 
     Raises:

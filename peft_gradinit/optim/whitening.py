@@ -4,6 +4,8 @@ Everything is batched over a leading dimension, and finite for factors that are 
 than they have columns, or so large or small that their Gram matrix is not a float32 number.
 """
 
+import math
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -12,11 +14,11 @@ Square = Float[Tensor, "n r r"]
 Tall = Float[Tensor, "n rows r"]
 
 _ROUNDING = 8
-"""Eigenvalues below `_ROUNDING * eps` of the largest are rounding errors of the others."""
+"""Eigenvalues below `max(_ROUNDING, r) * eps` of the norm are rounding errors of the others."""
 
 
 def gram_power(tall: Tall, exponent: float, dampening: float = 0.0) -> Square:
-    """`(X^T X + dampening * lambda_1 I)^exponent` for a negative exponent; zero for `X = 0`.
+    """`(X^T X + dampening |X^T X| I)^exponent`, zero for `X = 0`.
 
     With -1/2 and no dampening, `X gram_power(X)` is the matrix sign `U V^T` of `X = U S V^T`, without the
     directions that `X` does not have.
@@ -24,8 +26,8 @@ def gram_power(tall: Tall, exponent: float, dampening: float = 0.0) -> Square:
     Args:
         tall: `X`; a factor `A` is passed as `A^T`.
         exponent: -1/2 or -1.
-        dampening: fraction of the largest eigenvalue that is added to all; at least what the dtype
-            cannot tell from rounding.
+        dampening: fraction of the Frobenius norm, which is the largest eigenvalue or a little more,
+            that is added to all eigenvalues; at least what the dtype cannot tell from rounding.
 
     Returns:
         The symmetric power.
@@ -43,16 +45,47 @@ def gram_power(tall: Tall, exponent: float, dampening: float = 0.0) -> Square:
 def power(matrix: Square, exponent: float, dampening: float = 0.0) -> Square:
     """The same of a symmetric matrix without negative eigenvalues; zero for zero.
 
+    By decomposition on the CPU. On accelerators by Newton-Schulz iteration, which is products alone:
+    CUDA decomposes the matrices of a batch one after the other if they are wider than 32.
+
     Entries that are not finite count as zero, so that a decomposition never fails; they come back
     with the gradient that the power is multiplied with.
     """
-    values, vectors = torch.linalg.eigh(torch.nan_to_num(matrix, 0.0, 0.0, 0.0))
-    largest = values[..., -1:]
-    floor = max(dampening, _ROUNDING * torch.finfo(matrix.dtype).eps)
-    damped = values.clamp_min(0) + floor * largest
-    powers = damped.clamp_min(torch.finfo(matrix.dtype).tiny) ** exponent
-    powers = powers.where(largest > 0, torch.zeros_like(powers))
-    return (vectors * powers[..., None, :]) @ vectors.mT
+    matrix = torch.nan_to_num(matrix, 0.0, 0.0, 0.0)
+    norm = torch.linalg.matrix_norm(matrix, keepdim=True)
+    floor = max(dampening, max(_ROUNDING, matrix.shape[-1]) * torch.finfo(matrix.dtype).eps)
+    unit = matrix / norm.clamp_min(torch.finfo(matrix.dtype).tiny)
+    if decomposes(matrix):
+        values, vectors = torch.linalg.eigh(unit)
+        powers = (values.clamp_min(0) + floor) ** exponent
+        found = (vectors * powers[..., None, :]) @ vectors.mT
+    else:
+        root = newton_schulz(unit, floor)
+        found = root if exponent == -0.5 else root @ root
+    scaled = found * norm.clamp_min(torch.finfo(matrix.dtype).tiny) ** exponent
+    return scaled.where(norm > 0, torch.zeros_like(scaled))
+
+
+def newton_schulz(unit: Square, floor: float) -> Square:
+    """`(X + floor I)^(-1/2)` of a symmetric `X` with eigenvalues from 0 to 1, by products alone.
+
+    The root of the smallest eigenvalue grows by 3/2 in a step until it is near 1, and then converges
+    quadratically; the number of steps follows from the floor.
+
+    Source:
+        The coupled iteration of Higham (2008), Functions of Matrices, Eq. 6.35.
+    """
+    identity = torch.eye(unit.shape[-1], dtype=unit.dtype, device=unit.device)
+    Y, Z = (unit + floor * identity) / (1 + floor), identity.expand_as(unit)
+    for _ in range(math.ceil(-0.5 * math.log(floor) / math.log(1.5)) + 6):
+        T = 1.5 * identity - 0.5 * (Z @ Y)
+        Y, Z = Y @ T, T @ Z
+    return Z / math.sqrt(1 + floor)
+
+
+def decomposes(matrix: Tensor) -> bool:
+    """Whether decompositions are the faster way where the matrix is."""
+    return matrix.device.type == "cpu"
 
 
 def adam_direction(

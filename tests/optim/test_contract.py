@@ -83,7 +83,7 @@ def test_it_does_count_for_adamw():
 
 @every_row
 def test_default_dampening_hardly_makes_it_count(row):
-    """`1e-4` of the largest eigenvalue is 0.4 times the smallest one in the worst case here."""
+    """`1e-4` of the norm is 0.4 times the smallest eigenvalue in the worst case here."""
     if row.invariant == "exact":
         assert difference(row.make, 5) < (0.15 if row.kind is LoraMuon else 0.01)
 
