@@ -10,7 +10,7 @@ import torch
 from datasets import load_dataset
 from trl import SFTConfig, SFTTrainer
 
-from peft_gradinit import Calibration, LoraOneConfig, init_report, initialize, suggest_learning_rate
+from peft_gradinit import CalibrationCallback, LoraOneConfig, init_report
 from peft_gradinit.recipes.embedded import functions, smollm2_folder
 
 parser = argparse.ArgumentParser()
@@ -41,18 +41,17 @@ trainer = SFTTrainer(
     peft_config=LoraOneConfig(
         r=8,
         lora_alpha=16,
-        target_modules="all-linear",
+        target_modules="auto",  # the calibration chooses layers and ranks
         task_type="CAUSAL_LM",
         calibration="deferred",  # until the trainer has prepared the chats
     ),
 )
+trainer.add_callback(
+    CalibrationCallback(trainer, learning_rate="suggested", max_tokens=1024)  # in earnest: 16,384
+)
 before = trainer.evaluate()["eval_loss"]
-few = Calibration(trainer.get_train_dataloader(), max_tokens=1024)  # in earnest: 16,384
-initialize(trainer.model, few)
-print(init_report(trainer.model).summary())
-trainer.args.learning_rate = suggest_learning_rate(trainer.model).suggested
-
 trainer.train()
+print(init_report(trainer.model).summary())
 print(f"loss on other chats: {before:.3f} before, {trainer.evaluate()['eval_loss']:.3f} after")
 trainer.save_model()
 print(f"adapter saved in {options.output}")
