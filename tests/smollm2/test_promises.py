@@ -123,8 +123,19 @@ def test_a_base_of_4_bits_starts_trains_and_reloads(tmp_path):
     assert relative_error(logits(plain), trained) <= DTYPES["bfloat16"]
 
 
-@every_dtype
-def test_deferred_in_trl(dtype, tmp_path):
+def test_a_start_on_a_base_of_4_bits_does_not_change_the_function():
+    """On models of their own, for the reason of the test above."""
+    pytest.importorskip("bitsandbytes")
+    before = logits(base(quantization="4bit"))
+    peft_model = started("lora_ga", base(quantization="4bit"))
+    assert all(pair.B.abs().sum() > 0 for pair in pairs(peft_model))
+    assert relative_error(logits(peft_model), before) <= DTYPES["bfloat16"]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "targets"), [("float32", LAST), ("bfloat16", LAST), ("float32", "auto")]
+)
+def test_deferred_in_trl(dtype, targets, tmp_path):
     section = DataSection(path="embedded:functions", split="validation", n_train=8)
     arguments = SFTConfig(
         str(tmp_path),
@@ -138,7 +149,8 @@ def test_deferred_in_trl(dtype, tmp_path):
         use_cpu=True,
         save_strategy="no",
     )
-    config = LoraOneConfig(r=4, target_modules=LAST, task_type="CAUSAL_LM", calibration="deferred")
+    values = {"r": 4, "lora_alpha": 8, "target_modules": targets, "task_type": "CAUSAL_LM"}
+    config = LoraOneConfig(**values, calibration="deferred")
     trainer = SFTTrainer(
         base(dtype),
         arguments,
@@ -146,9 +158,12 @@ def test_deferred_in_trl(dtype, tmp_path):
         processing_class=load_processor(ModelSection(name="embedded:smollm2")),
         peft_config=config,
     )
-    trainer.add_callback(CalibrationCallback(trainer, max_batches=2))
+    callback = CalibrationCallback(trainer, max_batches=2, learning_rate="suggested")
+    trainer.add_callback(callback)
     trainer.train()
     report = init_report(trainer.model)
+    assert trainer.args.learning_rate == report.learning_rate.suggested
+    assert (len(set(report.ranks().values())) > 3) == (targets == "auto")
     assert report.facts.n_batches == 2
     assert report.step.loss_after < report.step.loss_before
 
