@@ -75,10 +75,10 @@ def newton_schulz(unit: Square, floor: float) -> Square:
     Source:
         The coupled iteration of Higham (2008), Functions of Matrices, Eq. 6.35.
     """
-    identity = torch.eye(unit.shape[-1], dtype=unit.dtype, device=unit.device)
-    Y, Z = (unit + floor * identity) / (1 + floor), identity.expand_as(unit)
+    identity = torch.eye(unit.shape[-1], dtype=unit.dtype, device=unit.device).expand_as(unit)
+    Y, Z = (unit + floor * identity) / (1 + floor), identity
     for _ in range(math.ceil(-0.5 * math.log(floor) / math.log(1.5)) + 6):
-        T = 1.5 * identity - 0.5 * (Z @ Y)
+        T = torch.baddbmm(identity, Z, Y, beta=1.5, alpha=-0.5)
         Y, Z = Y @ T, T @ Z
     return Z / math.sqrt(1 + floor)
 
