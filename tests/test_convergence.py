@@ -27,6 +27,8 @@ from convergence.report import COLUMNS, markdown, overview  # noqa: E402
 from convergence.study import REFERENCES  # noqa: E402
 from convergence.summary import load, save  # noqa: E402
 
+from rate_rule import left_out, ratios, table  # noqa: E402
+
 README = SCRIPTS.parent / "README.md"
 MEASURED = SCRIPTS / "convergence" / "measured"
 
@@ -203,3 +205,13 @@ def test_summaries_survive_their_files(tmp_path):
     assert load(tmp_path) == load(MEASURED)
     rates = [list(summary.search) for task in load(MEASURED) for summary in task.methods.values()]
     assert all(of == sorted(of) for of in rates)  # lines of the pictures, drawn in this order
+
+
+def test_the_rule_for_rates_is_held_against_the_tasks_that_it_was_not_fitted_on():
+    """A task whose best rate is four times the suggested one, where that of the others is it."""
+    alone = left_out({"one": 4.0, "two": 1.0, "three": 1.0})
+    assert alone["one"] == pytest.approx(4.0)
+    assert alone["two"] == alone["three"] == pytest.approx(0.5)
+    of_tasks = {t.task: t.methods["lora"] for t in load(MEASURED)}
+    assert ratios(of_tasks).keys() == of_tasks.keys()
+    assert table("lora", of_tasks).row_count == len(of_tasks)

@@ -33,6 +33,7 @@ from .optimizers import (
     give_heads_a_rate,
     has_made_optimizer,
     is_supervised,
+    other_than_adam,
     rescale_rates,
     shards_before_optimizer,
     whole_on_device,
@@ -299,6 +300,11 @@ def _check_rates(trainer: "Trainer", rate: object, head_rate: object) -> None:
         raise ConfigError(
             "the trainer was given an optimiser, which has its learning rate; make it with "
             "suggest_learning_rate(model).suggested, or let the trainer make one."
+        )
+    if rate is not None and (kind := other_than_adam(trainer)):
+        raise ConfigError(
+            f"learning_rate={SUGGESTED!r} is for Adam and its kin, but the trainer makes {kind}; "
+            "set a rate for it, or leave its option out."
         )
 
 

@@ -45,6 +45,16 @@ def has_made_optimizer(trainer: "Trainer") -> bool:
     return trainer.optimizer is not None
 
 
+def other_than_adam(trainer: "Trainer") -> str | None:
+    """Name of the optimiser that the trainer will make if that is not one of Adam's kin."""
+    chosen: Any = trainer.optimizer_cls_and_kwargs
+    name = str(getattr(trainer.args.optim, "value", trainer.args.optim))
+    if chosen is not None:
+        kind = chosen[0]
+        name = getattr(kind, "name", None) or getattr(kind, "__name__", type(kind).__name__)
+    return None if "adam" in name.lower() else name
+
+
 def is_supervised(trainer: "Trainer") -> bool:
     """Whether the loss is one for which rates are suggested: TRL's others need far lower ones."""
     of_trl = {kind.__name__ for kind in type(trainer).__mro__ if kind.__module__.startswith("trl.")}

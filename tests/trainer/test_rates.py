@@ -15,6 +15,7 @@ from peft_gradinit import (
     suggest_learning_rate,
 )
 from peft_gradinit.errors import ConfigError
+from peft_gradinit.optim import optimizer
 from peft_gradinit.trainer.optimizers import rescale_rates
 from tests.helpers import adapted, pico_llama, quiet, token_batches
 from tests.trainer.runs import trainer_of
@@ -129,6 +130,18 @@ def test_options_that_cannot_work_are_refused_at_once(tmp_path):
     trainer.optimizer = torch.optim.SGD(trainer.model.parameters(), lr=0.1)
     with pytest.raises(ConfigError, match="the trainer was given an optimiser"):
         CalibrationCallback(trainer, learning_rate="suggested")
+
+
+def test_rates_of_other_optimisers_are_not_suggested(tmp_path):
+    trainer = trainer_of(tmp_path, model=lora_one(), cls=Trainer, optim="sgd")
+    with pytest.raises(ConfigError, match="for Adam and its kin, but the trainer makes sgd"):
+        CalibrationCallback(trainer, learning_rate="suggested")
+    arguments, rows = trainer_of(tmp_path, cls=Trainer).args, trainer.train_dataset
+    chosen = optimizer("lora_muon", lr=0.03)
+    trainer = Trainer(lora_one(), arguments, train_dataset=rows, optimizer_cls_and_kwargs=chosen)
+    with pytest.raises(ConfigError, match="but the trainer makes lora_muon"):
+        CalibrationCallback(trainer, learning_rate="suggested")
+    CalibrationCallback(trainer)
 
 
 def test_deepspeed_has_its_rate_before(tmp_path):
