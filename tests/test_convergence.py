@@ -26,7 +26,6 @@ from convergence.plan import (  # noqa: E402
 from convergence.report import COLUMNS, markdown, overview  # noqa: E402
 from convergence.study import REFERENCES  # noqa: E402
 from convergence.summary import load, save  # noqa: E402
-
 from rate_rule import left_out, ratios, table  # noqa: E402
 
 README = SCRIPTS.parent / "README.md"
