@@ -199,9 +199,11 @@ class PairOptimizer(torch.optim.Optimizer):
         moves = slots[0].moves
         for side, moving in zip(("A", "B"), moves, strict=True):
             factors = [getattr(slot, side) for slot in slots]
-            columns[side] = [master_of(f, self.state[f]) for f in factors]
             if moving:
+                columns[side] = [master_of(f, self.state[f]) for f in factors]
                 columns[f"g{side}"] = [f.grad.to(working_dtype(f)) for f in factors]
+            else:
+                columns[side] = [f.to(working_dtype(f)) for f in factors]
         of_state = {n: [self._entry(s, n) for s in slots] for n in layouts}
         spread = {n: of_state[n] for n, layout in layouts.items() if layout in ("A", "B")}
         rows = whole_rows(columns | spread)

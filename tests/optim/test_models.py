@@ -209,6 +209,19 @@ def test_a_frozen_factor_stays_and_the_other_takes_its_step(row, side):
             torch.testing.assert_close(a, b)
 
 
+def test_a_frozen_factor_of_half_precision_has_no_copy():
+    model = toy(dtype=torch.bfloat16)
+    for pair in pairs(model):
+        pair.A.requires_grad_(False)
+    optimizer, before = LoraOne(model, lr=1e-2), factors(model)
+    run(model, optimizer, 2)
+    assert same(before[::2], factors(model)[::2])
+    assert not same(before[1::2], factors(model)[1::2])
+    for pair in pairs(model):
+        assert "master" in optimizer.state[pair.B]
+        assert "master" not in optimizer.state[pair.A]
+
+
 def test_dora_biases_and_heads_are_adamws():
     options = {"use_dora": True, "bias": "lora_only", "modules_to_save": ["head"]}
     model, other = toy(**options), toy(**options)
