@@ -11,6 +11,7 @@ from accelerate import PartialState
 from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import Trainer, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..analysis import check_available, draw_losses
@@ -24,6 +25,7 @@ from .collation import collator
 from .data import load_rows
 from .evaluation import check_evaluation, evaluate_model, label_metrics
 from .methods import adapter_config, calibration_of
+from .progress import Losses
 from .publishing import make_repository, publish
 from .reading import Reader
 from .rows import Rows
@@ -125,7 +127,9 @@ def _trainer(model: PeftModel, recipe: Recipe, inputs: _Inputs) -> Trainer:
         processing_class=reader.processor,
         compute_metrics=label_metrics(recipe, reader),
     )
-    trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
+    for silent in (PrinterCallback, ProgressCallback):  # they print logs to standard output
+        trainer.remove_callback(silent)
+    trainer.add_callback(Losses())
     rate, head_rate = recipe.training.learning_rate, recipe.training.head_learning_rate
     if rate == SUGGESTED or head_rate is not None:
         rates = {"learning_rate": SUGGESTED if rate == SUGGESTED else None}
@@ -208,6 +212,7 @@ def _results(
         "metrics": metrics,
         "labels": reader.labels and list(reader.labels.head()["id2label"].values()),
         "learning_rate": trainer.args.learning_rate,
+        "processes": trainer.args.world_size,
         "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "start": report.to_dict() if report else None,
     }

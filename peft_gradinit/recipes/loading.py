@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from ..errors import ConfigError
 from .schema import Recipe, Section, nearest
+from .shipped import recipe_path
 
 SectionT = TypeVar("SectionT", bound=Section)
 
@@ -20,7 +21,7 @@ def load_recipe(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> 
     """Read and check a recipe.
 
     Args:
-        path: a YAML file.
+        path: a YAML file, or the name of a recipe that ships, such as `small/smollm2_135m_chat`.
         overrides: `section.key=value`, the value as YAML; later ones win.
 
     Returns:
@@ -29,7 +30,7 @@ def load_recipe(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> 
     Raises:
         ConfigError: with every fault and, for unknown keys, the nearest known one.
     """
-    values = _read(path)
+    values = _read(recipe_path(path))
     faults = [fault for text in overrides if (fault := _override(values, text))]
     try:
         recipe = Recipe.model_validate(values)

@@ -9,6 +9,7 @@ from .convert import convert
 from .doctor import doctor
 from .export import export
 from .inspect import inspect
+from .train import train
 
 __all__ = [
     "calibrate",
@@ -17,4 +18,5 @@ __all__ = [
     "doctor",
     "export",
     "inspect",
+    "train",
 ]

@@ -154,7 +154,7 @@ def test_overrides_are_yaml_and_the_last_one_wins():
     [
         ("a: [", "is not YAML"),
         ("just text", "holds str where keys and values are expected"),
-        (None, "cannot read the recipe"),
+        (None, "there is no recipe .*give a file"),
     ],
 )
 def test_files_that_are_no_recipes(tmp_path, text, message):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ from peft_gradinit.recipes import ModelSection, finetune, load_model, load_recip
 from peft_gradinit.recipes.embedded import pico_tokenizer
 from peft_gradinit.recipes.evaluation import _generated
 from peft_gradinit.recipes.metrics import compute
+from peft_gradinit.recipes.shipped import shipped
 from peft_gradinit.records import InitReport
 from tests.recipes.images import save_vit
 
@@ -299,12 +301,16 @@ def script(*arguments):
 
 
 @pytest.mark.slow
-def test_the_script_runs_checks_and_refuses(tmp_path):
-    line = ("scripts/finetune.py", PICO, *QUICK, f"output={tmp_path / 'out'}")
+@pytest.mark.parametrize("line", [("scripts/finetune.py",), ("-m", "peft_gradinit_cli", "train")])
+def test_the_command_runs_checks_and_refuses(line, tmp_path):
+    line = (*line, PICO, *QUICK, f"output={tmp_path / 'out'}")
     done = script(*line)
     assert done.returncode == 0, done.stderr
-    for part in ("lora_one", "trainable numbers", "exact_match", str(tmp_path / "out")):
+    for part in ("lora_one", "trained numbers", "exact_match", str(tmp_path / "out")):
         assert part in done.stdout.replace("\n", "")
+    assert "step 3 of 3: loss " in done.stderr
+    printed = json.loads(script(*line, "--json").stdout)
+    assert printed["facts"]["learning rate"] == pytest.approx(3e-3)
     checked = script(*line, "--check")
     assert json.loads(checked.stdout)["training"]["max_steps"] == 3
     wrong = script(*line, "trainig.x=1")
@@ -314,22 +320,34 @@ def test_the_script_runs_checks_and_refuses(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_script_runs_under_accelerate_launch(tmp_path):
+def test_the_command_runs_in_two_processes(tmp_path):
     done = script(
-        *(
-            "-m",
-            "accelerate.commands.launch",
-            "--num_processes",
-            2,
-            "--cpu",
-            "--mixed_precision=no",
-        ),
-        *("--num_machines=1", "--dynamo_backend=no", "--main_process_port=0"),
-        *("scripts/finetune.py", PICO, *QUICK, f"output={tmp_path / 'out'}"),
+        *("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
+        *("-m", "peft_gradinit_cli", "train"),
+        *("offline/pico_llama_docstrings", *QUICK, f"output={tmp_path / 'out'}"),
     )
     assert done.returncode == 0, done.stderr[-3000:]
     results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["processes"] == 2
     assert 0 <= results["metrics"]["exact_match"] <= 1
+
+
+def test_losses_are_shown_with_the_time_that_remains(tmp_path, capsys):
+    run(PICO, tmp_path / "out", "training.max_steps=2", "evaluation.steps=1")
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("step ")]
+    assert re.fullmatch(r"step 1 of 2: loss \d\.\d{4}, about \d+\.\d minutes remain", lines[0])
+    assert re.fullmatch(r"step 1 of 2: evaluation loss \d\.\d{4}", lines[1])
+    assert re.fullmatch(r"step 2 of 2: loss \d\.\d{4}", lines[2])
+
+
+def test_recipes_that_ship_are_found_by_name():
+    assert shipped().keys() >= {"offline/pico_llama_docstrings", "lora_ga/llama2_metamath"}
+    by_name = load_recipe("offline/pico_llama_docstrings")
+    assert by_name == load_recipe(PICO) == load_recipe("configs/offline/pico_llama_docstrings.yaml")
+    with pytest.raises(
+        ConfigError, match=r"no recipe 'lora_ga/llama2_meta', did you mean 'lora_ga/"
+    ):
+        load_recipe("lora_ga/llama2_meta")
 
 
 PUSH = ("push.repo=me/adapter",)

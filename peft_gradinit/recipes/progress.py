@@ -1,0 +1,36 @@
+"""What a run shows while it trains: a line on standard error for every logged loss."""
+
+import sys
+import time
+from typing import Any
+
+from transformers import TrainerCallback
+
+
+class Losses(TrainerCallback):
+    """Prints step, loss and the minutes that remain; standard output is left to results."""
+
+    def __init__(self) -> None:
+        self._begun, self._first = 0.0, 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **also: Any) -> None:
+        """Start the watch; a resumed run begins at its step."""
+        self._begun, self._first = time.perf_counter(), state.global_step
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **also: Any
+    ) -> None:
+        """Print a training loss, or that of the evaluation rows."""
+        found = {n: v for n, v in (logs or {}).items() if n in ("loss", "eval_loss")}
+        if not found or not state.is_world_process_zero:
+            return
+        name, loss = next(iter(found.items()))
+        done, left = state.global_step - self._first, state.max_steps - state.global_step
+        minutes = (time.perf_counter() - self._begun) / 60 * left / max(1, done)
+        remaining = f", about {minutes:.1f} minutes remain" if left and name == "loss" else ""
+        words = name.replace("eval_", "evaluation ")
+        print(  # noqa: T201
+            f"step {state.global_step} of {state.max_steps}: {words} {loss:.4f}{remaining}",
+            file=sys.stderr,
+            flush=True,
+        )
