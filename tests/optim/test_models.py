@@ -11,7 +11,7 @@ from peft_gradinit.optim import LoraMuon, LoraOne, LoraPro
 from tests.helpers import pico_gpt2, pico_llama, quiet, token_batches
 from tests.methods.rows import started
 from tests.moe.models import mixtral, starve
-from tests.optim.rows import EXACT, Toy, every_row, factors, loss_of, run, same, toy
+from tests.optim.rows import EXACT, ROWS, Toy, every_row, factors, loss_of, run, same, toy
 
 EXPERTS = {
     "r": 2,
@@ -75,10 +75,15 @@ def test_ranks_and_scalings_are_the_layers_own():
         torch.testing.assert_close(a, b)
 
 
-@every_row
-@pytest.mark.parametrize("method", ["lora_ga", "lora_one", "eva", "pissa"])
-def test_starts_of_this_package(row, method):
+STARTS = [("lora_ga", name) for name in ROWS] + [
+    (method, "lora_muon") for method in ("lora_one", "eva", "pissa")
+]
+
+
+@pytest.mark.parametrize(("method", "name"), STARTS)
+def test_starts_of_this_package(method, name):
     """The step is of the trainable factors; what an anchor subtracts stays."""
+    row = ROWS[name]
     model = started(method)
     anchors = [a.clone() for p in pairs(model) for side in p.anchors() for a in side]
     everything, losses = moved(model, row.make(model), n=6)

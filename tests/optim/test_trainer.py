@@ -10,7 +10,7 @@ from peft_gradinit import CalibrationCallback, pairs
 from peft_gradinit.optim import LoraMuon, optimizer
 from tests.helpers import pad, pico_llama, rows_of, token_batches
 from tests.methods.rows import started
-from tests.optim.rows import every_row, factors, loss_of, run, same, toy
+from tests.optim.rows import ROWS, factors, loss_of, run, same, toy
 from tests.trainers import losses_of, trainer_of
 
 
@@ -26,8 +26,9 @@ def trainer(model, directory, row, **options):
     return made
 
 
-@every_row
-def test_trainer_lowers_the_loss_and_resumes_bit_for_bit(row, tmp_path):
+@pytest.mark.parametrize("name", ["lora_muon", "lora_rite", "lora_one-gd", "lora_pro-full"])
+def test_trainer_lowers_the_loss_and_resumes_bit_for_bit(name, tmp_path):
+    row = ROWS[name]
     options = {
         "gradient_accumulation_steps": 2,
         "per_device_train_batch_size": 2,
