@@ -3,7 +3,7 @@
     python scripts/bench_convergence.py run       # hours; goes on where it was if it is interrupted
     python scripts/bench_convergence.py costs     # step time and memory, each method in a process of its own
     python scripts/bench_convergence.py report    # table and pictures from what there is
-    python scripts/bench_convergence.py publish   # the same into scripts/convergence/measured and the README
+    python scripts/bench_convergence.py publish   # the same into scripts/convergence/measured and docs/benchmarks.md
 
 Results are kept in `out/convergence/results`, one JSON a run, apart for different settings
 (`scripts/convergence/configs/`). `--tasks` and `--methods` choose among them; a task may be the path of a file
@@ -27,7 +27,7 @@ from convergence.summary import TaskSummary, load, save, summarise_task
 
 OUT = Path("out/convergence")
 MEASURED = Path(__file__).parent / "convergence" / "measured"
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 BEGIN, END = (
     "<!-- convergence: made by bench_convergence.py publish -->",
     "<!-- convergence: end -->",
@@ -63,7 +63,7 @@ def main() -> None:
         kept = [task for task in load(summaries) if task.task in {t.task for t in tasks}]
         sys.stdout.write(write_report(kept, out) + "\n")
         if publish:
-            _write_into_readme(overview(kept))
+            _write_into_page(overview(kept))
 
 
 def _summaries(studies: list[Study], options: argparse.Namespace) -> list[TaskSummary]:
@@ -73,10 +73,10 @@ def _summaries(studies: list[Study], options: argparse.Namespace) -> list[TaskSu
     return [summary for summary in found.values() if summary is not None]
 
 
-def _write_into_readme(table: str) -> None:
-    before, rest = README.read_text(encoding="utf-8").split(BEGIN)
+def _write_into_page(table: str) -> None:
+    before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
     _, after = rest.split(END)
-    README.write_text(f"{before}{BEGIN}\n\n{table}\n\n{END}{after}", encoding="utf-8")
+    PAGE.write_text(f"{before}{BEGIN}\n\n{table}\n\n{END}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -5,35 +5,50 @@ from pathlib import Path
 
 import pytest
 from packaging.version import Version
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 import peft_gradinit
-from peft_gradinit import GradInitError, InitReport, LoraGAConfig
+from peft_gradinit import GradInitError, InitReport, LoraGAConfig, init_report
 from peft_gradinit.methods import METHODS
+from peft_gradinit.optim import OPTIMIZERS
 from tests.helpers import adapted, pico_llama, token_batches
 from tests.trainer.trl_runs import texts, tokenizer
 
 ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
 README = (ROOT / "README.md").read_text()
 
 
-def test_readme_first_example_runs_as_printed(tmp_path, monkeypatch, capsys):
+def blocks(page):
+    """The Python of a page, in order."""
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/explanations/ranks.md"])
+def test_first_examples_run_as_printed(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    code = re.search(r"```python\n(.*?)```", README, flags=re.DOTALL).group(1)
-    code = "\n".join(line for line in code.splitlines() if not line.startswith("trainer"))
+    code = "\n".join(
+        line for line in blocks(page)[0].splitlines() if not line.startswith("trainer")
+    )
     names = {"model": pico_llama(), "train_dataloader": token_batches()}
     exec(code, names)
     printed = capsys.readouterr().out
     assert "LoRA-One: 14 modules" in printed
     assert "learning rate" in printed
-    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+    if page == "README.md":
+        assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+    else:
+        assert len(set(init_report(names["model"]).ranks().values())) > 1
+
+
+def test_the_first_page_has_the_example_of_the_readme():
+    assert blocks("docs/index.md") == blocks("README.md")
 
 
 @pytest.mark.filterwarnings("ignore:LoRA-GA needs 32 singular directions")  # a pico model
-def test_readme_example_for_trl_runs_on_a_cpu(tmp_path, monkeypatch):
+def test_example_for_trl_runs_on_a_cpu(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    section = README[README.index("## Trainer and TRL") :]
-    code = re.search(r"```python\n(.*?)```", section, flags=re.DOTALL).group(1)
+    code = blocks("docs/guides/trainer.md")[0]
     code = code.replace('SFTConfig("out")', 'SFTConfig("out", use_cpu=True)')
     pico_llama().save_pretrained("base")
     tokenizer().save_pretrained("base")
@@ -43,22 +58,62 @@ def test_readme_example_for_trl_runs_on_a_cpu(tmp_path, monkeypatch):
     assert names["trainer"].model.base_model.init_report["default"].facts.n_tokens > 100
 
 
-def test_readme_example_of_a_learning_rate_runs_as_printed(tmp_path, monkeypatch):
+def test_examples_of_a_loop_run_as_printed(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    section = README[README.index("### Which learning rate") :]
-    code = re.search(r"```python\n(.*?)```", section, flags=re.DOTALL).group(1)
+    names = {"model": pico_llama(), "train_dataloader": token_batches()}
+    for code in blocks("docs/guides/loop.md"):
+        exec(code, names)
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+    assert len(capsys.readouterr().out.splitlines()) == 14
+
+
+def test_example_of_a_calibration_runs_as_printed():
+    names = {"data": token_batches()}
+    code = blocks("docs/guides/calibration.md")[0]
+    exec(code.replace("\nCalibration(\n", "\nspec = Calibration(\n"), names)
+    assert names["spec"].max_tokens == 65_536
+
+
+def test_example_of_a_learning_rate_runs_as_printed():
     names = {"model": adapted(pico_llama()), "TrainingArguments": TrainingArguments}
-    exec(code, names)
+    exec(blocks("docs/explanations/learning-rate.md")[0], names)
     rate, args = names["rate"], names["args"]
     assert rate.low < args.learning_rate == rate.suggested < rate.high
 
 
-def test_readme_options_are_those_of_the_config():
+def test_examples_of_an_optimiser_run_as_printed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {"model": adapted(pico_llama()), "Trainer": Trainer, "data": texts()}
+    names["args"] = TrainingArguments("out", use_cpu=True)
+    for code in blocks("docs/optimisers.md"):
+        exec(code, names)
+    assert names["optimiser"].param_groups[0]["lr"] == 0.03
+    assert isinstance(names["trainer"].create_optimizer(), type(names["optimiser"]))
+
+
+def test_options_of_the_page_are_those_of_the_config():
     config = LoraGAConfig(target_modules="all-linear", calibration="deferred")
+    page = (DOCS / "methods.md").read_text()
     for option, default in (("direction", "ArB2r"), ("scale", "stable"), ("stable_gamma", "16")):
         pattern = rf"^\| LoRA-GA \| `{option}` \|.*\| `([\w.]+)` \|$"
-        row = re.search(pattern, README, flags=re.MULTILINE)
+        row = re.search(pattern, page, flags=re.MULTILINE)
         assert row.group(1) == default == f"{getattr(config, option)}".removesuffix(".0")
+
+
+def test_the_table_of_optimisers_is_that_of_the_package():
+    rows = re.findall(
+        r"^\| `(\w+)` \| `(\w+)` \|.*\| \[(\S+)\]\((\S+)\) \|$", README, flags=re.MULTILINE
+    )
+    assert rows == [
+        (kind.__name__, kind.name, kind.paper, f"https://arxiv.org/abs/{kind.paper}")
+        for kind in OPTIMIZERS
+    ]
+
+
+def test_every_public_name_is_in_the_api():
+    pages = "".join(page.read_text() for page in (DOCS / "api").glob("*.md"))
+    listed = set(re.findall(r"^::: peft_gradinit\.(\S+)$", pages, flags=re.MULTILINE))
+    assert set(peft_gradinit.__all__) - {"optim"} <= listed | {"GradInitError"}
 
 
 def test_public_names_are_documented():
@@ -105,9 +160,11 @@ def test_lower_bounds_are_the_oldest_versions_tested():
     assert all(oldest[name] <= newest[name] for name in oldest)
 
 
-@pytest.mark.parametrize("name", ["peft", "transformers", "accelerate", "trl"])
-def test_readme_gives_the_range_of_versions_tested(name):
+@pytest.mark.parametrize("name", ["PEFT", "Transformers", "Accelerate", "TRL"])
+def test_documents_give_the_range_of_versions_tested(name):
     oldest, newest = pins("constraints-oldest.txt"), pins("constraints.txt")
-    assert f"| {name} | {oldest[name]} | {newest[name]} |" in README
-    assert f"with torch {oldest['torch']}," in README
+    page, package = (DOCS / "quickstart.md").read_text(), name.lower()
+    assert f"| {package} | {oldest[package]} | {newest[package]} |" in page
+    assert f"{name} {oldest[package]}" in README
+    assert f"with torch {oldest['torch']}," in page
     assert oldest["torch"] == newest["torch"]

@@ -517,11 +517,10 @@ def test_tensors_of_an_export_are_readable_by_safetensors_alone(tmp_path):
     save_file(tensors, tmp_path / "again.safetensors")
 
 
-def test_readme_example_runs_as_printed(tmp_path, monkeypatch, capsys):
+def test_the_example_of_the_guide_runs_as_printed(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
-    section = readme.partition("## Export and serving")[2]
-    code = section.partition("```python\n")[2].partition("```")[0]
+    page = (Path(__file__).parents[1] / "docs" / "guides" / "export.md").read_text()
+    code = page.partition("```python\n")[2].partition("```")[0]
     exec(code, {"model": trained("lora_ga")})
     assert "peft: 14 layers" in capsys.readouterr().out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["merged", "served", "small"]

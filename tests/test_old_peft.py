@@ -1,4 +1,4 @@
-"""Adapters load, without a warning, where only an old PEFT is; the versions are those of the README.
+"""Adapters load, without a warning, where only an old PEFT is; the versions are those of `docs/guides/export.md`.
 
 The old packages are installed beside the tests' own, from the package index, into a folder that an
 interpreter of its own reads first. torch is the tests'.

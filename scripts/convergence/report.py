@@ -126,7 +126,7 @@ def aims(task: TaskSummary) -> str:
 
 
 def overview(tasks: list[TaskSummary]) -> str:
-    """The methods on all tasks as one Markdown table; for the README."""
+    """The methods on all tasks as one Markdown table; for `docs/benchmarks.md`."""
     columns = [f"{t.task}: {of}" for t in tasks for of in OVERVIEW_COLUMNS]
     rows = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for method, info in METHODS.items():

@@ -1,6 +1,6 @@
-"""The layouts that the README's support table lists; every row names the test that runs it.
+"""The layouts that the support table lists (`docs/support.md`); every row names the test that runs it.
 
-To add one: a row here with the id of its test, `<file>::<function>`, and the same row in the README
+To add one: a row here with the id of its test, `<file>::<function>`, and the same row in the page
 (`tests/layouts/test_table.py` prints what it expects). Rows of `tests/layouts` are also keys of the
 `LAYOUTS` of that file, which its tests are parametrised with.
 """
@@ -14,7 +14,7 @@ class Layout:
 
     Attributes:
         key: short name, unique.
-        title: what it is called in the README.
+        title: what it is called in the page.
         made_by: how users get there.
         support: `"yes"`, with a note if need be, or what the error says.
         test: the test that runs it.
@@ -32,7 +32,7 @@ class Layout:
         return self.test.partition("::")[0]
 
     def row(self) -> str:
-        """The row of the README."""
+        """The row of the page."""
         return f"| {self.title} | {self.made_by} | {self.support} | `{self.file}` |"
 
 
