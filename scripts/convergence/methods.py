@@ -18,6 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from peft_gradinit import Calibration, EvaConfig, LoraGAConfig, LoraOneConfig, SVFitConfig
+from peft_gradinit.optim import OPTIMIZERS, optimizer
 
 from .pretraining import Rows
 from .tasks import Task
@@ -50,6 +51,16 @@ def riemannian(model: nn.Module, lr: float, head_lr: float) -> torch.optim.Optim
     """PEFT's preconditioner before AdamW."""
     optimizer = create_riemannian_optimizer(model, torch.optim.AdamW, lr=lr, weight_decay=0.0)
     return _with_head(optimizer, model, head_lr)
+
+
+def of_pairs(name: str, **options: Any) -> Steps:
+    """One of our optimisers of pairs, with the options of its class."""
+
+    def make(model: nn.Module, lr: float, head_lr: float) -> torch.optim.Optimizer:
+        factory, given = optimizer(name, lr=lr, head_lr=head_lr, **options)
+        return factory()(model, **given)
+
+    return make
 
 
 def _head_and_rest(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
@@ -290,3 +301,25 @@ METHODS: dict[str, Method] = {
     "eva": Method("EVA", calibrated(EvaConfig), 1e-3, reads_data=True, ours=True, suggests=True),
     "svfit": Method("SVFit", svfit(), 3.2e-2, ours=True, suggests=True),
 }
+FIRST_RATES = {"lora_muon": 3.2e-2, "lora_rite": 3.2e-3, "lora_one": 3.2e-3, "lora_pro": 3.2e-3}
+"""Where the search begins, by optimiser."""
+for kind in OPTIMIZERS:
+    METHODS[f"lora+{kind.name}"] = Method(
+        f"LoRA, {kind.title}",
+        plain(use_rslora=False),
+        FIRST_RATES[kind.name],
+        of_pairs(kind.name),
+    )
+    METHODS[f"lora_one_ranks+{kind.name}"] = Method(
+        f"LoRA-One, ranks by gradient, {kind.title}",
+        calibrated(LoraOneConfig, **EQUAL_NUMBERS),
+        FIRST_RATES[kind.name],
+        of_pairs(kind.name),
+        reads_data=True,
+        ours=True,
+    )
+NOT_PUBLISHED = frozenset({
+    *("lora_output", "lora_one_ranks", "lora_one_auto", "lora_one_auto_output"),
+    *(name for name in METHODS if "+" in name),
+})
+"""Rows that `run` makes, and whose figures are not in `measured/` yet."""
