@@ -12,5 +12,5 @@ from .offloading import (
 from .sharding import assign, is_sharded, plain_name, resharded, unwrapped, whole, whole_modules
 from .storage import is_hqq, is_packed
 from .tensor_parallel import whole_features
-from .world import Processes, agreed, processes
+from .world import Processes, agreed, process_state, processes
 from .zero3 import runnable

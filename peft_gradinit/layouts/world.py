@@ -141,6 +141,14 @@ def agreed(model: nn.Module) -> Iterator[None]:
         yield
 
 
+def process_state() -> PartialState:
+    """Accelerate's view of the processes; joins those that a launcher has started.
+
+    Without an accelerator, Accelerate joins them only if it is told that it runs on the CPU.
+    """
+    return PartialState(cpu=not torch.accelerator.is_available())
+
+
 def _groups(parts: list[list[int]] | None) -> tuple[Any, Any]:
     """Make a group for Python objects, and one for tensors on an accelerator; `None`: the default.
 
@@ -165,7 +173,7 @@ def _groups(parts: list[list[int]] | None) -> tuple[Any, Any]:
 def _is_launched() -> bool:
     """Whether there are several processes; joins them if a launcher has started them."""
     if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        PartialState(cpu=not torch.accelerator.is_available())
+        process_state()
     return dist.is_initialized() and dist.get_world_size() > 1
 
 

@@ -4,12 +4,12 @@ import re
 from typing import Any, cast
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import nn
 from transformers import EvalPrediction, Trainer
 
 from ..errors import ConfigError
+from ..layouts import process_state
 from .encoding import Encoder
 from .labels import Numbers
 from .lengths import table_length
@@ -138,7 +138,7 @@ def _answers(
     pairs = [(encoder.prompt(row), encoder.completion(row)) for row in rows]
     pairs = [(prompt, reference) for prompt, reference in pairs if reference is not None]
     found: list[tuple[str, str]] = []
-    with PartialState().split_between_processes(pairs) as share:
+    with process_state().split_between_processes(pairs) as share:
         mine = cast("list[tuple[list[int], str]]", share)
         size = recipe.evaluation.batch_size
         for i in range(0, len(mine), size):

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 import transformers
-from accelerate import PartialState
 from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import Trainer, TrainingArguments
@@ -18,6 +17,7 @@ from ..analysis import check_available, draw_losses
 from ..errors import ConfigError
 from ..export import export_adapter
 from ..files import check_writable, write_json
+from ..layouts import process_state
 from ..methods import METHODS
 from ..trainer import SUGGESTED, CalibrationCallback
 from ..tuners import load_for_training
@@ -62,7 +62,7 @@ def finetune(recipe: Recipe) -> dict[str, Any]:
     Returns:
         What `results.json` holds: losses, metrics, the start's report, sizes.
     """
-    output, state = Path(recipe.output), PartialState()
+    output, state = Path(recipe.output), process_state()
     check_writable(output)
     check_available()
     transformers.set_seed(recipe.training.seed)
@@ -97,7 +97,7 @@ def _inputs(recipe: Recipe) -> _Inputs:
     held_out = None
     if recipe.data.eval_split is not None or recipe.data.n_eval is not None:
         held_out = load_rows(recipe.data, evaluation=True)
-    with PartialState().main_process_first():
+    with process_state().main_process_first():
         train = reader.encode(rows)
         evaluation = None if held_out is None else reader.encode(held_out)
     return _Inputs(reader, train, evaluation, held_out)

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 import yaml
-from accelerate import PartialState
 
 from peft_gradinit.calibration import CalibrationResult
 from peft_gradinit.errors import ConfigError
+from peft_gradinit.layouts import process_state
 from peft_gradinit.methods import METHODS
 from peft_gradinit.recipes import (
     CalibrationSection,
@@ -67,7 +67,7 @@ def run(
         ),
         CalibrationSection(**calibration),
     )
-    state = PartialState()
+    state = process_state()
     where = _device(device or str(state.device or "cpu"))
     if dry_run:
         costs = job.estimate(where, processes or state.num_processes)

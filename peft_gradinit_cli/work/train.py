@@ -4,8 +4,8 @@ from collections.abc import Iterable
 from typing import Any
 
 import datasets
-from accelerate import PartialState
 
+from peft_gradinit.layouts import process_state
 from peft_gradinit.recipes import finetune, load_recipe
 from peft_gradinit.recipes.shipped import shipped
 
@@ -42,7 +42,7 @@ def run(recipe: str, overrides: Iterable[str], *, check: bool, as_json: bool) ->
         print_json(wanted.model_dump(mode="json"))
         return
     results = finetune(wanted)
-    if PartialState().is_main_process:
+    if process_state().is_main_process:
         Listing("", (), [], _facts(results, wanted.output)).show(as_json)
 
 
