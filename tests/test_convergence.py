@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +24,7 @@ from convergence.plan import (  # noqa: E402
     steps_to,
     usable_range,
 )
-from convergence.report import COLUMNS, markdown, overview  # noqa: E402
+from convergence.report import COLUMNS, interval, markdown, overview  # noqa: E402
 from convergence.study import REFERENCES  # noqa: E402
 from convergence.summary import load, save  # noqa: E402
 from rate_rule import left_out, ratios, table  # noqa: E402
@@ -185,6 +186,19 @@ def test_published_tables_are_those_of_the_published_figures():
     assert overview(tasks) in PAGE.read_text(encoding="utf-8")
     report = (MEASURED / "report.md").read_text(encoding="utf-8")
     assert report == markdown(tasks) + "\n"
+
+
+def test_figures_of_the_readme_are_the_published_ones():
+    tasks = load(MEASURED)
+    rows = {}
+    for method, info in METHODS.items():
+        found = [task.methods[method] for task in tasks if method in task.methods]
+        cells = " | ".join(interval(summary.losses) for summary in found)
+        rows[f"**{info.title}**" if info.ours else info.title] = cells
+    readme = (SCRIPTS.parent / "README.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^\| (\S[^|]*) \| (\d\S+ ± .*) \|$", readme, flags=re.MULTILINE)
+    assert len(shown) == 6
+    assert all(rows[name] == cells for name, cells in shown)
 
 
 def test_published_figures_have_every_method_with_all_seeds():

@@ -29,7 +29,7 @@ COLUMNS = (
     "step",
     "memory",
 )
-OVERVIEW_COLUMNS = ("loss", "range", f"{SHORTER:.0%} of the steps", "suggested rate")
+OVERVIEW_COLUMNS = ("loss", "rate", "range", f"{SHORTER:.0%} of the steps", "suggested rate")
 LEGEND_SIZE = 7
 
 
@@ -126,16 +126,19 @@ def aims(task: TaskSummary) -> str:
 
 
 def overview(tasks: list[TaskSummary]) -> str:
-    """The methods on all tasks as one Markdown table; for `docs/benchmarks.md`."""
-    columns = [f"{t.task}: {of}" for t in tasks for of in OVERVIEW_COLUMNS]
-    rows = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    for method, info in METHODS.items():
-        found = [(t, t.methods[method]) for t in tasks if method in t.methods]
-        if len(found) == len(tasks):
-            cells = [cell for task, summary in found for cell in _short_cells(task, summary)]
-            name = f"**{info.title}**" if info.ours else info.title
-            rows.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(rows)
+    """The methods as short Markdown tables, one a task; for `docs/benchmarks.md`."""
+    return "\n\n".join(_short_table(task) for task in tasks)
+
+
+def _short_table(task: TaskSummary) -> str:
+    head = ["| " + " | ".join((task.task, *OVERVIEW_COLUMNS)) + " |"]
+    head.append("|---" * (len(OVERVIEW_COLUMNS) + 1) + "|")
+    rows = []
+    for method, summary in task.in_order().items():
+        info = METHODS[method]
+        name = f"**{info.title}**" if info.ours else info.title
+        rows.append(f"| {name} | {' | '.join(_short_cells(task, summary))} |")
+    return "\n".join(head + rows)
 
 
 def _short_cells(task: TaskSummary, summary: Summary) -> list[str]:
@@ -143,7 +146,8 @@ def _short_cells(task: TaskSummary, summary: Summary) -> list[str]:
         return "" if loss is None else f"{loss / task.aim - 1:+.1%}"
 
     return [
-        f"{interval(summary.losses)} at {summary.lr:.1e}",
+        interval(summary.losses),
+        f"{summary.lr:.1e}",
         f"{summary.breadth:.1f}",
         relative(summary.short_loss),
         relative(summary.suggested_loss),
