@@ -5,90 +5,15 @@ from pathlib import Path
 
 import pytest
 from packaging.version import Version
-from transformers import Trainer, TrainingArguments
 
 import peft_gradinit
-from peft_gradinit import GradInitError, InitReport, LoraGAConfig, init_report
+from peft_gradinit import GradInitError, InitReport, LoraGAConfig
 from peft_gradinit.methods import METHODS
 from peft_gradinit.optim import OPTIMIZERS
-from tests.helpers import adapted, pico_llama, token_batches
-from tests.trainer.trl_runs import texts, tokenizer
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 README = (ROOT / "README.md").read_text()
-
-
-def blocks(page):
-    """The Python of a page, in order."""
-    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)
-
-
-@pytest.mark.parametrize("page", ["README.md", "docs/explanations/ranks.md"])
-def test_first_examples_run_as_printed(page, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    code = "\n".join(
-        line for line in blocks(page)[0].splitlines() if not line.startswith("trainer")
-    )
-    names = {"model": pico_llama(), "train_dataloader": token_batches()}
-    exec(code, names)
-    printed = capsys.readouterr().out
-    assert "LoRA-One: 14 modules" in printed
-    assert "learning rate" in printed
-    if page == "README.md":
-        assert (tmp_path / "out" / "adapter_model.safetensors").exists()
-    else:
-        assert len(set(init_report(names["model"]).ranks().values())) > 1
-
-
-def test_the_first_page_has_the_example_of_the_readme():
-    assert blocks("docs/index.md") == blocks("README.md")
-
-
-@pytest.mark.filterwarnings("ignore:LoRA-GA needs 32 singular directions")  # a pico model
-def test_example_for_trl_runs_on_a_cpu(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    code = blocks("docs/guides/trainer.md")[0]
-    code = code.replace('SFTConfig("out")', 'SFTConfig("out", use_cpu=True)')
-    pico_llama().save_pretrained("base")
-    tokenizer().save_pretrained("base")
-    names = {"model": "base", "train_dataset": texts()}
-    exec(code, names)
-    assert names["trainer"].state.global_step > 0
-    assert names["trainer"].model.base_model.init_report["default"].facts.n_tokens > 100
-
-
-def test_examples_of_a_loop_run_as_printed(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    names = {"model": pico_llama(), "train_dataloader": token_batches()}
-    for code in blocks("docs/guides/loop.md"):
-        exec(code, names)
-    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
-    assert len(capsys.readouterr().out.splitlines()) == 14
-
-
-def test_example_of_a_calibration_runs_as_printed():
-    names = {"data": token_batches()}
-    code = blocks("docs/guides/calibration.md")[0]
-    exec(code.replace("\nCalibration(\n", "\nspec = Calibration(\n"), names)
-    assert names["spec"].max_tokens == 65_536
-
-
-def test_example_of_a_learning_rate_runs_as_printed():
-    names = {"model": adapted(pico_llama()), "TrainingArguments": TrainingArguments}
-    exec(blocks("docs/explanations/learning-rate.md")[0], names)
-    rate, args = names["rate"], names["args"]
-    assert rate.low < args.learning_rate == rate.suggested < rate.high
-
-
-def test_examples_of_an_optimiser_run_as_printed(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    names = {"model": adapted(pico_llama()), "Trainer": Trainer, "data": texts()}
-    names["args"] = TrainingArguments("out", use_cpu=True)
-    for code in blocks("docs/optimisers.md"):
-        exec(code, names)
-    assert names["optimiser"].param_groups[0]["lr"] == 0.03
-    assert isinstance(names["trainer"].create_optimizer(), type(names["optimiser"]))
 
 
 def test_options_of_the_page_are_those_of_the_config():
