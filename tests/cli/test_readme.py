@@ -12,12 +12,14 @@ from peft_gradinit import CalibrationResult
 from tests.cli.conftest import calibrate_arguments
 
 ROOT = Path(__file__).parent.parent.parent
-GUIDE = (ROOT / "docs" / "guides" / "command-line.md").read_text()
+GUIDES = ROOT / "docs" / "guides"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
-def commands():
-    blocks = re.findall(r"```bash\n(.*?)```", GUIDE, flags=re.DOTALL)
+def commands(page):
+    """Arguments of the commands of a page, without `peft-gradinit`."""
+    text = (GUIDES / page).read_text().replace("\\\n", " ")
+    blocks = re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL)
     lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
     return [shlex.split(line)[1:] for line in lines if line]
 
@@ -31,12 +33,20 @@ def test_every_command_of_the_guide_works(run, workshop, tmp_path, monkeypatch):
     }
     monkeypatch.chdir(tmp_path)
     seen = set()
-    for command in commands():
+    for command in commands("command-line.md"):
         done = run(*(places.get(word, word) for word in command))
         assert done.code == 0, (command, done.err)
         assert done.out
         seen.add(command[0])
     assert seen == {"doctor", "calibrate", "inspect", "compare", "convert", "export"}
+
+
+def test_every_recipe_of_the_guide_is_valid(run):
+    listing, *trainings = commands("recipes.md")
+    assert trainings[0][1] in run(*listing).out
+    for command in trainings:
+        done = run(*command, "--check")
+        assert done.code == 0, (command, done.err)
 
 
 def test_recipes_of_the_pages_exist():
