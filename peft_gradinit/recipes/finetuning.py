@@ -19,6 +19,7 @@ from ..export import export_adapter
 from ..files import check_writable, write_json
 from ..layouts import process_state
 from ..methods import METHODS
+from ..optim import optimizer
 from ..trainer import SUGGESTED, CalibrationCallback
 from ..tuners import load_for_training
 from .collation import collator
@@ -29,7 +30,7 @@ from .progress import Losses
 from .publishing import make_repository, publish
 from .reading import Reader
 from .rows import Rows
-from .schema import Recipe
+from .schema import PAIR_OPTIMIZERS, Recipe
 
 _FIELDS = {field.name for field in dataclasses.fields(TrainingArguments)}
 _CHECKPOINTING = (
@@ -126,15 +127,28 @@ def _trainer(model: PeftModel, recipe: Recipe, inputs: _Inputs) -> Trainer:
         eval_dataset=inputs.evaluation,  # pyright: ignore[reportArgumentType]
         processing_class=reader.processor,
         compute_metrics=label_metrics(recipe, reader),
+        optimizer_cls_and_kwargs=_optimizer(recipe),
     )
     for silent in (PrinterCallback, ProgressCallback):  # they print logs to standard output
         trainer.remove_callback(silent)
     trainer.add_callback(Losses())
     rate, head_rate = recipe.training.learning_rate, recipe.training.head_learning_rate
-    if rate == SUGGESTED or head_rate is not None:
-        rates = {"learning_rate": SUGGESTED if rate == SUGGESTED else None}
-        trainer.add_callback(CalibrationCallback(trainer, head_learning_rate=head_rate, **rates))  # pyright: ignore[reportArgumentType]
+    own = recipe.training.optim in PAIR_OPTIMIZERS  # which has both rates
+    if not own and (rate == SUGGESTED or head_rate is not None):
+        rates: dict[str, Any] = {"learning_rate": SUGGESTED if rate == SUGGESTED else None}
+        trainer.add_callback(CalibrationCallback(trainer, head_learning_rate=head_rate, **rates))
     return trainer
+
+
+def _optimizer(recipe: Recipe) -> Any:
+    """An optimiser of pairs as `Trainer` takes it; `None` for one of Transformers."""
+    training = recipe.training
+    if training.optim not in PAIR_OPTIMIZERS:
+        return None
+    options: dict[str, Any] = {"lr": training.learning_rate, "weight_decay": training.weight_decay}
+    if training.head_learning_rate is not None:
+        options["head_lr"] = training.head_learning_rate
+    return optimizer(training.optim, **options)
 
 
 def _arguments(recipe: Recipe, *, evaluates: bool) -> TrainingArguments:
@@ -152,6 +166,7 @@ def _arguments(recipe: Recipe, *, evaluates: bool) -> TrainingArguments:
         gradient_accumulation_steps=training.gradient_accumulation,
         warmup_steps=training.warmup,
         lr_scheduler_type=training.schedule,
+        optim="adamw_torch" if training.optim in PAIR_OPTIMIZERS else training.optim,
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
         adam_beta1=training.adam_betas[0],

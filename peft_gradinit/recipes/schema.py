@@ -10,9 +10,19 @@ import math
 from typing import Annotated, Any, Literal
 
 from peft import LoraConfig
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from transformers.training_args import OptimizerNames
 
 from ..methods import METHODS
+from ..optim import OPTIMIZERS
 
 DEFAULT_LENGTH = 1024
 """Tokens of a sequence if nothing is said, and the model takes as many."""
@@ -40,6 +50,10 @@ def _suggested_or_positive(value: Any) -> Any:
         raise ValueError("should be 'suggested' or a number greater than 0")
     return value if value == "suggested" else float(value)
 
+
+PAIR_OPTIMIZERS = tuple(kind.name for kind in OPTIMIZERS)
+"""Names of the optimisers of `peft_gradinit.optim`."""
+_OPTIMIZERS = (*(name.value for name in OptimizerNames), *PAIR_OPTIMIZERS)
 
 METHOD_CONFIGS: dict[str, Any] = {"lora": LoraConfig} | {m.name: m for m in METHODS}
 """Config classes by the names that `method.name` takes."""
@@ -229,7 +243,13 @@ class CalibrationSection(Section):
 
 
 class TrainingSection(Section):
-    """The arguments of `transformers.Trainer`; AdamW."""
+    """The arguments of `transformers.Trainer`."""
+
+    optim: str = Field(
+        default="adamw_torch",
+        description="As `TrainingArguments.optim`, or an optimiser of pairs, whose rate is its own: "
+        + ", ".join(f"`{name}`" for name in PAIR_OPTIMIZERS),
+    )
 
     learning_rate: Annotated[
         float | Literal["suggested"], BeforeValidator(_suggested_or_positive)
@@ -258,6 +278,21 @@ class TrainingSection(Section):
     )
     resume: bool = Field(default=False, description="Continue from the last checkpoint.")
     seed: int = Field(default=42, description="Of the order of the data, and of dropout.")
+
+    @field_validator("optim")
+    @classmethod
+    def _known_optimizer(cls, value: str) -> str:
+        if value not in _OPTIMIZERS:
+            raise ValueError(f"no such optimiser{nearest(value, _OPTIMIZERS)}")
+        return value
+
+    @model_validator(mode="after")
+    def _rate_of_the_optimizer(self) -> "TrainingSection":
+        if self.learning_rate == "suggested" and "adam" not in self.optim:
+            raise ValueError(
+                f"rates are suggested for Adam; name the learning_rate of {self.optim}"
+            )
+        return self
 
 
 class EvaluationSection(Section):

@@ -23,6 +23,7 @@ from peft_gradinit.recipes import ModelSection, finetune, load_model, load_recip
 from peft_gradinit.recipes.embedded import pico_tokenizer
 from peft_gradinit.recipes.evaluation import _generated
 from peft_gradinit.recipes.metrics import compute
+from peft_gradinit.recipes.schema import PAIR_OPTIMIZERS
 from peft_gradinit.recipes.shipped import shipped
 from peft_gradinit.records import InitReport
 from tests.recipes.images import save_vit
@@ -83,6 +84,26 @@ def test_a_recipe_without_a_rate_takes_the_suggested_one(tmp_path):
     config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
     plain = get_peft_model(load_model(ModelSection(name="embedded:pico-llama")), config)
     assert lora["learning_rate"] == suggest_learning_rate(plain).suggested
+
+
+@pytest.mark.parametrize("name", PAIR_OPTIMIZERS)
+def test_a_recipe_trains_with_an_optimiser_of_pairs(name, tmp_path):
+    rate = ("training.learning_rate=1e-3",)
+    results = run(PICO, tmp_path / "out", f"training.optim={name}", *rate)
+    other = run(PICO, tmp_path / "adam", *rate)
+    assert len(results["losses"]) == 3
+    assert results["losses"][0] == other["losses"][0]  # before the first step
+    assert results["losses"][2] != other["losses"][2]
+
+
+def test_optimisers_that_are_unknown_or_without_a_rate_are_refused():
+    with pytest.raises(
+        ConfigError, match=r"training.optim: no such optimiser, did you mean 'lora_m"
+    ):
+        load_recipe(PICO, ["training.optim=lora_moun"])
+    changes = ["training.optim=lora_muon", "training.learning_rate=suggested"]
+    with pytest.raises(ConfigError, match="name the learning_rate of lora_muon"):
+        load_recipe(PICO, changes)
 
 
 @pytest.mark.parametrize("rate", ["best", "0", "-1", "true", ".inf", "[1]"])
