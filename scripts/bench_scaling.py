@@ -192,7 +192,7 @@ def name_of(axis: str) -> str:
 
 
 def computed(options: argparse.Namespace) -> dict[str, dict]:
-    """Dry runs on the configs, as a table in Markdown, which the README shows."""
+    """Dry runs on the configs, as a table in Markdown, which the benchmarks show."""
     found = {}
     for shape in sorted(SHAPES.iterdir()):
         command = [sys.executable, "-m", "peft_gradinit_cli", "calibrate", str(shape), "--dry-run"]

@@ -32,7 +32,7 @@ stays what it was, `s B0 A0` is taken out of it.
 8. The SVD is exact on the sketched core and seeded; theirs is randomised (`svd_lowrank`, `q = 4 r`,
    4 iterations) and not. Their `norm_clip`, which shortens a start whose largest entry
    exceeds the weight's, is not here.
-9. `scale="lora"` and `rank_allocation` are not of the paper; the README shows what they gave.
+9. `scale="lora"` and `rank_allocation` are not of the paper; the benchmarks show what they gave.
 
 At initialisation the function is unchanged up to rounding; singular values of `G` are not used, so
 the scale of the loss does not matter.

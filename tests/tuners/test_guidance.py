@@ -122,3 +122,15 @@ def test_a_deferred_adapter_has_no_rate_yet():
         suggest_learning_rate(model)
     report = initialize(model, quiet(token_batches()))
     assert suggest_learning_rate(model) == report.learning_rate
+
+
+def test_lora_muon_has_one_rate_for_all_models_and_others_have_no_rule():
+    model = adapted(pico_llama(), lora_ga())
+    assert suggest_learning_rate(model, optimizer="lora_muon").suggested == 0.03
+    assert suggest_learning_rate(model, optimizer="adamw") == suggest_learning_rate(model)
+    with pytest.raises(
+        ConfigError, match=r"no rule is known for the rate of 'lora_rite', only for"
+    ):
+        suggest_learning_rate(model, optimizer="lora_rite")
+    with pytest.raises(ConfigError, match="nothing that lora_muon could train"):
+        suggest_learning_rate(pico_llama(), optimizer="lora_muon")
