@@ -190,11 +190,12 @@ class CalibrationCallback(TrainerCallback):
 
     def _tell(self, peft_model: PeftModel) -> None:
         """Log the starts, and compare the rate of the run with the suggested one."""
-        name = self._adapter(peft_model)
-        if self.learning_rate is None and self.head_learning_rate is None:
-            check_rate(self.trainer, suggest_learning_rate(peft_model, name))
-        reports = {n: init_report(peft_model, n) for n in self._new or [name]}
-        log_start(self.trainer, {n: r for n, r in reports.items() if r}, report=self.log)
+        found = {n: init_report(peft_model, n) for n in self._new or [self._adapter(peft_model)]}
+        reports = {name: report for name, report in found.items() if report}
+        rates = [report.learning_rate for report in reports.values() if report.learning_rate]
+        if rates and self.learning_rate is None:
+            check_rate(self.trainer, rates[0])
+        log_start(self.trainer, reports, report=self.log)
 
     def _suggested(self, peft_model: PeftModel) -> float:
         """The rate of the start; a resumed run has it in its logs."""

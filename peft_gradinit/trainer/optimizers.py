@@ -4,7 +4,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
@@ -106,18 +106,19 @@ def rescale_rates(trainer: "Trainer", rate: float) -> None:
 
     The first group has the rate itself; the ratios of the others to it stay.
     """
-    optimizer: Any = trainer.optimizer
+    groups: Any = cast("Any", trainer.optimizer).param_groups
     trainer.args.learning_rate = rate
-    factor = rate / optimizer.param_groups[0]["initial_lr"]
+    factor = rate / groups[0].get("initial_lr", groups[0]["lr"])
     if math.isclose(factor, 1.0):
         return
-    for group in optimizer.param_groups:
-        group["lr"] = group["lr"] * factor
-        group["initial_lr"] = group["initial_lr"] * factor
+    for group in groups:
+        for name in {"lr", "initial_lr"} & group.keys():
+            group[name] = group[name] * factor
     schedule: Any = trainer.lr_scheduler
     schedule = getattr(schedule, "scheduler", schedule)  # inside Accelerate's wrapper
-    schedule.base_lrs = [base * factor for base in schedule.base_lrs]
-    schedule._last_lr = [group["lr"] for group in optimizer.param_groups]
+    if hasattr(schedule, "base_lrs"):  # not one that waits for a plateau
+        schedule.base_lrs = [base * factor for base in schedule.base_lrs]
+        schedule._last_lr = [group["lr"] for group in groups]
 
 
 def give_heads_a_rate(optimizer: "Optimizer", model: nn.Module, rate: float) -> None:

@@ -18,7 +18,7 @@ from peft_gradinit.errors import ConfigError
 from peft_gradinit.optim import optimizer
 from peft_gradinit.trainer.optimizers import rescale_rates
 from tests.helpers import adapted, pico_llama, quiet, token_batches
-from tests.trainer.runs import trainer_of
+from tests.trainer.runs import ROWS, trainer_of
 from tests.trainer.trl_runs import config_of as trl_config_of
 from tests.trainer.trl_runs import trainer_of as trl_trainer_of
 
@@ -66,6 +66,18 @@ def test_the_suggested_rate_is_trained_at(kind, tmp_path):
     assert all(rate == pytest.approx(want) for rate in rates[0])
     assert rates[1][0] == pytest.approx(0.8 * want)  # the schedule acts on it
     assert trainer.args.learning_rate == want
+
+
+def test_a_schedule_that_waits_for_a_plateau_begins_at_the_suggested_rate(tmp_path):
+    trainer = trainer_of(tmp_path, model=lora_one(), cls=Trainer, learning_rate=5e-5)
+    trainer.args.lr_scheduler_type, trainer.eval_dataset = "reduce_lr_on_plateau", ROWS
+    trainer.args.eval_strategy, trainer.args.eval_steps = "steps", 1
+    trainer.args.metric_for_best_model = "loss"
+    rates = run(trainer, learning_rate="suggested")
+    want = init_report(trainer.model).learning_rate.suggested
+    assert rates[0] == pytest.approx([want] * len(rates[0]))
+    rescale_rates(trainer, want / 2)
+    assert {g["lr"] for g in trainer.optimizer.param_groups} == {pytest.approx(want / 2)}
 
 
 def test_trl_trains_at_the_suggested_rate(tmp_path):
