@@ -77,7 +77,7 @@ def test_a_schedule_that_waits_for_a_plateau_begins_at_the_suggested_rate(tmp_pa
     want = init_report(trainer.model).learning_rate.suggested
     assert rates[0] == pytest.approx([want] * len(rates[0]))
     rescale_rates(trainer, want / 2)
-    assert {g["lr"] for g in trainer.optimizer.param_groups} == {pytest.approx(want / 2)}
+    assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(want / 2)
 
 
 def test_trl_trains_at_the_suggested_rate(tmp_path):
