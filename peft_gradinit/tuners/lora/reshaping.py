@@ -92,17 +92,17 @@ def targets_in_file(
         for name, _, rest in [key.rpartition(".lora_A.")]
         if name and rest.endswith("weight") and tensor.dim() > 1
     }
-    layers = dict(adapted_layers(model, adapter_name))
+    paths = {id(module): path for path, module in model.named_modules()}
+    ranks: dict[str, int | None] = {}
+    for name, layer in adapted_layers(model, adapter_name):
+        key = name_in_file(plain_name(paths[id(layer)]), prefixed=is_prefixed(entries))
+        per_rank = n_experts(layer) * (2 if config.anchored else 1)
+        absent = 0 if config.min_rank == 0 else None
+        ranks[name] = sizes[key] // per_rank if key in sizes else absent
     targets = {}
     for name, target in live_targets(model, adapter_name).items():
-        layer, r = layers[target.adapted], target.r
-        path = next(path for path, module in model.named_modules() if module is layer)
-        key = name_in_file(plain_name(path), prefixed=is_prefixed(entries))
-        if key in sizes:
-            r = sizes[key] // (n_experts(layer) * (2 if config.anchored else 1))
-        elif config.min_rank == 0:
-            r = 0
-        targets[name] = resized(target, r, config)
+        r = ranks[target.adapted]
+        targets[name] = target if r is None else resized(target, r, config)
     return targets
 
 
