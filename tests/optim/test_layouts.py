@@ -43,10 +43,14 @@ def test_an_optimizer_that_lost_its_parameters_says_so(several):
 
 def test_other_layouts_are_refused_by_name(several):
     messages = several["refused"]
-    assert "under tensor parallelism" in messages["tensor parallel"]
     assert "cut by rows, got placements (Shard(dim=1),)" in messages["columns"]
     assert "does not work under FSDP1" in messages["FSDP1 after"]
     assert "Nor does it under FSDP1" in messages["FSDP1 before"]
+
+
+@pytest.mark.slow
+def test_tensor_parallelism_is_refused_by_name():
+    assert "under tensor parallelism" in values("tensor_parallel")
 
 
 @pytest.mark.slow
