@@ -1,6 +1,8 @@
 """What `peft-gradinit train` does."""
 
+import sys
 from collections.abc import Iterable
+from contextlib import redirect_stdout
 from typing import Any
 
 import datasets
@@ -41,7 +43,8 @@ def run(recipe: str, overrides: Iterable[str], *, check: bool, as_json: bool) ->
     if check:
         print_json(wanted.model_dump(mode="json"))
         return
-    results = finetune(wanted)
+    with redirect_stdout(sys.stderr):  # DeepSpeed logs to standard output, which is for results
+        results = finetune(wanted)
     if process_state().is_main_process:
         Listing("", (), [], _facts(results, wanted.output)).show(as_json)
 

@@ -331,7 +331,7 @@ def test_the_command_runs_checks_and_refuses(line, tmp_path):
         assert part in done.stdout.replace("\n", "")
     assert "step 3 of 3: loss " in done.stderr
     printed = json.loads(script(*line, "--json").stdout)
-    assert printed["facts"]["learning rate"] == pytest.approx(3e-3)
+    assert printed["learning rate"] == pytest.approx(3e-3)
     checked = script(*line, "--check")
     assert json.loads(checked.stdout)["training"]["max_steps"] == 3
     wrong = script(*line, "trainig.x=1")
