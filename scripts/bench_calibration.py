@@ -62,6 +62,11 @@ def make_model(options: argparse.Namespace) -> LlamaForCausalLM:
     """Llama-shaped, float32, frozen weights as `from_pretrained` leaves them."""
     if options.model == "smollm2":
         return LlamaForCausalLM.from_pretrained(smollm2_folder(), dtype=torch.float32)
+    return random_llama(options)
+
+
+def random_llama(options: argparse.Namespace) -> LlamaForCausalLM:
+    """Random weights, of `options.hidden` and `options.layers`."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY,

@@ -19,15 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bench_calibration import VOCABULARY, random_llama
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from rich.table import Table
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_gradinit.optim import LoraMuon, LoraOne, LoraPro, LoraRite
 
-VOCABULARY = 4096
 N_WARM = 2
 console = Console()
 
@@ -43,18 +42,8 @@ CANDIDATES: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
 
 def make_model(options: argparse.Namespace) -> nn.Module:
     """The shape of `bench_calibration`, with a LoRA."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=options.hidden,
-        intermediate_size=options.hidden * 8 // 3 // 64 * 64,
-        num_hidden_layers=options.layers,
-        num_attention_heads=options.hidden // 64,
-        num_key_value_heads=options.hidden // 64,
-        use_cache=False,
-    )
     lora = LoraConfig(r=options.rank, lora_alpha=2 * options.rank, target_modules="all-linear")
-    return get_peft_model(LlamaForCausalLM(config), lora).train().to(options.device)
+    return get_peft_model(random_llama(options), lora).train().to(options.device)
 
 
 def adamw(model: nn.Module) -> torch.optim.Optimizer:

@@ -35,14 +35,6 @@ from .stacks import (
     write_rows,
 )
 
-ADAM: dict[str, Layout] = {
-    "exp_avg_A": "A",
-    "exp_avg_sq_A": "A",
-    "exp_avg_B": "B",
-    "exp_avg_sq_B": "B",
-}
-"""Adam's two moments of each factor."""
-
 
 class _Rate(TypedDict):
     lr: float

@@ -5,7 +5,7 @@ Zhang, Liu & Chen (2025), ICML, https://arxiv.org/abs/2502.01235. The start is `
 | in the paper | here |
 |---|---|
 | `B - eta g_B (A A^T)^-1`, `A - eta (B^T B)^-1 g_A`, Algorithm 1, lines 7-9, Eq. 9 | `preconditioned`, `mode="gd"` |
-| the same gradients in AdamW, as the experiments had it | `preconditioned`, `whitening.adam_direction`, `mode="adamw"` |
+| the same gradients in AdamW, as the experiments had it | `preconditioned`, `adam.adam_directions`, `mode="adamw"` |
 
 Gradient descent so preconditioned moves the product by `-eta g` projected on the factors' spaces,
 however the product is split: this is what the paper's theorems are about. AdamW divides every entry
@@ -30,17 +30,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .base import (
-    ADAM,
-    Common,
-    PairOptimizer,
-    check_betas,
-    check_choice,
-    check_fraction,
-    decayed,
-)
+from .adam import ADAM, adam_directions, adam_options, stepped
+from .base import Common, PairOptimizer
 from .stacks import Layout, Stack
-from .whitening import adam_direction, gram_power
+from .whitening import gram_power
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -78,11 +71,8 @@ class LoraOne(PairOptimizer):
         dampening: float = 1e-6,
         **common: "Unpack[Common]",
     ) -> None:
-        check_choice(self.title, "mode", mode, Mode)
-        check_betas(self.title, betas)
-        check_fraction(self.title, eps=eps, dampening=dampening)
-        options = {"mode": mode, "betas": betas, "eps": eps, "dampening": dampening}
-        super().__init__(model, options, **common)
+        given = {"mode": mode, "betas": betas, "eps": eps, "dampening": dampening}
+        super().__init__(model, adam_options(self.title, Mode, **given), **common)
 
     def layouts(self, options: Mapping[str, Any]) -> dict[str, Layout]:  # noqa: D102
         return ADAM if options["mode"] == "adamw" else {}
@@ -90,14 +80,10 @@ class LoraOne(PairOptimizer):
     def update(  # noqa: D102
         self, stack: Stack, state: dict[str, Tensor], options: Mapping[str, Any]
     ) -> tuple[Tensor, Tensor]:
-        dA, dB = preconditioned(stack, options["dampening"])
+        directions = preconditioned(stack, options["dampening"])
         if options["mode"] == "adamw":
-            adam = stack.step, options["betas"], options["eps"]
-            dA = adam_direction(dA, (state["exp_avg_A"], state["exp_avg_sq_A"]), *adam)
-            dB = adam_direction(dB, (state["exp_avg_B"], state["exp_avg_sq_B"]), *adam)
-        decay = options["lr"] * options["weight_decay"]
-        new_A = decayed(stack.A, decay).sub_(dA, alpha=options["lr"])
-        return new_A, decayed(stack.B, decay).sub_(dB, alpha=options["lr"])
+            directions = adam_directions(stack, directions, state, options)
+        return stepped(stack, directions, options)
 
 
 def preconditioned(

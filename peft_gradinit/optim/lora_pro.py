@@ -37,15 +37,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .base import (
-    ADAM,
-    Common,
-    PairOptimizer,
-    check_betas,
-    check_choice,
-    check_fraction,
-    decayed,
-)
+from .adam import ADAM, adam_directions, adam_options, stepped
+from .base import Common, PairOptimizer
 from .stacks import Layout, Stack
 from .whitening import Square, adam_direction, gram_power
 
@@ -89,11 +82,8 @@ class LoraPro(PairOptimizer):
         dampening: float = 1e-6,
         **common: "Unpack[Common]",
     ) -> None:
-        check_choice(self.title, "mode", mode, Mode)
-        check_betas(self.title, betas)
-        check_fraction(self.title, eps=eps, dampening=dampening)
-        options = {"mode": mode, "betas": betas, "eps": eps, "dampening": dampening}
-        super().__init__(model, options, **common)
+        given = {"mode": mode, "betas": betas, "eps": eps, "dampening": dampening}
+        super().__init__(model, adam_options(self.title, Mode, **given), **common)
 
     def layouts(self, options: Mapping[str, Any]) -> dict[str, Layout]:  # noqa: D102
         return ADAM if options["mode"] == "efficient" else WHOLE
@@ -101,18 +91,15 @@ class LoraPro(PairOptimizer):
     def update(  # noqa: D102
         self, stack: Stack, state: dict[str, Tensor], options: Mapping[str, Any]
     ) -> tuple[Tensor, Tensor]:
-        adam = stack.step, options["betas"], options["eps"]
-        a, b = adjusted(stack, options["dampening"])
+        step = adjusted(stack, options["dampening"])
         if options["mode"] == "efficient":
-            a = adam_direction(a, (state["exp_avg_A"], state["exp_avg_sq_A"]), *adam)
-            b = adam_direction(b, (state["exp_avg_B"], state["exp_avg_sq_B"]), *adam)
+            step = adam_directions(stack, step, state, options)
         else:
-            whole = equivalent(stack, (a, b))
-            u = adam_direction(whole, (state["exp_avg_B"], state["exp_avg_sq_B"]), *adam)
-            a, b = adjusted(in_factors(stack, u), options["dampening"])
-        decay = options["lr"] * options["weight_decay"]
-        new_A = decayed(stack.A, decay).sub_(a, alpha=options["lr"])
-        return new_A, decayed(stack.B, decay).sub_(b, alpha=options["lr"])
+            adam = stack.step, options["betas"], options["eps"]
+            moments = state["exp_avg_B"], state["exp_avg_sq_B"]
+            u = adam_direction(equivalent(stack, step), moments, *adam)
+            step = adjusted(in_factors(stack, u), options["dampening"])
+        return stepped(stack, step, options)
 
 
 def adjusted(stack: Stack, dampening: float) -> Step:

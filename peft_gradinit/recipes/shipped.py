@@ -29,9 +29,9 @@ def recipe_path(recipe: str | os.PathLike[str]) -> Path:
     Raises:
         ConfigError: if there is neither.
     """
-    path, known = Path(recipe), shipped()
-    if path.exists():
+    if (path := Path(recipe)).exists():
         return path
+    known = shipped()
     name = os.fspath(recipe).removesuffix(".yaml").removeprefix("configs/")
     if name not in known:
         raise ConfigError(

@@ -4,7 +4,6 @@ from .allocation import resized, without_empty
 from .base import base_fingerprint, base_hashes
 from .config import GradInitConfig
 from .experts import mean_scores
-from .options import AUTO, RankAllocation
 from .spectral import SpectralConfig
 from .start import Start, compute_start, measured, planned_targets
 from .switching import adapter_alone, adapters_disabled

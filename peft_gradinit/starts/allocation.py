@@ -5,10 +5,11 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..calibration import CalibrationResult
 from ..linalg import allocate_ranks
+from .base import n_parameters
 from .config import GradInitConfig
 from .experts import mean_scores
 from .target import Target
@@ -28,14 +29,13 @@ def allocated(
     targets: Mapping[str, Target],
     result: CalibrationResult,
     config: GradInitConfig,
-    n_parameters: int,
+    model: nn.Module,
 ) -> dict[str, Target]:
     """The targets with their budget shared out anew; rank 0 means no adapter.
 
     All experts of a parameter have the same rank. It counts once in a sum of ranks, and its score
     is the mean of the experts' scores. Targets that could not be measured keep their rank; with
-    automatic targets they get none. `n_parameters` is the size of the model, of which a budget may
-    be a share.
+    automatic targets they get none. A budget may be a share of the size of `model`.
     """
     if not config.allocates_ranks:
         return dict(targets)
@@ -46,7 +46,7 @@ def allocated(
     counted = asked if config.automatic else scores
     ranks = allocate_ranks(
         scores,
-        _budget(sum(asked[name] * costs[name] for name in counted), config, n_parameters),
+        _budget(sum(asked[name] * costs[name] for name in counted), config, model),
         costs=costs,
         min_rank=config.min_rank,
         max_rank=config.max_rank,
@@ -92,11 +92,11 @@ def _costs(targets: Iterable[Target], config: GradInitConfig) -> dict[str, int]:
     return costs
 
 
-def _budget(asked: int, config: GradInitConfig, n_parameters: int) -> int:
+def _budget(asked: int, config: GradInitConfig, model: nn.Module) -> int:
     """What the config asks for, or what it would use without an allocation."""
     if isinstance(config.budget, str):
         return asked
-    return int(config.budget * n_parameters) if config.budget < 1 else int(config.budget)
+    return int(config.budget * n_parameters(model) if config.budget < 1 else config.budget)
 
 
 def _reasons(

@@ -19,6 +19,24 @@ _USUAL = {"rank_allocation": "uniform", "budget": "ranks", "rho": 2.0, "min_rank
 _OF_AUTO = {"budget": "parameters", "rho": 4.0, "min_rank": 0}
 
 
+def is_automatic(targets: Any) -> bool:
+    """Whether the calibration chooses the layers."""
+    return targets in (AUTO, AUTO_WITH_OUTPUT)
+
+
+def check_choosable(targets: Any, need: Need, config: str) -> None:
+    """Refuse automatic targets if the method measures nothing that layers can be chosen by.
+
+    Raises:
+        ConfigError: if so.
+    """
+    if is_automatic(targets) and len(need.allocations) == 1:
+        raise ConfigError(
+            f"{config} measures {need.title}, by which no layers can be chosen; name them in "
+            f"target_modules, or 'all-linear', in place of {targets!r}."
+        )
+
+
 class PaperSettings:
     """A config that knows the options of its paper's experiments."""
 
@@ -76,14 +94,9 @@ class AllocationOptions:
             ConfigError: if the targets are automatic and the method measures nothing that layers
                 can be chosen by.
         """
+        check_choosable(targets, need, type(self).__name__)
         values = dict(self.usual)
-        if targets in (AUTO, AUTO_WITH_OUTPUT):
-            if len(need.allocations) == 1:
-                raise ConfigError(
-                    f"{type(self).__name__} measures {need.title}, by which no layers can be "
-                    f"chosen; name them in target_modules, or 'all-linear', in place of "
-                    f"{targets!r}."
-                )
+        if is_automatic(targets):
             vars(self)["automatic"] = True
             values |= {"rank_allocation": need.allocations[-1], **_OF_AUTO}
         for name, value in values.items():

@@ -13,7 +13,7 @@ from ..calibration import Need, Weights
 from ..errors import ConfigError
 from ..numbers import is_integer, use_python_numbers
 from ..records import AdapterRecord, attached_record, unscaled, write_provenance
-from .options import AUTO, AUTO_WITH_OUTPUT, PaperSettings
+from .options import PaperSettings, check_choosable
 
 FULL = "full"
 _SAVE_FORMATS = ("lora", "compact")
@@ -88,11 +88,7 @@ class SpectralConfig(PaperSettings, PeftConfig, abc.ABC):
                 )
 
     def _check_layers(self) -> None:
-        if self.target_modules in (AUTO, AUTO_WITH_OUTPUT):
-            raise ConfigError(
-                f"{self._name} measures nothing, by which no layers can be chosen; name them in "
-                f"target_modules, or 'all-linear', in place of {self.target_modules!r}."
-            )
+        check_choosable(self.target_modules, self.needs(), self._name)
         if self.layers_pattern and self.layers_to_transform is None:
             raise ConfigError(
                 f"{self._name}: layers_pattern={self.layers_pattern!r} needs layers_to_transform, "

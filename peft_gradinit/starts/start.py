@@ -16,7 +16,7 @@ from ..linalg import frobenius_of_product, rate_of_start
 from ..records import InitReport, ModuleReport, StepCheck, scaling
 from ..statistics import Fingerprint
 from .allocation import allocated, offered_rank
-from .base import base_hashes, n_parameters
+from .base import base_hashes
 from .checks import check_complete, check_failures, those_that_train
 from .config import GradInitConfig
 from .switching import adapters_disabled
@@ -95,7 +95,7 @@ def compute_start(
     result = measured(model, targets, config, calibration, runner)
     check_complete(result, config)
     check_failures(result.failures, targets, config)
-    targets = allocated(targets, result, config, n_parameters(model))
+    targets = allocated(targets, result, config, model)
     source = (result.fingerprint, result, result.options or calibration)
     return _start(model, targets, config, source, runner)
 

@@ -19,7 +19,7 @@ from ..layouts import is_offloaded
 from ..records import alpha_growth, alpha_of, patterns, rank_of
 from .config import GradInitConfig
 from .experts import expert_shape, expert_weights
-from .options import AUTO, AUTO_WITH_OUTPUT
+from .options import AUTO_WITH_OUTPUT, is_automatic
 from .target import Target
 from .weights import LINEAR_KINDS, linear_shape
 
@@ -36,7 +36,7 @@ def with_converted_targets(config: GradInitConfig, model: nn.Module) -> GradInit
     """
     config = copy.copy(config)
     asked = config.target_modules
-    if asked in (AUTO, AUTO_WITH_OUTPUT):
+    if is_automatic(asked):
         config.target_modules = "all-linear"
     if config.target_modules is None:
         return config

@@ -20,6 +20,7 @@ from ..layouts import is_sharded
 from ..numbers import is_finite_number
 from ..records import init_report
 from ..tuners import (
+    WAYS_AROUND,
     GradInitModel,
     SVFitModel,
     deferred_adapters,
@@ -31,7 +32,6 @@ from .optimizers import (
     before_optimizer,
     check_rate,
     give_heads_a_rate,
-    has_made_optimizer,
     is_supervised,
     other_than_adam,
     rescale_rates,
@@ -139,9 +139,7 @@ class CalibrationCallback(TrainerCallback):
         if reshapes and sharding:
             raise ConfigError(
                 f"the adapters {waiting} get their ranks from the data, but {sharding} takes the "
-                "shapes of the model before there are any; calibrate first (calibrate(model, "
-                "config, data).save(path), then calibration=path in the config), or keep the ranks "
-                "with rank_allocation='uniform'."
+                f"shapes of the model before there are any; {WAYS_AROUND}."
             )
         decides = self.learning_rate is not None and not self.trainer.is_fsdp_enabled
         if waiting and (reshapes or decides):
@@ -207,9 +205,11 @@ class CalibrationCallback(TrainerCallback):
         return self.adapter_name or peft_model.active_adapters[0]
 
     def _peft_model(self) -> PeftModel:
-        model = cast("nn.Module", self.trainer.accelerator.unwrap_model(self.trainer.model))
         sets_rates = (self.learning_rate, self.head_learning_rate) != (None, None)
-        return _peft_model(model, any_type=sets_rates)
+        return _peft_model(self._model(), any_type=sets_rates)
+
+    def _model(self) -> nn.Module:
+        return cast("nn.Module", self.trainer.accelerator.unwrap_model(self.trainer.model))
 
     def _waiting(self, peft_model: PeftModel) -> list[str]:
         waiting = deferred_adapters(peft_model)
@@ -234,11 +234,10 @@ class CalibrationCallback(TrainerCallback):
         )
 
     def _start_all(self, waiting: list[str]) -> None:
-        model = cast("nn.Module", self.trainer.accelerator.unwrap_model(self.trainer.model))
         peft_model = self._peft_model()
         for name in waiting:
             if name in deferred_adapters(peft_model):  # a copy of an earlier one is filled by now
-                self._start(model, peft_model, name)
+                self._start(self._model(), peft_model, name)
         self._new, self._has_started = waiting, True
 
     def _start(self, model: nn.Module, peft_model: PeftModel, adapter_name: str) -> None:
@@ -297,7 +296,7 @@ def _check_rates(trainer: "Trainer", rate: object, head_rate: object) -> None:
             "DeepSpeed takes the learning rate before the callback knows one; set it in the "
             "trainer's arguments, from suggest_learning_rate(model) once the adapter has its start."
         )
-    if has_made_optimizer(trainer):
+    if trainer.optimizer is not None:
         raise ConfigError(
             "the trainer was given an optimiser, which has its learning rate; make it with "
             "suggest_learning_rate(model).suggested, or let the trainer make one."

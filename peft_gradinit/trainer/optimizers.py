@@ -10,9 +10,10 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..errors import ConfigError, warn
-from ..layouts import agreed, processes
+from ..layouts import processes
 from ..records import LearningRate
 from ..starts import base_hashes
+from ..tuners import WAYS_AROUND
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -38,11 +39,6 @@ def before_optimizer(
         return optimizer
 
     trainer.create_optimizer = create_optimizer
-
-
-def has_made_optimizer(trainer: "Trainer") -> bool:
-    """Whether the user gave the trainer an optimiser."""
-    return trainer.optimizer is not None
 
 
 def other_than_adam(trainer: "Trainer") -> str | None:
@@ -81,7 +77,7 @@ def whole_on_device(trainer: "Trainer", model: nn.Module) -> Iterator[None]:
     if not trainer.is_fsdp_enabled:
         yield
         return
-    with agreed(model), processes(model) as world:
+    with processes(model) as world, world.together():
         hashes = world.gather(base_hashes(model))
         differing = sorted(
             n for n, value in hashes[0].items() if any(h[n] != value for h in hashes)
@@ -90,8 +86,7 @@ def whole_on_device(trainer: "Trainer", model: nn.Module) -> Iterator[None]:
             raise ConfigError(
                 f"processes have other weights ({differing[0]}, …) before FSDP2 shards the model, "
                 "as with cpu_ram_efficient_loading, so it cannot run there; load it whole on every "
-                "process, or calibrate first (calibrate(model, config, data).save(path), then "
-                "calibration=path in the config)."
+                f"process, {WAYS_AROUND}."
             )
     device = next(model.parameters()).device
     model.to(trainer.accelerator.device)

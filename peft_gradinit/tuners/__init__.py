@@ -2,7 +2,7 @@
 
 from .guidance import suggest_learning_rate
 from .loading import load_for_training
-from .lora import GradInitModel, Pair, deferred_adapters, pairs
+from .lora import WAYS_AROUND, GradInitModel, Pair, deferred_adapters, pairs
 from .registration import register
 from .svfit import SVFitModel
 from .verbs import calibrate, initialize

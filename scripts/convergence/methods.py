@@ -230,6 +230,9 @@ class Method:
     has_output: bool = False
 
 
+CALIBRATED: dict[str, bool] = {"reads_data": True, "ours": True, "suggests": True}
+"""What holds of our types that need data, with AdamW."""
+
 METHODS: dict[str, Method] = {
     "full": Method("full fine-tuning", full, 1e-3),
     "lora": Method("LoRA", plain(use_rslora=False), 3.2e-3, suggests=True),
@@ -243,51 +246,37 @@ METHODS: dict[str, Method] = {
     "olora": Method("OLoRA", plain(init_lora_weights="olora"), 1e-3),
     "peft_eva": Method("EVA (PEFT)", peft_eva, 1e-3, reads_data=True),
     "peft_lora_ga": Method("LoRA-GA (PEFT)", peft_lora_ga, 1e-3, reads_data=True),
-    "lora_ga": Method(
-        "LoRA-GA", calibrated(LoraGAConfig), 1e-3, reads_data=True, ours=True, suggests=True
-    ),
+    "lora_ga": Method("LoRA-GA", calibrated(LoraGAConfig), 1e-3, **CALIBRATED),
     "lora_ga_ranks": Method(
         "LoRA-GA, ranks by gradient",
         calibrated(LoraGAConfig, **BY_GRADIENT),
         3.2e-4,
-        reads_data=True,
-        ours=True,
-        suggests=True,
+        **CALIBRATED,
     ),
     "lora_ga_ranks_as_lora": Method(
         "LoRA-GA, ranks by gradient, LoRA's length",
         calibrated(LoraGAConfig, scale="lora", use_rslora=False, **BY_GRADIENT),
         1.8e-3,
-        reads_data=True,
-        ours=True,
-        suggests=True,
+        **CALIBRATED,
     ),
-    "lora_one": Method(
-        "LoRA-One", calibrated(LoraOneConfig), 3.2e-3, reads_data=True, ours=True, suggests=True
-    ),
+    "lora_one": Method("LoRA-One", calibrated(LoraOneConfig), 3.2e-3, **CALIBRATED),
     "lora_one_ranks": Method(
         "LoRA-One, ranks by gradient",
         calibrated(LoraOneConfig, **EQUAL_NUMBERS),
         3.2e-3,
-        reads_data=True,
-        ours=True,
-        suggests=True,
+        **CALIBRATED,
     ),
     "lora_one_auto": Method(
         "LoRA-One, `auto`",
         automatic(LoraOneConfig, "auto"),
         3.2e-3,
-        reads_data=True,
-        ours=True,
-        suggests=True,
+        **CALIBRATED,
     ),
     "lora_one_auto_output": Method(
         "LoRA-One, `auto+output`",
         automatic(LoraOneConfig, "auto+output"),
         3.2e-3,
-        reads_data=True,
-        ours=True,
-        suggests=True,
+        **CALIBRATED,
         has_output=True,
     ),
     "lora_one_riemannian": Method(
@@ -298,7 +287,7 @@ METHODS: dict[str, Method] = {
         reads_data=True,
         ours=True,
     ),
-    "eva": Method("EVA", calibrated(EvaConfig), 1e-3, reads_data=True, ours=True, suggests=True),
+    "eva": Method("EVA", calibrated(EvaConfig), 1e-3, **CALIBRATED),
     "svfit": Method("SVFit", svfit(), 3.2e-2, ours=True, suggests=True),
 }
 FIRST_RATES = {"lora_muon": 3.2e-2, "lora_rite": 3.2e-3, "lora_one": 3.2e-3, "lora_pro": 3.2e-3}

@@ -103,6 +103,22 @@ def uncalibrated_run(trainer, start):
     return recorder
 
 
+def models_of_search(directory, make):
+    """The models of two trials of a hyperparameter search, each trained with the callback."""
+    searching = Trainer(
+        args=arguments(directory),
+        train_dataset=ROWS,
+        data_collator=pad,
+        model_init=lambda: make(),  # Trainer counts the arguments of a function
+    )
+    searching.add_callback(CalibrationCallback(searching))
+    models = []
+    for _ in range(2):
+        searching.train()
+        models.append(searching.model)
+    return models
+
+
 def logs_of(trainer):
     """Everything logged, except times and the report on the start."""
     timed = ("runtime", "per_second", "step_time", "flos")

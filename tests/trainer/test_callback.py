@@ -28,7 +28,7 @@ from tests.helpers import (
     relative_error,
     same_factors,
 )
-from tests.trainer.runs import ROWS, arguments, trainer_of
+from tests.trainer.runs import ROWS, models_of_search, trainer_of
 
 BATCHES = [pad(ROWS[i : i + 4]) for i in range(0, len(ROWS), 4)]
 
@@ -182,18 +182,9 @@ def test_second_training_and_new_models_of_a_search(tmp_path):
     after = logits(trainer.model)
     trainer.train()  # goes on from the trained adapter, without a warning
     assert relative_error(logits(trainer.model), after) > 1e-4
-    searching = Trainer(
-        args=arguments(tmp_path),
-        train_dataset=ROWS,
-        data_collator=pad,
-        model_init=lambda: deferred(),
-    )
-    searching.add_callback(CalibrationCallback(searching))
-    searching.train()
-    first = searching.model
-    searching.train()
-    assert searching.model is not first
-    assert deferred_adapters(searching.model) == []
+    first, second = models_of_search(tmp_path, deferred)
+    assert second is not first
+    assert deferred_adapters(second) == []
 
 
 class Wrapper(nn.Module):

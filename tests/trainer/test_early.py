@@ -8,8 +8,8 @@ from transformers import Trainer, TrainerCallback
 from peft_gradinit import CalibrationCallback, EvaConfig, LoraGAConfig, LoraOneConfig, init_report
 from peft_gradinit.errors import ConfigError, NotInitializedError
 from peft_gradinit.tuners import deferred_adapters
-from tests.helpers import logits, pad, pico_llama, quiet
-from tests.trainer.runs import ROWS, logs_of, mostly_slow, same_state, trainer_of
+from tests.helpers import logits, pico_llama, quiet
+from tests.trainer.runs import logs_of, models_of_search, mostly_slow, same_state, trainer_of
 from tests.trainer.test_callback import BATCHES, InOrder, half_loss
 from tests.trainer.trl_runs import losses_of
 from tests.trainer.trl_runs import trainer_of as trl_trainer_of
@@ -164,15 +164,6 @@ def test_a_callback_that_was_not_added_does_nothing(tmp_path):
 
 
 def test_new_models_of_a_search_are_started_again(tmp_path):
-    searching = Trainer(
-        args=trainer_of(tmp_path, cls=Trainer, save_strategy="no").args,
-        train_dataset=ROWS,
-        data_collator=pad,
-        model_init=lambda: deferred(),
-    )
-    searching.add_callback(CalibrationCallback(searching))
-    searching.train()
-    first = searching.model
-    searching.train()
-    assert searching.model is not first
-    assert deferred_adapters(searching.model) == []
+    first, second = models_of_search(tmp_path, deferred)
+    assert second is not first
+    assert deferred_adapters(second) == []

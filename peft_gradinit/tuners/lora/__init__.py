@@ -3,3 +3,4 @@
 from .deferred import deferred_adapters, is_deferred
 from .model import GradInitModel
 from .pairs import Pair, adapted_layers, live_targets, pairs
+from .reshaping import WAYS_AROUND

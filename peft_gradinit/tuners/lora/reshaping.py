@@ -24,6 +24,11 @@ from ...records import AdapterRecord, is_prefixed, name_in_file, scaling
 from ...starts import GradInitConfig, Target, resized, without_empty, write_patterns
 from .pairs import adapted_layers, live_targets, n_experts
 
+WAYS_AROUND = (
+    "calibrate first (calibrate(model, config, data).save(path), then calibration=path in the "
+    "config), or keep the ranks with rank_allocation='uniform'"
+)
+"""For errors where the ranks cannot come from the data."""
 Undo = Callable[[], None]
 
 
@@ -45,6 +50,9 @@ def reshaped(model: nn.Module, adapter_name: str, targets: Mapping[str, Target])
         for name, layer in adapted_layers(model, adapter_name)
         if name in wanted and layer.r[adapter_name] != wanted[name].r
     }
+    if not changed:
+        yield False
+        return
     _check_free(model, adapter_name, changed.values())
     paths = {id(module): path for path, module in model.named_modules()}
     undo: list[Undo] = []
@@ -54,7 +62,7 @@ def reshaped(model: nn.Module, adapter_name: str, targets: Mapping[str, Target])
                 undo.append(_resize(layer, adapter_name, wanted[name]))
             else:
                 undo.append(_remove(model, paths[id(layer)], layer, adapter_name))
-        yield bool(changed)
+        yield True
     except BaseException:
         for step in reversed(undo):
             step()
@@ -112,16 +120,12 @@ def _check_free(model: nn.Module, adapter_name: str, layers: Iterable[Any]) -> N
     if not parameters:
         return
     said = f"adapter {adapter_name!r} gets its ranks from the data, and with them new parameters"
-    ways = (
-        "calibrate first (calibrate(model, config, data).save(path), then calibration=path in the "
-        "config), or keep the ranks with rank_allocation='uniform'"
-    )
     if is_sharded(model):
-        raise ConfigError(f"{said}, but the model is sharded already; {ways}.")
+        raise ConfigError(f"{said}, but the model is sharded already; {WAYS_AROUND}.")
     if holder := _holder(parameters):
         raise ConfigError(
             f"{said}, but {holder} was made before and would go on with the old ones; make it after "
-            f"initialize(model, data), {ways}."
+            f"initialize(model, data), {WAYS_AROUND}."
         )
 
 
@@ -165,10 +169,9 @@ def _resize_factor(linear: Any, dim: int, size: int) -> Undo:
     """Replace the weight of a factor, `(r, in)` with `dim` 0 or `(out, r)` with 1, by zeros."""
     features = "out_features" if dim == 0 else "in_features"
     n_before = getattr(linear, features)
-    anchored = parametrize.is_parametrized(linear, "weight")
-    owner = linear.parametrizations.weight if anchored else linear
-    name = "original" if anchored else "weight"
-    weight, anchor = getattr(owner, name), owner[0].anchor if anchored else None
+    owner, name = _owner(linear)
+    weight = getattr(owner, name)
+    anchor = owner[0].anchor if owner is not linear else None
     setattr(owner, name, nn.Parameter(_zeros(weight, dim, size), weight.requires_grad))
     if anchor is not None:
         owner[0].anchor = _zeros(anchor, dim, size)
@@ -183,11 +186,17 @@ def _resize_factor(linear: Any, dim: int, size: int) -> Undo:
     return restore
 
 
+def _owner(linear: Any) -> tuple[Any, str]:
+    """What holds the trainable weight of a factor, and under which name."""
+    if parametrize.is_parametrized(linear, "weight"):
+        return linear.parametrizations.weight, "original"
+    return linear, "weight"
+
+
 @torch.no_grad()
 def _draw(linear: Any) -> None:
     """Draw `A` as PEFT does, for experts that get no start; the same in every process."""
-    anchored = parametrize.is_parametrized(linear, "weight")
-    weight = linear.parametrizations.weight.original if anchored else linear.weight
+    weight = getattr(*_owner(linear))
     values = torch.empty(weight.shape)
     generator = torch.Generator().manual_seed(weight.shape[0])
     nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=generator)
