@@ -163,7 +163,7 @@ def test_study_goes_on_where_it_was_and_reports_itself(tmp_path):
     assert {"lora", "lora_ga"} == {p.parent.name for p in results}
     runs = [json.loads(p.read_text()) for p in results]
     of_lora = {(r["seed"], r["steps"]) for r in runs if r["method"] == "lora"}
-    assert of_lora == {(s, n) for s in (0, 1, 2) for n in (6, 10)}
+    assert of_lora == {(s, n) for s in (0, 1, 2, 3) for n in (6, 10)}
     results[0].unlink()
     again = bench("run", tmp_path)
     assert again.count("digits lora") == 1  # what was lost, and nothing else
@@ -175,6 +175,9 @@ def test_study_goes_on_where_it_was_and_reports_itself(tmp_path):
     assert all(row.count(" | ") == len(COLUMNS) for row in rows)
     (kept,) = load(tmp_path / "out/convergence/summaries")
     assert markdown([kept]) in report
+    # seed 0 has chosen the rates; summaries have six digits
+    reported = {float(f"{r['curve'][-1][1]:.6g}") for r in runs if r["seed"]}
+    assert all(set(summary.losses) <= reported for summary in kept.methods.values())
     assert {len(summary.suggested_losses) for summary in kept.methods.values()} == {3}
     for name in ("rates.png", "curves.png"):
         assert (tmp_path / "out/convergence" / name).read_bytes().startswith(b"\x89PNG")

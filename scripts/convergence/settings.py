@@ -62,7 +62,7 @@ class Settings(Section):
         n_test: held-out rows; a recipe says itself what is held out.
         n_calibration: sequences or images that starts are computed from, of the training data.
         search_seeds: how many seeds the search for the learning rate averages over.
-        seeds: how many seeds the best rate is run with.
+        seeds: how many others the best rate is run with; only these are reported.
     """
 
     task: Literal["docstrings", "topics", "digits", "functions", "reference", "recipe"]
@@ -75,6 +75,16 @@ class Settings(Section):
     n_test: int = 0
     search_seeds: int = 1
     seeds: int = 3
+
+    @property
+    def searched(self) -> range:
+        """Seeds of the search for the learning rate."""
+        return range(self.search_seeds)
+
+    @property
+    def reported(self) -> range:
+        """Seeds of the figures, none of which has chosen a learning rate."""
+        return range(self.search_seeds, self.search_seeds + self.seeds)
 
 
 def load_settings(name: str) -> Settings:

@@ -71,7 +71,7 @@ class Study:
             method: name.
             steps: of the runs. Default: of whole runs.
         """
-        seeds = range(self.settings.search_seeds)
+        seeds = self.settings.searched
         losses: dict[float, list[float]] = {}
         for result in self.runs(method):
             searched = result["seed"] in seeds and rate(result["lr"], 0) == result["lr"]
@@ -91,10 +91,10 @@ class Study:
         losses = self.search(method)
         rates = next_rates(METHODS[method].first_rate, losses)
         if rates:
-            return self._missing(method, rates, self.steps, self.settings.search_seeds)
+            return self._missing(method, rates, self.steps, self.settings.searched)
         suggested = self.suggested(method)
         rates = [best_rate(losses)] + ([] if suggested is None else [suggested])
-        wanted = self._missing(method, rates, self.steps, self.settings.seeds)
+        wanted = self._missing(method, rates, self.steps, self.settings.reported)
         if method in REFERENCES or (METHODS[method].ours and self._is_near_baseline(losses)):
             wanted += self._pending_shorter(method, best_rate(losses))
         return wanted
@@ -103,12 +103,12 @@ class Study:
         steps = self.shorter(method)
         losses = self.search(method, steps)
         if rates := neighbouring_rates(first, losses):
-            return self._missing(method, rates, steps, self.settings.search_seeds)
-        return self._missing(method, [best_rate(losses)], steps, self.settings.seeds)
+            return self._missing(method, rates, steps, self.settings.searched)
+        return self._missing(method, [best_rate(losses)], steps, self.settings.reported)
 
-    def _missing(self, method: str, rates: list[float], steps: int, n_seeds: int) -> list[Key]:
-        seeds = itertools.product(rates, range(n_seeds))
-        keys = [Key(self.settings.task, method, lr, seed, steps) for lr, seed in seeds]
+    def _missing(self, method: str, rates: list[float], steps: int, seeds: range) -> list[Key]:
+        runs = itertools.product(rates, seeds)
+        keys = [Key(self.settings.task, method, lr, seed, steps) for lr, seed in runs]
         return [key for key in keys if not self.path_of(key).exists()]
 
     def _is_near_baseline(self, losses: Losses) -> bool:

@@ -128,7 +128,8 @@ def _summarise(study: Study, method: str, aim: float) -> Summary | None:
     search = study.search(method)
     if next_rates(METHODS[method].first_rate, search):
         return None
-    lr, suggested, runs = best_rate(search), study.suggested(method), study.runs(method)
+    lr, suggested = best_rate(search), study.suggested(method)
+    runs = [r for r in study.runs(method) if r["seed"] in study.settings.reported]
     short_search = study.search(method, study.shorter(method))
     short_lr = best_rate(short_search) if short_search else None
     whole = _chosen(runs, lr, study.steps)
