@@ -1,6 +1,6 @@
 """SmolLM2 with a start, for `test_promises` and for the processes that it starts.
 
-`python -m tests.smollm2.runs DIRECTORY [--kill-after N] [--resume]` is a training run.
+`python -m tests.smollm2.runs DIRECTORY [--dtype D] [--kill-after N] [--resume]` is a training run.
 """
 
 import argparse
@@ -69,11 +69,19 @@ def train_steps(model: PeftModel, n: int = 2, lr: float = 1e-3) -> list[float]:
     return losses
 
 
-def products() -> dict[str, Tensor]:
+def products_float32() -> dict[str, Tensor]:
+    return products("float32")
+
+
+def products_bfloat16() -> dict[str, Tensor]:
+    return products("bfloat16")
+
+
+def products(dtype: str) -> dict[str, Tensor]:
     """What a process has measured: the reconstruction of every gradient, on a share of the rows."""
     data = Calibration(rows(8), progress=False)
     config = LoraGAConfig(r=4, target_modules=LAST, task_type="CAUSAL_LM")
-    result = calibrate(base(), config, data)
+    result = calibrate(base(dtype), config, data)
     return {name: (t.U * t.S) @ t.Vh for name, t in result.triplets.items()}
 
 
@@ -91,9 +99,11 @@ def main() -> None:
     parser.add_argument("directory")
     parser.add_argument("--kill-after", type=int)
     parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--dtype", default="float32")
     options = parser.parse_args()
     calibration = Calibration(rows(2), progress=False)
-    model = get_peft_model(base(), LoraOneConfig(r=4, target_modules=LAST, calibration=calibration))
+    adapter = LoraOneConfig(r=4, target_modules=LAST, calibration=calibration)
+    model = get_peft_model(base(options.dtype), adapter)
     arguments = TrainingArguments(
         options.directory,
         max_steps=N_STEPS,
