@@ -20,12 +20,15 @@ from transformers import PreTrainedModel
 from peft_gradinit import Calibration, EvaConfig, LoraGAConfig, LoraOneConfig, SVFitConfig
 from peft_gradinit.optim import OPTIMIZERS, optimizer
 
+from . import levers
 from .pretraining import Rows
 from .tasks import Task
 
 Start = Callable[[PreTrainedModel, Task, list[Rows]], nn.Module]
 Steps = Callable[[nn.Module, float, float], torch.optim.Optimizer]
 """`(model, learning rate of the adapter, of the head)`."""
+Change = Callable[[nn.Module, torch.optim.Optimizer, Task, list[Rows]], None]
+"""Of a model and the state of its optimiser, in the middle of a run."""
 LORAPLUS_RATIO = 16.0
 """The ratio that the LoRA+ paper recommends (https://arxiv.org/abs/2402.12354)."""
 BY_GRADIENT = {"rank_allocation": "gradient_energy", "rho": 4.0}
@@ -218,6 +221,7 @@ class Method:
         ours: one of this package's types.
         suggests: the package suggests a learning rate for it; of ours, where the optimiser is AdamW.
         has_output: adapts the output layer, which language models alone have.
+        change: made after a quarter of the steps.
     """
 
     title: str
@@ -228,6 +232,7 @@ class Method:
     ours: bool = False
     suggests: bool = False
     has_output: bool = False
+    change: Change | None = None
 
 
 CALIBRATED: dict[str, bool] = {"reads_data": True, "ours": True, "suggests": True}
@@ -307,7 +312,56 @@ for kind in OPTIMIZERS:
         reads_data=True,
         ours=True,
     )
+LEVERS: dict[str, Method] = {
+    "step_grown": Method(
+        "LoRA-One's step, of the best length",
+        levers.stepped(levers.gradient_steps, alike=True),
+        3.2e-3,
+        reads_data=True,
+    ),
+    "step_preconditioned": Method(
+        "a step preconditioned by inputs and outputs",
+        levers.stepped(levers.preconditioned_steps, alike=True),
+        3.2e-3,
+        reads_data=True,
+    ),
+    "step_preconditioned_even": Method(
+        "the same, of one spectral norm in all layers",
+        levers.stepped(levers.preconditioned_steps, alike=False),
+        3.2e-3,
+        reads_data=True,
+    ),
+    "short_where_strong": Method(
+        "`A` along the gradient, short where it is strong",
+        levers.short_where_strong,
+        3.2e-3,
+        reads_data=True,
+    ),
+    "annealed": Method(
+        "twice the rank for a quarter of the steps", levers.doubled, 3.2e-3, change=levers.halve
+    ),
+    "recalibrated": Method(
+        "LoRA, turned to the gradient after a quarter of the steps",
+        plain(use_rslora=False),
+        3.2e-3,
+        reads_data=True,
+        change=levers.recalibrate,
+    ),
+    "core_of_gradient": Method(
+        "square core between singular vectors of the gradient",
+        levers.square_core(of_gradient=True),
+        3.2e-3,
+        reads_data=True,
+    ),
+    "core_of_weight": Method(
+        "square core between singular vectors of the weight",
+        levers.square_core(of_gradient=False),
+        3.2e-3,
+    ),
+}
+METHODS |= LEVERS
 NOT_PUBLISHED = frozenset({
+    *LEVERS,
     *("lora_output", "lora_one_ranks", "lora_one_auto", "lora_one_auto_output"),
     *(name for name in METHODS if "+" in name),
 })

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
@@ -16,6 +17,8 @@ from .settings import Settings
 from .tasks import Task, select, size
 
 CALIBRATION_BATCH = 16
+CHANGE_AT = 0.25
+"""Share of the steps before a method's change."""
 EVALUATION_BATCH = 64
 IGNORED = -100
 """Label of tokens that carry no loss."""
@@ -64,7 +67,12 @@ def run(key: Key, task: Task) -> dict:
     start_seconds = time.perf_counter() - started
     suggested = suggest_learning_rate(model).suggested if method.suggests else None
     optimizer = method.optimizer(model, key.lr, training.head_learning_rate)
-    curve, losses = train(model, optimizer, task, order.view(key.steps, -1))
+
+    def change() -> None:
+        if method.change is not None:
+            method.change(model, optimizer, task, batches)
+
+    curve, losses = train(model, optimizer, task, order.view(key.steps, -1), change)
     return {
         **asdict(key),
         "curve": curve,
@@ -96,8 +104,8 @@ def calibration_batches(task: Task, seed: int) -> list[Rows]:
     return [select(task.train, part) for part in chosen.split(CALIBRATION_BATCH)]
 
 
-def train(model: nn.Module, optimizer, task: Task, order: torch.Tensor):
-    """Train, and return the curve and the training losses."""
+def train(model: nn.Module, optimizer, task: Task, order: torch.Tensor, change: Callable[[], None]):
+    """Train, and return the curve and the training losses; `change` acts after a share of the steps."""
     training = task.settings.training
     n_steps = len(order)
     warmup = min(training.warmup_steps, n_steps // 10)
@@ -118,6 +126,8 @@ def train(model: nn.Module, optimizer, task: Task, order: torch.Tensor):
         if not math.isfinite(losses[-1]):
             curve.append([n_steps, math.inf, 0.0])
             break
+        if step == round(n_steps * CHANGE_AT):
+            change()
         if step in marks:
             curve.append([step, *evaluate(model, task.test)])
             model.train()
