@@ -19,12 +19,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here needs a hub
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from convergence.costs import measure_costs
+from convergence.levers import LEVERS
 from convergence.methods import METHODS
 from convergence.report import overview, write_report
 from convergence.settings import FOLDER
 from convergence.study import Study, carry_out, load_task, prepare_process
 from convergence.summary import TaskSummary, load, save, summarise_task
 
+USUAL = [name for name in METHODS if name not in LEVERS]
 OUT = Path("out/convergence")
 MEASURED = Path(__file__).parent / "convergence" / "measured"
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
@@ -41,7 +43,7 @@ def main() -> None:
     parser.add_argument(
         "--tasks", nargs="+", default=sorted(p.stem for p in FOLDER.glob("*.yaml")), metavar="TASK"
     )
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="M")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=USUAL, metavar="M")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes side by side")
     parser.add_argument("--device", default="cpu", help="where to train: cpu, cuda, cuda:1, …")
     parser.add_argument("--out", type=Path, default=OUT, help="folder of results and report")

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from peft_gradinit import pairs
 from peft_gradinit.linalg import truncate_product, truncated_svd
 
+from .method import Method
 from .pretraining import Rows
 from .tasks import Task
 
@@ -43,6 +44,12 @@ def plain_lora(model: PreTrainedModel, task: Task, times: int = 1) -> nn.Module:
     adapter = task.settings.adapter
     ranks = {"r": adapter["r"] * times, "lora_alpha": adapter["lora_alpha"] * times}
     return get_peft_model(model, LoraConfig(**ranks, **task.adapter))
+
+
+def usual(model: PreTrainedModel, task: Task, batches: list[Rows]) -> nn.Module:
+    """PEFT's LoRA."""
+    del batches
+    return plain_lora(model, task)
 
 
 def measured(model: nn.Module, batches: list[Rows]) -> dict[str, Statistics]:
@@ -185,8 +192,10 @@ def halve(model: nn.Module, optimizer: torch.optim.Optimizer, task: Task, _: lis
 def recalibrate(
     model: nn.Module, optimizer: torch.optim.Optimizer, task: Task, batches: list[Rows]
 ) -> None:
-    """Turn the factors towards the gradient of now, without changing how much they do: the leading
-    part of their product and of LoRA-One's step, whose length is a tenth of the product's."""
+    """Turn the factors towards the gradient of now, at about the length that they have.
+
+    They become the leading part of their product and of LoRA-One's step, a tenth as long.
+    """
     r = task.settings.adapter["r"]
     steps = gradient_steps(measured(model, batches), r)
     model.train()
@@ -206,8 +215,10 @@ def _renew(pair, optimizer: torch.optim.Optimizer, A: Tensor, B: Tensor) -> None
 
 
 def square_core(of_gradient: bool) -> Callable:
-    """`U C Vh` beside every layer: fixed singular vectors of the gradient or of the weight, and a square
-    core `C` of about as many numbers as the task's rank would train."""
+    """`U C Vh` beside every layer, with singular vectors of the gradient or of the weight, fixed.
+
+    `C` is square, and has about as many numbers as the rank of the task would train.
+    """
 
     def start(model: PreTrainedModel, task: Task, batches: list[Rows]) -> nn.Module:
         adapted = plain_lora(model, task)
@@ -232,3 +243,50 @@ def _with_core(U: Tensor, Vh: Tensor) -> Callable:
         return output + inputs[0] @ Vh.T @ layer.core.T @ U.T
 
     return hook
+
+
+LEVERS: dict[str, Method] = {
+    "step_grown": Method(
+        "LoRA-One's step, of the best length",
+        stepped(gradient_steps, alike=True),
+        3.2e-3,
+        reads_data=True,
+    ),
+    "step_preconditioned": Method(
+        "a step preconditioned by inputs and outputs",
+        stepped(preconditioned_steps, alike=True),
+        3.2e-3,
+        reads_data=True,
+    ),
+    "step_preconditioned_even": Method(
+        "the same, of one spectral norm in all layers",
+        stepped(preconditioned_steps, alike=False),
+        3.2e-3,
+        reads_data=True,
+    ),
+    "short_where_strong": Method(
+        "`A` along the gradient, short where it is strong",
+        short_where_strong,
+        3.2e-3,
+        reads_data=True,
+    ),
+    "annealed": Method("twice the rank for a quarter of the steps", doubled, 3.2e-3, change=halve),
+    "recalibrated": Method(
+        "LoRA, turned to the gradient after a quarter of the steps",
+        usual,
+        3.2e-3,
+        reads_data=True,
+        change=recalibrate,
+    ),
+    "core_of_gradient": Method(
+        "square core between singular vectors of the gradient",
+        square_core(of_gradient=True),
+        3.2e-3,
+        reads_data=True,
+    ),
+    "core_of_weight": Method(
+        "square core between singular vectors of the weight",
+        square_core(of_gradient=False),
+        3.2e-3,
+    ),
+}

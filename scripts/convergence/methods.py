@@ -5,8 +5,6 @@ Every method gets the same rank and the same layers. Starts of PEFT that write i
 """
 
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import peft
@@ -20,26 +18,15 @@ from transformers import PreTrainedModel
 from peft_gradinit import Calibration, EvaConfig, LoraGAConfig, LoraOneConfig, SVFitConfig
 from peft_gradinit.optim import OPTIMIZERS, optimizer
 
-from . import levers
+from .levers import LEVERS
+from .method import Method, Start, Steps, head_and_rest
 from .pretraining import Rows
 from .tasks import Task
 
-Start = Callable[[PreTrainedModel, Task, list[Rows]], nn.Module]
-Steps = Callable[[nn.Module, float, float], torch.optim.Optimizer]
-"""`(model, learning rate of the adapter, of the head)`."""
-Change = Callable[[nn.Module, torch.optim.Optimizer, Task, list[Rows]], None]
-"""Of a model and the state of its optimiser, in the middle of a run."""
 LORAPLUS_RATIO = 16.0
 """The ratio that the LoRA+ paper recommends (https://arxiv.org/abs/2402.12354)."""
 BY_GRADIENT = {"rank_allocation": "gradient_energy", "rho": 4.0}
 EQUAL_NUMBERS = {**BY_GRADIENT, "budget": "parameters", "use_rslora": False}
-
-
-def adamw(model: nn.Module, lr: float, head_lr: float) -> torch.optim.Optimizer:
-    """AdamW without weight decay; heads have a rate of their own."""
-    head, rest = _head_and_rest(model)
-    groups = [{"params": rest, "lr": lr}, {"params": head, "lr": head_lr}]
-    return torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=0.0)
 
 
 def loraplus(model: nn.Module, lr: float, head_lr: float) -> torch.optim.Optimizer:
@@ -66,15 +53,9 @@ def of_pairs(name: str, **options: Any) -> Steps:
     return make
 
 
-def _head_and_rest(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    head = [p for n, p in trained if "classifier" in n or "score" in n]
-    return head, [p for n, p in trained if not ("classifier" in n or "score" in n)]
-
-
 def _with_head(optimizer, model: nn.Module, head_lr: float) -> torch.optim.Optimizer:
     """Move the head's parameters to a group of their own."""
-    head, _ = _head_and_rest(model)
+    head, _ = head_and_rest(model)
     ids = {id(p) for p in head}
     for group in optimizer.param_groups:
         group["params"] = [p for p in group["params"] if id(p) not in ids]
@@ -208,33 +189,6 @@ def peft_lora_ga(model: PreTrainedModel, task: Task, batches: list[Rows]) -> nn.
     return get_peft_model(model, config)
 
 
-@dataclass(frozen=True)
-class Method:
-    """A row of the comparison.
-
-    Attributes:
-        title: for people.
-        start: makes the model ready; its time is the method's start.
-        first_rate: where the search for the learning rate begins.
-        optimizer: makes the optimiser.
-        reads_data: calibration batches count as steps.
-        ours: one of this package's types.
-        suggests: the package suggests a learning rate for it; of ours, where the optimiser is AdamW.
-        has_output: adapts the output layer, which language models alone have.
-        change: made after a quarter of the steps.
-    """
-
-    title: str
-    start: Start
-    first_rate: float
-    optimizer: Steps = adamw
-    reads_data: bool = False
-    ours: bool = False
-    suggests: bool = False
-    has_output: bool = False
-    change: Change | None = None
-
-
 CALIBRATED: dict[str, bool] = {"reads_data": True, "ours": True, "suggests": True}
 """What holds of our types that need data, with AdamW."""
 
@@ -312,53 +266,6 @@ for kind in OPTIMIZERS:
         reads_data=True,
         ours=True,
     )
-LEVERS: dict[str, Method] = {
-    "step_grown": Method(
-        "LoRA-One's step, of the best length",
-        levers.stepped(levers.gradient_steps, alike=True),
-        3.2e-3,
-        reads_data=True,
-    ),
-    "step_preconditioned": Method(
-        "a step preconditioned by inputs and outputs",
-        levers.stepped(levers.preconditioned_steps, alike=True),
-        3.2e-3,
-        reads_data=True,
-    ),
-    "step_preconditioned_even": Method(
-        "the same, of one spectral norm in all layers",
-        levers.stepped(levers.preconditioned_steps, alike=False),
-        3.2e-3,
-        reads_data=True,
-    ),
-    "short_where_strong": Method(
-        "`A` along the gradient, short where it is strong",
-        levers.short_where_strong,
-        3.2e-3,
-        reads_data=True,
-    ),
-    "annealed": Method(
-        "twice the rank for a quarter of the steps", levers.doubled, 3.2e-3, change=levers.halve
-    ),
-    "recalibrated": Method(
-        "LoRA, turned to the gradient after a quarter of the steps",
-        plain(use_rslora=False),
-        3.2e-3,
-        reads_data=True,
-        change=levers.recalibrate,
-    ),
-    "core_of_gradient": Method(
-        "square core between singular vectors of the gradient",
-        levers.square_core(of_gradient=True),
-        3.2e-3,
-        reads_data=True,
-    ),
-    "core_of_weight": Method(
-        "square core between singular vectors of the weight",
-        levers.square_core(of_gradient=False),
-        3.2e-3,
-    ),
-}
 METHODS |= LEVERS
 NOT_PUBLISHED = frozenset({
     *LEVERS,

@@ -11,7 +11,8 @@ from transformers import get_cosine_schedule_with_warmup
 
 from peft_gradinit import suggest_learning_rate
 
-from .methods import METHODS, Method
+from .method import Method
+from .methods import METHODS
 from .pretraining import Rows
 from .settings import Settings
 from .tasks import Task, select, size

@@ -1,0 +1,58 @@
+"""What a row of the comparison is."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from .pretraining import Rows
+from .tasks import Task
+
+Start = Callable[[PreTrainedModel, Task, list[Rows]], nn.Module]
+Steps = Callable[[nn.Module, float, float], torch.optim.Optimizer]
+"""`(model, learning rate of the adapter, of the head)`."""
+Change = Callable[[nn.Module, torch.optim.Optimizer, Task, list[Rows]], None]
+"""Of a model and the state of its optimiser, in the middle of a run."""
+
+
+def adamw(model: nn.Module, lr: float, head_lr: float) -> torch.optim.Optimizer:
+    """AdamW without weight decay; heads have a rate of their own."""
+    head, rest = head_and_rest(model)
+    groups = [{"params": rest, "lr": lr}, {"params": head, "lr": head_lr}]
+    return torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=0.0)
+
+
+def head_and_rest(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """What is trained: a classifier, and all else."""
+    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    head = [p for n, p in trained if "classifier" in n or "score" in n]
+    return head, [p for n, p in trained if not ("classifier" in n or "score" in n)]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the comparison.
+
+    Attributes:
+        title: for people.
+        start: makes the model ready; its time is the method's start.
+        first_rate: where the search for the learning rate begins.
+        optimizer: makes the optimiser.
+        reads_data: calibration batches count as steps.
+        ours: one of this package's types.
+        suggests: the package suggests a learning rate for it; of ours, where the optimiser is AdamW.
+        has_output: adapts the output layer, which language models alone have.
+        change: made after a quarter of the steps.
+    """
+
+    title: str
+    start: Start
+    first_rate: float
+    optimizer: Steps = adamw
+    reads_data: bool = False
+    ours: bool = False
+    suggests: bool = False
+    has_output: bool = False
+    change: Change | None = None
