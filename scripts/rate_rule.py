@@ -1,71 +1,240 @@
-"""How far the suggested learning rate is from the best: every task left out once.
+"""How far rules for the learning rate are from the best rate of plain LoRA: every model left out once.
 
-    python scripts/rate_rule.py [METHOD …]
+    python scripts/rate_rule.py measure [TASK …]   # what the rules need, of every task that has been searched
+    python scripts/rate_rule.py                    # the rules next to the best rates
 
-Reads what `bench_convergence.py publish` has measured. The rule has one constant
-(`peft_gradinit/linalg/rates.py`); what the other tasks would make of it is held against the best rate of
-each task, and the loss at the suggested rate against the loss at the best.
+`measure` takes tasks of `scripts/convergence/configs/` or files, reads their searches from
+`out/convergence/results` (`bench_convergence.py run --methods lora`), measures the curvature of the loss at
+the start, and adds to `scripts/convergence/measured/rates/rates.json`.
+
+A rule has one constant, fitted on the conditions of the other models. Reported is what the best rate is
+over the rule's.
 """
 
 import argparse
+import json
 import math
 import statistics
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
+import torch
 from convergence.methods import METHODS
-from convergence.summary import Summary, load
+from convergence.plan import best_rate, next_rates
+from convergence.study import Study, load_task, prepare_process
+from convergence.summary import short
+from convergence.tasks import size
+from convergence.training import calibration_batches
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor, nn
 
-MEASURED = Path(__file__).parent / "convergence" / "measured"
+from peft_gradinit import pairs, suggest_learning_rate
+from peft_gradinit.files import write_json
 
-
-def ratios(of_tasks: dict[str, Summary]) -> dict[str, float]:
-    """Best rate over the suggested one, by task."""
-    return {
-        task: found.lr / found.suggested_lr
-        for task, found in of_tasks.items()
-        if found.suggested_lr
-    }
-
-
-def left_out(found: dict[str, float]) -> dict[str, float]:
-    """Best rate over the one that the rule would suggest if it were fitted on the other tasks."""
-    return {
-        task: ratio / math.exp(statistics.mean(math.log(r) for t, r in found.items() if t != task))
-        for task, ratio in found.items()
-    }
+MEASURED = Path(__file__).parent / "convergence" / "measured" / "rates" / "rates.json"
+RESULTS = Path("out/convergence/results")
+METHOD = "lora"
+PROBE = 1e-4
+"""Length of the two-sided difference, of the largest entry: below any good rate."""
+POWER_STEPS = 5
 
 
-def table(method: str, of_tasks: dict[str, Summary]) -> Table:
-    """One method on all tasks."""
-    rows = Table(title=METHODS[method].title)
-    for name in ("task", "best", "suggested", "best / suggested", "left out", "loss there"):
-        rows.add_column(name, justify="left" if name == "task" else "right")
-    found = ratios(of_tasks)
-    alone = left_out(found) if len(found) > 1 else {}
-    for task, ratio in found.items():
-        of = of_tasks[task]
-        there = "" if of.suggested_loss is None else f"{of.suggested_loss / of.loss - 1:+.1%}"
-        rates = (f"{of.lr:.2g}", f"{of.suggested_lr:.2g}")
-        rows.add_row(task, *rates, f"{ratio:.2f}", f"{alone.get(task, math.nan):.2f}", there)
+@dataclass(frozen=True)
+class Condition:
+    """A task, with what rules are made of.
+
+    Attributes:
+        name: of the task's file.
+        model: tasks of one model are left out together.
+        best: the rate of the least loss, of a parabola through the best of the grid and its neighbours.
+        factor: the highest rate within 2 % of the best loss, over the lowest.
+        today: the rate that the package suggests.
+        width: median of the adapted layers' inputs.
+        r: rank.
+        scaling: of the product.
+        steps: of a run.
+        epochs: of a run.
+        along: `g d / (d H d)` for the direction `d` of Adam's first step: where the loss is least along it.
+        largest: largest eigenvalue of the Hessian of the adapter's numbers.
+    """
+
+    name: str
+    model: str
+    best: float
+    factor: float
+    today: float
+    width: float
+    r: int
+    scaling: float
+    steps: int
+    epochs: float
+    along: float
+    largest: float
+
+
+RULES: dict[str, Callable[[Condition], float]] = {
+    "today: 1 / (4 √(in s r))": lambda c: c.today,
+    "in^-1/2, any rank": lambda c: c.width**-0.5,
+    "in^-0.78, any rank": lambda c: c.width**-0.78,
+    "in^-1 r^-1/2": lambda c: c.width**-1 * c.r**-0.5,
+    "the same rate everywhere": lambda c: 1.0,
+    "today, by the root of the steps": lambda c: c.today * c.steps**-0.5,
+    "today, by the root of the epochs": lambda c: c.today * c.epochs**-0.5,
+    "least loss along Adam's first step": lambda c: c.along,
+    "its root": lambda c: c.along**0.5,
+    "root of the least and of today": lambda c: (c.along * c.today) ** 0.5,
+    "largest curvature, inverse": lambda c: 1 / c.largest,
+    "largest curvature, root of the inverse": lambda c: c.largest**-0.5,
+}
+"""Each up to its constant."""
+
+
+def left_out(conditions: list[Condition], rule: Callable[[Condition], float]) -> dict[str, float]:
+    """Best rate over that of the rule fitted on the other models, by condition."""
+    ratios = {c.name: c.best / rule(c) for c in conditions}
+    found = {}
+    for c in conditions:
+        others = [math.log(ratios[o.name]) for o in conditions if o.model != c.model]
+        found[c.name] = ratios[c.name] / math.exp(statistics.mean(others))
+    return found
+
+
+def interpolated(losses: dict[float, float]) -> float:
+    """The rate of the least loss, of a parabola in the logarithm of the rate."""
+    rates = sorted(lr for lr, loss in losses.items() if math.isfinite(loss))
+    middle = rates.index(best_rate({lr: losses[lr] for lr in rates}))
+    near = rates[max(0, middle - 1) : middle + 2]
+    if len(near) < 3:
+        return rates[middle]
+    a, b, _ = np.polyfit([math.log(lr) for lr in near], [losses[lr] for lr in near], 2)
+    return float(np.clip(math.exp(-b / (2 * a)), near[0], near[-1]))
+
+
+def measure(name: str, results: Path) -> Condition:
+    """A condition from a search that is over, and from the model at its start.
+
+    Raises:
+        SystemExit: if the search is not over.
+    """
+    study = Study(results, name)
+    losses = study.search(METHOD)
+    if next_rates(METHODS[METHOD].first_rate, losses):
+        raise SystemExit(f"{name}: the search for the rate of {METHOD} is not over.")
+    task, settings = load_task(name), study.settings
+    batches = calibration_batches(task, 0)
+    torch.manual_seed(0)
+    model = METHODS[METHOD].start(task.load_model(), task, batches)
+    model.eval()
+    widths = [p.A.shape[1] for p in pairs(model)]
+    usable = [lr for lr, loss in losses.items() if loss <= 1.02 * min(losses.values())]
+    return Condition(
+        name=Path(name).stem,
+        model="smollm2" if settings.task in ("reference", "functions") else settings.task,
+        best=interpolated(losses),
+        factor=max(usable) / min(usable),
+        today=suggest_learning_rate(model).suggested,
+        width=float(statistics.median(widths)),
+        r=settings.adapter["r"],
+        scaling=next(iter(pairs(model))).scaling,
+        steps=study.steps,
+        epochs=study.steps * settings.training.batch_size / size(task.train),
+        **curvature(model, batches),
+    )
+
+
+def curvature(model: nn.Module, batches: list) -> dict[str, float]:
+    """Curvature of the mean loss of the batches in the adapter's numbers, from differences of gradients."""
+    factors = [f for p in pairs(model) for f in (p.A, p.B)]
+
+    def gradient() -> list[Tensor]:
+        mean = torch.stack([model(**batch).loss for batch in batches]).mean()
+        return list(torch.autograd.grad(mean, factors))
+
+    def times_hessian(direction: list[Tensor]) -> list[Tensor]:
+        longest = max(d.abs().max().item() for d in direction)
+        step = PROBE / longest
+        sides = []
+        for sign in (1, -1):
+            _move(factors, direction, sign * step)
+            sides.append(gradient())
+            _move(factors, direction, -sign * step)
+        return [(up - down) / (2 * step) for up, down in zip(*sides, strict=True)]
+
+    first = gradient()
+    adam = [-g.sign() for g in first]
+    decrease = -_dot(first, adam)
+    along = decrease / max(_dot(adam, times_hessian(adam)), 1e-12)
+    direction, largest = first, 0.0
+    for _ in range(POWER_STEPS):
+        norm = math.sqrt(_dot(direction, direction))
+        direction = [d / norm for d in direction]
+        turned = times_hessian(direction)
+        largest, direction = _dot(direction, turned), turned
+    return {"along": along, "largest": abs(largest)}
+
+
+@torch.no_grad()
+def _move(factors: list[nn.Parameter], direction: list[Tensor], step: float) -> None:
+    for factor, d in zip(factors, direction, strict=True):
+        factor.add_(d, alpha=step)
+
+
+def _dot(one: list[Tensor], other: list[Tensor]) -> float:
+    return sum((a * b).sum().item() for a, b in zip(one, other, strict=True))
+
+
+def load(path: Path = MEASURED) -> list[Condition]:
+    """What `measure` has kept."""
+    kept = json.loads(path.read_text(encoding="utf-8"))
+    return [Condition(name=name, **of) for name, of in kept.items()]
+
+
+def save(conditions: list[Condition], path: Path = MEASURED) -> None:
+    """Keep conditions, by their names, numbers of six digits."""
+    fields = {c.name: {k: v for k, v in asdict(c).items() if k != "name"} for c in conditions}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, json.loads(json.dumps(fields), parse_float=short))
+
+
+def table(conditions: list[Condition]) -> Table:
+    """Rules in rows: best rate over the rule's of every model's conditions, the worst factor, the mean one."""
+    rows = Table(title="best rate over that of a rule fitted on the other models")
+    rows.add_column("rule")
+    for name in (*(c.name for c in conditions), "worst", "mean"):
+        rows.add_column(name, justify="right")
+    for title, rule in RULES.items():
+        found = left_out(conditions, rule)
+        worst, mean = factors_off(found)
+        rows.add_row(title, *(f"{v:.2f}" for v in found.values()), f"{worst:.1f}", f"{mean:.2f}")
     return rows
+
+
+def factors_off(found: dict[str, float]) -> tuple[float, float]:
+    """The largest and the mean factor by which a rule is off, in either direction."""
+    logs = [abs(math.log(ratio)) for ratio in found.values()]
+    return math.exp(max(logs)), math.exp(statistics.mean(logs))
 
 
 def main() -> None:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    suggested = [name for name, method in METHODS.items() if method.suggests]
-    parser.add_argument("methods", nargs="*", metavar="METHOD", help="default: all with a rate")
-    parser.add_argument("--measured", type=Path, default=MEASURED, help="folder of the summaries")
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("command", nargs="?", choices=("measure", "report"), default="report")
+    parser.add_argument("tasks", nargs="*", metavar="TASK")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--measured", type=Path, default=MEASURED, help="file of what is kept")
     options = parser.parse_args()
-    if unknown := set(options.methods) - set(suggested):
-        parser.error(f"no rate is suggested for {sorted(unknown)}; for these it is: {suggested}")
-    tasks = load(options.measured)
-    for method in options.methods or suggested:
-        of_tasks = {t.task: t.methods[method] for t in tasks if method in t.methods}
-        if of_tasks:
-            Console().print(table(method, of_tasks))
+    if options.command == "measure":
+        prepare_process()
+        kept = {c.name: c for c in load(options.measured)} if options.measured.exists() else {}
+        for name in options.tasks:
+            condition = measure(name, options.results)
+            kept[condition.name] = condition
+        save(list(kept.values()), options.measured)
+    else:
+        Console(width=200).print(table(load(options.measured)))
 
 
 if __name__ == "__main__":

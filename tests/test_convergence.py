@@ -1,5 +1,6 @@
 """The plan and the figures of the convergence benchmark, on curves that are known; and a tiny study."""
 
+import dataclasses
 import json
 import math
 import os
@@ -7,13 +8,20 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from peft_gradinit import pairs
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
+import rate_rule  # noqa: E402
 from convergence.methods import METHODS, NOT_PUBLISHED  # noqa: E402
 from convergence.plan import (  # noqa: E402
     MAX_STEPS_FROM_FIRST,
@@ -27,7 +35,7 @@ from convergence.plan import (  # noqa: E402
 from convergence.report import COLUMNS, interval, markdown, overview  # noqa: E402
 from convergence.study import REFERENCES  # noqa: E402
 from convergence.summary import load, save  # noqa: E402
-from rate_rule import left_out, ratios, table  # noqa: E402
+from rate_rule import RULES, Condition, factors_off, interpolated, left_out, table  # noqa: E402
 
 PAGE = SCRIPTS.parent / "docs" / "benchmarks.md"
 MEASURED = SCRIPTS / "convergence" / "measured"
@@ -223,11 +231,67 @@ def test_summaries_survive_their_files(tmp_path):
     assert all(of == sorted(of) for of in rates)  # lines of the pictures, drawn in this order
 
 
-def test_the_rule_for_rates_is_held_against_the_tasks_that_it_was_not_fitted_on():
-    """A task whose best rate is four times the suggested one, where that of the others is it."""
-    alone = left_out({"one": 4.0, "two": 1.0, "three": 1.0})
+CONDITION = Condition(
+    name="one",
+    model="one",
+    best=1e-2,
+    factor=2.0,
+    today=1e-2,
+    width=64.0,
+    r=8,
+    scaling=2.0,
+    steps=100,
+    epochs=1.0,
+    along=1e-2,
+    largest=10.0,
+)
+
+
+def test_a_rule_is_held_against_the_models_that_it_was_not_fitted_on(tmp_path):
+    """The best rate of one model is four times the rule's, where that of the others is the rule's."""
+    others = [dataclasses.replace(CONDITION, name=n, model="other") for n in ("two", "three")]
+    four = dataclasses.replace(CONDITION, best=4e-2)
+    alone = left_out([four, *others], lambda c: c.today)
     assert alone["one"] == pytest.approx(4.0)
-    assert alone["two"] == alone["three"] == pytest.approx(0.5)
-    of_tasks = {t.task: t.methods["lora"] for t in load(MEASURED)}
-    assert ratios(of_tasks).keys() == of_tasks.keys()
-    assert table("lora", of_tasks).row_count == len(of_tasks)
+    assert alone["two"] == alone["three"] == pytest.approx(0.25)
+    assert factors_off(alone) == pytest.approx((4.0, 4.0))
+    table_of_rules = table([four, *others])
+    assert table_of_rules.row_count == len(RULES)
+    rate_rule.save([four, *others], tmp_path / "rates.json")
+    kept = rate_rule.load(tmp_path / "rates.json")
+    assert {c.name: c for c in kept} == {c.name: c for c in (four, *others)}
+
+
+def test_the_best_rate_is_the_lowest_point_of_a_parabola():
+    losses = {lr: 1 + math.log(lr / 2e-3) ** 2 for lr in (1e-4, 1e-3, 3.2e-3, 1e-2)} | {
+        1.0: math.inf
+    }
+    assert interpolated(losses) == pytest.approx(2e-3)
+    assert interpolated({1e-3: 1.0, 1e-2: 2.0}) == 1e-3  # an end
+
+
+def test_curvature_is_that_of_a_known_loss():
+    """A loss that is quadratic in `B` along Adam's first step: `A` is zero but for one entry."""
+
+    class Squares(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(2, 2, bias=False)
+
+        def forward(self, x, y):
+            out = self.linear(x)
+            return SimpleNamespace(loss=((out - y) ** 2).sum() / 2)
+
+    base = Squares()
+    with torch.no_grad():
+        base.linear.weight.zero_()
+    model = get_peft_model(base, LoraConfig(r=1, lora_alpha=1, target_modules=["linear"]))
+    (pair,) = pairs(model)
+    with torch.no_grad():
+        pair.A.copy_(torch.tensor([[2.0, 0.0]]))
+    batch = {"x": torch.tensor([[1.0, 0.0]]), "y": torch.tensor([[6.0, 2.0]])}
+    found = rate_rule.curvature(model, [batch])
+    # loss = ((2 b1 - 6)^2 + (2 b2 - 2)^2) / 2; its gradient (-12, -4), along (1, 1) the curvature 8
+    assert found["along"] == pytest.approx(2.0, rel=1e-2)
+    # d2/db2 = 4, and B and A are coupled by -(6, 2): the largest root of x^2 - 4 x - 40
+    assert found["largest"] == pytest.approx(2 + 44**0.5, rel=0.05)

@@ -180,10 +180,11 @@ def save(summary: TaskSummary, folder: Path) -> None:
     """Keep a summary, numbers of six digits."""
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(dataclasses.asdict(summary))
-    write_json(folder / f"{summary.task}.json", json.loads(text, parse_float=_short))
+    write_json(folder / f"{summary.task}.json", json.loads(text, parse_float=short))
 
 
-def _short(number: str) -> float:
+def short(number: str) -> float:
+    """Six digits of a number of JSON."""
     return float(f"{float(number):.6g}")
 
 
