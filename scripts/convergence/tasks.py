@@ -162,7 +162,7 @@ def _smollm2(path: str, title: str, settings: Settings) -> Task:
     length = settings.max_length
     section = DataSection(path=path, max_length=length, drop_longer=path == "embedded:functions")
     held_out = load_rows(section.model_copy(update={"split": "test"}))
-    model = ModelSection(name="embedded:smollm2", dtype="float32")
+    model = ModelSection(name="embedded:smollm2", dtype="bfloat16")
     task = _read(model, section, held_out, f"SmolLM2 (135 M): {title}", settings)
     return replace(task, test=_spread(task.test, settings.n_test))
 
