@@ -257,6 +257,7 @@ for kind in OPTIMIZERS:
         plain(use_rslora=False),
         FIRST_RATES[kind.name],
         of_pairs(kind.name),
+        ours=True,
     )
     METHODS[f"lora_one_ranks+{kind.name}"] = Method(
         f"LoRA-One, ranks by gradient, {kind.title}",
