@@ -114,7 +114,8 @@ class Encoder:
             return self._tokens
         raise DataError(
             f"the columns {columns} do not tell what to read; name a column or give a template for "
-            "text, for prompt and completion, or for messages."
+            "text, for prompt and completion, or for messages; for pairs of a better and a worse "
+            "answer, model.task: PREFERENCE."
         )
 
     def _tokens(self, row: Mapping[str, Any]) -> dict[str, Any]:

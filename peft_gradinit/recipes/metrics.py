@@ -10,7 +10,7 @@ from ..errors import ConfigError
 
 
 def _macro_f1(references: Any, predictions: Any) -> Any:
-    return sklearn.metrics.f1_score(references, predictions, average="macro", zero_division=0.0)
+    return sklearn.metrics.f1_score(references, predictions, average="macro")
 
 
 def _exact_match(references: Any, predictions: Any) -> Any:

@@ -40,5 +40,5 @@ class Losses(TrainerCallback):
 class Bar(ProgressCallback):
     """The trainer's bar, without its logs, which it prints to standard output."""
 
-    def on_log(self, args: Any, state: Any, control: Any, **also: Any) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Nothing: `Losses` prints them."""

@@ -12,7 +12,9 @@ from torch import nn
 from transformers import Seq2SeqTrainer, Trainer, TrainingArguments
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from trl import DPOTrainer, SFTConfig, SFTTrainer
+from trl.trainer.dpo_trainer import DPOTrainer
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
 
 from ..calibration import DEFERRED
 from ..errors import ConfigError

