@@ -54,7 +54,15 @@ class ExportError(GradInitError, ValueError):
     """An adapter cannot be written in the form or to the place that was asked for."""
 
 
-_LIBRARIES = frozenset({"peft_gradinit", "peft", "transformers", "accelerate", "trl", "torch"})
+_LIBRARIES = frozenset({
+    "peft_gradinit",
+    "peft",
+    "transformers",
+    "accelerate",
+    "trl",
+    "torch",
+    "pydantic",
+})
 """Packages that stand between the user's line and a warning."""
 
 

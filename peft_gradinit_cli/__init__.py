@@ -9,7 +9,7 @@ import sys
 
 __all__ = ["main"]
 
-_EXTRA = ("datasets", "evaluate", "pydantic", "typer", "yaml")
+_EXTRA = ("datasets", "pydantic", "sklearn", "trl", "typer", "yaml")
 """Packages of the extra `cli`, as they are imported."""
 
 

@@ -14,6 +14,9 @@ if not console.is_terminal:
     console.width = 160  # as wide as layer names need; a terminal has its own
 errors = Console(stderr=True)
 
+_GAP = 2
+"""Spaces between two columns."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Column:
@@ -22,13 +25,28 @@ class Column:
     Attributes:
         key: in the rows, and in the JSON.
         title: in the table.
-        style: format of its values: a format specification, `"list"` for a list's length, or empty
-            for texts.
+        style: format of its values: a format specification, `"list"` for a list's length,
+            `"shape"` for `out x in`, `"name"` for the last part of a path, or empty for texts.
+        rank: what a narrow terminal has no room for is left out, the highest ranks first; 0: never.
     """
 
     key: str
     title: str
     style: str = ""
+    rank: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Said:
+    """A fact that people and programs read differently.
+
+    Attributes:
+        text: below the table; empty: nothing is said.
+        value: in the JSON.
+    """
+
+    text: str
+    value: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +57,7 @@ class Listing:
         title: of the table.
         columns: those that the table shows; JSON has all keys of the rows.
         rows: one a layer, a package, …
-        facts: single values, shown below the table.
+        facts: single values, shown below the table; `Said` where JSON has another value.
     """
 
     title: str
@@ -57,23 +75,66 @@ class Listing:
             print_json(self.content())
             return
         if self.rows:
-            console.print(self._table())
+            for line in self._table():
+                console.print(line)
         for name, value in self.facts.items():
-            console.print(f"[bold]{name}[/]: ", end="")
-            console.print(_text(value, ""), markup=False, highlight=False, soft_wrap=True)
+            text = value.text if isinstance(value, Said) else _text(value, "")
+            if text or not isinstance(value, Said):
+                console.print(f"[bold]{name}[/]: ", end="")
+                console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def content(self) -> dict[str, Any]:
         """What JSON has of it."""
-        return {**self.facts, "rows": list(self.rows)}
+        facts = {k: v.value if isinstance(v, Said) else v for k, v in self.facts.items()}
+        return {**facts, "rows": list(self.rows)} if self.columns else facts
 
-    def _table(self) -> Table:
+    def _table(self) -> list[Table | str]:
+        """The table, and what had to be left out of it."""
+        cells = {c.key: [_text(row.get(c.key), c.style) for row in self.rows] for c in self.columns}
+        first, notes = self.columns[0], []
+        shown = list(self.columns)
+        if _width(shown, cells) > console.width and (prefix := _common_prefix(cells[first.key])):
+            cells[first.key] = [name.removeprefix(prefix) for name in cells[first.key]]
+            notes.append(f"names without {prefix}")
+        while _width(shown, cells) > console.width and (last := max(shown, key=_rank)).rank:
+            shown.remove(last)
+        if left_out := [column.title for column in self.columns if column not in shown]:
+            notes.append(f"{', '.join(left_out)} left out; a wider terminal or --json has them")
         table = Table(title=self.title, box=None, pad_edge=False, title_justify="left")
-        for column in self.columns:
-            right = "right" if column.style else "left"
-            table.add_column(column.title, justify=right, overflow="fold")
-        for row in self.rows:
-            table.add_row(*(_text(row.get(c.key), c.style) for c in self.columns))
-        return table
+        room = console.width - _width(shown[1:], cells) - _GAP
+        cells[first.key] = [_with_its_end(name, room) for name in cells[first.key]]
+        for column in shown:
+            right = "right" if column.style not in {"", "name"} else "left"
+            table.add_column(column.title, justify=right, width=_width([column], cells))
+        for i in range(len(self.rows)):
+            table.add_row(*(cells[column.key][i] for column in shown))
+        return [table, *(f"({note})" for note in notes)]
+
+
+def _rank(column: Column) -> int:
+    return column.rank
+
+
+def _width(columns: Sequence[Column], cells: dict[str, list[str]]) -> int:
+    """Characters that the columns need; titles may have several lines."""
+    widths = [max(map(len, [*cells[c.key], *c.title.split()])) for c in columns]
+    return sum(widths) + _GAP * (len(widths) - 1)
+
+
+def _common_prefix(names: Sequence[str]) -> str:
+    """The parts, each with its dot, that all names begin with."""
+    parts = [name.split(".")[:-1] for name in names]
+    common = []
+    for same in zip(*parts, strict=False):
+        if len(set(same)) > 1:
+            break
+        common.append(f"{same[0]}.")
+    return "".join(common)
+
+
+def _with_its_end(name: str, room: int) -> str:
+    """A name that is too long without its beginning: its end tells what it is."""
+    return name if len(name) <= room else f"…{name[len(name) - max(room - 1, 1) :]}"
 
 
 def print_json(content: dict[str, Any]) -> None:
@@ -88,6 +149,10 @@ def _text(value: Any, style: str) -> str:
         return "yes" if value else "no"
     if style == "list":
         return ", ".join(str(v) for v in value)
+    if style == "name":
+        return str(value).rpartition("/")[2]
+    if style == "shape":
+        return " x ".join(str(v) for v in value)
     if style and isinstance(value, int | float):
         return format(value, style)
     if isinstance(value, dict):
@@ -113,3 +178,11 @@ def human_bytes(n: float) -> str:
             return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
         n /= 1024
     return f"{n:.1f} TiB"
+
+
+def human_time(seconds: float) -> str:
+    """A duration as people read it: in minutes, or in hours if it is long."""
+    minutes = seconds / 60
+    if minutes < 0.1:
+        return "less than 0.1 minutes"
+    return f"{minutes:.1f} minutes" if minutes < 120 else f"{minutes / 60:.1f} hours"

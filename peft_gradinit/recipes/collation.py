@@ -9,6 +9,7 @@ from transformers import (
     DefaultDataCollator,
     PreTrainedTokenizerBase,
 )
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 
 def collator(processor: Any) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
@@ -22,10 +23,17 @@ def collator(processor: Any) -> Callable[[list[dict[str, Any]]], dict[str, Any]]
     """
     if not isinstance(processor, PreTrainedTokenizerBase):
         return DefaultDataCollator()
-    tokens, classes = DataCollatorForSeq2Seq(processor), DataCollatorWithPadding(processor)
+    classes, pairs = DataCollatorWithPadding(processor), DataCollatorForSeq2Seq(processor)
+    pad: Any = processor.pad_token_id
+    causal = DataCollatorForLanguageModeling(pad)
+    packed = DataCollatorForLanguageModeling(pad, padding_free=True)
 
     def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
-        of_tokens = isinstance(rows[0].get("labels"), list)
-        return dict(tokens(rows) if of_tokens else classes(rows))
+        row = rows[0]
+        if not isinstance(row.get("labels"), list):
+            return dict(classes(rows))
+        if "attention_mask" in row:
+            return dict(pairs(rows))
+        return dict(packed(rows) if "seq_lengths" in row else causal(rows))
 
     return collate

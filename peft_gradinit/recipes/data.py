@@ -3,6 +3,7 @@
 import functools
 import re
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from ..errors import ConfigError, DataError
 from . import embedded
 from .encoding import Encoder
 from .labels import Labels
-from .packing import pack
+from .preparation import prepare
 from .rows import Rows, columns_of
-from .schema import DataSection, Task, nearest
+from .schema import DataSection
+from .sections import Task, nearest
 
 _BUILDERS = {
     ".jsonl": "json",
@@ -53,9 +55,14 @@ def load_rows(section: DataSection, *, evaluation: bool = False) -> Rows:
 
 
 def encode(
-    rows: Rows, section: DataSection, task: Task, processor: Any, labels: Labels | None = None
+    rows: Rows,
+    section: DataSection,
+    task: Task,
+    processor: Any,
+    labels: Labels | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> Rows:
-    """Turn rows into `input_ids`, `attention_mask` and `labels` (images: `pixel_values`).
+    """Turn rows into `input_ids` and `labels` (images: `pixel_values`), for preferences into texts.
 
     Streaming data stay streaming: nothing is read before it is asked for.
 
@@ -65,9 +72,10 @@ def encode(
         task: what the model is for.
         processor: its tokenizer or image processor.
         labels: what the label column means to a classifier.
+        options: fields of `SFTConfig` for causal models.
 
     Returns:
-        Rows that a collator can pad.
+        Rows that a collator can pad; `prompt`, `chosen` and `rejected` for preferences.
 
     Raises:
         ConfigError: if rows are to be packed for a model that is not causal.
@@ -78,16 +86,14 @@ def encode(
     columns = columns_of(rows)
     read_label = None if labels is None else labels.reader(rows)
     encoder = Encoder(section, task, processor, columns, read_label)
-    options: dict[str, Any] = {} if _streams(rows) else {"desc": "tokenising"}
+    shown: dict[str, Any] = {} if _streams(rows) else {"desc": "reading"}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*couldn't be hashed properly.*")
         warnings.filterwarnings("ignore", message=".*longer than the specified maximum.*")
-        encoded = rows.map(encoder, remove_columns=columns, **options)
-        encoded = encoded.filter(_is_kept)
-        if section.packing:
-            pack_rows = functools.partial(pack, length=section.length)
-            encoded = encoded.map(pack_rows, batched=True)
-    if isinstance(encoded, datasets.Dataset) and not len(encoded):
+        encoded = rows.map(encoder, remove_columns=columns, **shown).filter(_is_kept)
+        if task == "CAUSAL_LM" and not _is_empty(encoded):
+            encoded = prepare(encoded, section, encoder.processor, options)
+    if isinstance(encoded, datasets.Dataset) and _is_empty(encoded):
         raise DataError(
             f"none of the rows of {section.path!r} is left: all are empty, longer than "
             f"max_length={section.length}, or without a match of completion_keep."
@@ -199,7 +205,11 @@ def _first(rows: Rows, n: int | None) -> Rows:
 
 
 def _is_kept(row: dict[str, Any]) -> bool:
-    return "input_ids" not in row or len(row["input_ids"]) > 0
+    return row.get("completion", "") is not None and row.get("input_ids", [0]) != []
+
+
+def _is_empty(rows: Rows) -> bool:
+    return next(iter(rows), None) is None
 
 
 def _streams(rows: Rows) -> bool:

@@ -1,5 +1,6 @@
-"""One row of a dataset as tokens and labels, or as an image and its class."""
+"""One row of a dataset: for TRL as texts or chats, else as tokens or pixels with their label."""
 
+import copy
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -7,9 +8,9 @@ from string import Formatter
 from typing import Any
 
 from ..errors import ConfigError, DataError
-from .schema import CLASSIFIED, DataSection, Task, nearest
+from .schema import DataSection
+from .sections import CLASSIFIED, Task, nearest
 
-IGNORE_INDEX = -100
 _EMPTY: dict[str, list[int]] = {"input_ids": [], "attention_mask": [], "labels": []}
 """What a dropped row becomes."""
 
@@ -42,7 +43,6 @@ class Encoder:
     ) -> None:
         self.section = section
         self.task = task
-        self.processor = processor
         self.columns = columns
         if task in CLASSIFIED and read_label is None:
             raise ConfigError(
@@ -50,18 +50,12 @@ class Encoder:
                 "encode by Reader.of(…)."
             )
         self._read_label: Any = read_label
+        self.processor = with_template(section, processor)
         self._encode = self._encoder()
-        self._template = _chat_template(section, processor)
 
     def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """Encode a row; one that is to be dropped has no tokens."""
-        encoded = self._encode(self._with_words(row))
-        n_tokens = len(encoded.get("input_ids", ()))
-        if n_tokens <= self.section.length or self.section.packing:
-            return encoded
-        if self.section.drop_longer:
-            return dict(_EMPTY)
-        return {name: values[: self.section.length] for name, values in encoded.items()}
+        """Encode a row; one that is to be dropped has no tokens, or no completion."""
+        return self._encode(self._with_words(row))
 
     def prompt(self, row: Mapping[str, Any]) -> list[int]:
         """The prompt alone, to generate an answer to: the tokens that training has before it.
@@ -74,11 +68,13 @@ class Encoder:
         """
         prompt = self._value(self._with_words(row), self.section.prompt or "prompt")
         if isinstance(prompt, list):
-            ids = self._chat_ids(prompt, add_generation_prompt=True)
+            ids = self.processor.apply_chat_template(
+                self._messages(prompt), tokenize=True, add_generation_prompt=True, return_dict=True
+            )["input_ids"]
         elif self.task == "SEQ_2_SEQ_LM":
             ids = list(self.processor(str(prompt))["input_ids"])
         else:
-            ids = self._ids(str(prompt))
+            ids = self._ids(str(prompt).rstrip(" "))
         return ids[: self.section.length]
 
     def completion(self, row: Mapping[str, Any]) -> str | None:
@@ -104,59 +100,57 @@ class Encoder:
             return self._classified
         if self.task == "SEQ_2_SEQ_LM":
             return self._pair_of_texts
+        if self.task == "PREFERENCE":
+            return self._preferred
         if section.prompt or section.completion or {"prompt", "completion"} <= set(columns):
             return self._prompted
         chat = section.messages or next((c for c in _CHATS if c in columns), None)
         if chat is not None and section.text is None:
-            return lambda row: self._chat(self._value(row, chat))
+            return lambda row: {"messages": self._messages(self._value(row, chat))}
         text = section.text or next((c for c in _TEXTS if c in columns), None)
         if text is not None:
-            return lambda row: self._text(self._value(row, text))
+            return lambda row: {"text": str(self._value(row, text))}
         if "input_ids" in columns:
             return self._tokens
         raise DataError(
             f"the columns {columns} do not tell what to read; name a column or give a template for "
-            "text, for prompt and completion, or for messages."
+            "text, for prompt and completion, or for messages; for pairs of a better and a worse "
+            "answer, model.task: PREFERENCE."
         )
 
     def _tokens(self, row: Mapping[str, Any]) -> dict[str, Any]:
         ids = list(row["input_ids"])
-        return _sequence(ids, list(row.get("labels", ids)))
-
-    def _text(self, text: Any) -> dict[str, Any]:
-        ids = self._ids(str(text)) + self._end()
-        return _sequence(ids, ids)
+        return {"input_ids": ids, "labels": list(row.get("labels", ids))}
 
     def _prompted(self, row: Mapping[str, Any]) -> dict[str, Any]:
         prompt = self._value(row, self.section.prompt or "prompt")
         completion = self._value(row, self.section.completion or "completion")
         if isinstance(prompt, list):
-            start = self._chat_ids(prompt, add_generation_prompt=True)
-            ids = self._chat_ids([*prompt, *completion])
-            n = _n_common(start, ids)  # the last token of the prompt may grow into the answer
-            start, rest = ids[:n], ids[n:]
-        else:
-            kept = self._kept(str(completion))
-            if kept is None:
-                return dict(_EMPTY)
-            start = self._ids(str(prompt))
-            rest = self.processor(kept, add_special_tokens=False)["input_ids"] + self._end()
-        masked = start if self.section.loss_on_prompt else [IGNORE_INDEX] * len(start)
-        return _sequence([*start, *rest], [*masked, *rest])
+            return {"prompt": self._messages(prompt), "completion": self._messages(completion)}
+        kept, start = self._kept(str(completion)), str(prompt).rstrip(" ")
+        gap = str(prompt)[len(start) :]  # tokenizers make it the beginning of the next word
+        return {"prompt": start, "completion": kept if kept is None else gap + kept}
 
-    def _chat(self, messages: Any) -> dict[str, Any]:
-        if not self.section.assistant_only_loss:
-            ids = self._chat_ids(messages)
-            return _sequence(ids, ids)
-        if "{% generation" not in (self._template or self.processor.chat_template or ""):
+    def _preferred(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """The better and the worse answer; without a prompt, TRL takes what they have in common."""
+        section, found = self.section, {}
+        if section.prompt or "prompt" in self.columns:
+            found["prompt"] = self._turns(row, section.prompt or "prompt")
+        found["chosen"] = self._turns(row, section.chosen or "chosen")
+        found["rejected"] = self._turns(row, section.rejected or "rejected")
+        return found
+
+    def _turns(self, row: Mapping[str, Any], source: str) -> Any:
+        value = self._value(row, source)
+        return self._messages(value) if isinstance(value, list) else str(value)
+
+    def _messages(self, messages: Any) -> list[dict[str, Any]]:
+        if not getattr(self.processor, "chat_template", None):
             raise DataError(
-                "assistant_only_loss needs a chat template that marks what the assistant says with "
-                "{% generation %}; give one as data.chat_template."
+                "the data are chats, but the tokenizer has no chat template; give one as "
+                "data.chat_template."
             )
-        encoded = self._applied(messages, return_dict=True, return_assistant_tokens_mask=True)
-        ids, mask = encoded["input_ids"], encoded["assistant_masks"]
-        labels = [i if keep else IGNORE_INDEX for i, keep in zip(ids, mask, strict=True)]
-        return _sequence(ids, labels)
+        return _as_messages(messages)
 
     def _pair_of_texts(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """Source and target of an encoder-decoder."""
@@ -231,32 +225,6 @@ class Encoder:
         ids = list(self.processor(text)["input_ids"])
         return ids[:-1] if ids and ids[-1] == self.processor.eos_token_id else ids
 
-    def _end(self) -> list[int]:
-        end = self.processor.eos_token_id
-        return [] if end is None else [end]
-
-    def _chat_ids(self, messages: Any, **options: Any) -> list[int]:
-        return list(self._applied(messages, return_dict=True, **options)["input_ids"])
-
-    def _applied(self, messages: Any, **options: Any) -> Any:
-        if self._template is None and not getattr(self.processor, "chat_template", None):
-            raise DataError(
-                "the data are chats, but the tokenizer has no chat template; give one as "
-                "data.chat_template."
-            )
-        return self.processor.apply_chat_template(
-            _as_messages(messages), tokenize=True, chat_template=self._template, **options
-        )
-
-
-def _n_common(first: list[int], second: list[int]) -> int:
-    pairs = enumerate(zip(first, second, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
-
-
-def _sequence(ids: list[int], labels: list[int]) -> dict[str, Any]:
-    return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": list(labels)}
-
 
 def _as_messages(messages: Any) -> list[dict[str, Any]]:
     """Chats in the form of ShareGPT (`from`, `value`) are renamed.
@@ -284,14 +252,30 @@ def _as_messages(messages: Any) -> list[dict[str, Any]]:
     )
 
 
-def _chat_template(section: DataSection, processor: Any) -> str | None:
+def with_template(section: DataSection, processor: Any) -> Any:
+    """The tokenizer with the chat template of the data.
+
+    Args:
+        section: which file, if any.
+        processor: the tokenizer or image processor.
+
+    Returns:
+        A copy with the template; `processor` itself if it stays as it is.
+
+    Raises:
+        ConfigError: if the file cannot be read, or there is no tokenizer.
+    """
     if section.chat_template is None:
-        return None
+        return processor
     if not hasattr(processor, "apply_chat_template"):
         raise ConfigError("data.chat_template is for tokenizers, but the model has none.")
     try:
-        return Path(section.chat_template).read_text(encoding="utf-8")
+        template = Path(section.chat_template).read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(
             f"cannot read data.chat_template {section.chat_template!r}: {error}."
         ) from error
+    if processor.chat_template != template:
+        processor = copy.deepcopy(processor)
+        processor.chat_template = template
+    return processor

@@ -6,7 +6,7 @@ from typing import Any, cast
 import torch
 from accelerate.utils import gather_object
 from torch import nn
-from transformers import EvalPrediction, Trainer
+from transformers import EvalPrediction, Trainer, TrainingArguments
 
 from ..errors import ConfigError
 from ..layouts import process_state
@@ -17,26 +17,37 @@ from .metrics import check_metrics, compute
 from .models import empty_model
 from .reading import Reader
 from .rows import Rows, columns_of
-from .schema import CLASSIFIED, Recipe, Task
+from .schema import Recipe
+from .sections import CLASSIFIED, Task
 
 
-def check_evaluation(recipe: Recipe, reader: Reader, rows: Rows | None) -> None:
+def check_evaluation(
+    recipe: Recipe, reader: Reader, rows: Rows | None, arguments: TrainingArguments
+) -> None:
     """Refuse an evaluation that could not be done, before anything is trained.
 
     Args:
         recipe: which metrics.
         reader: of the rows.
         rows: the evaluation rows as they are in the dataset; `None` if there are none.
+        arguments: of the trainer, which can ask for an evaluation in training.
 
     Raises:
         ConfigError: if there is nothing to evaluate on, a metric is unknown or is not for what
             the model gives, or metrics of a language model are asked for without generation.
     """
     asked = recipe.evaluation
-    if rows is None and (asked.metrics or asked.steps):
+    in_training = getattr(arguments.eval_strategy, "value", arguments.eval_strategy)
+    if rows is None and (asked.metrics or asked.steps or in_training != "no"):
         raise ConfigError(
-            f"evaluation asks for metrics={asked.metrics} and steps={asked.steps}, but there is "
-            "nothing to evaluate on; set data.eval_split or data.n_eval."
+            f"evaluation asks for metrics={asked.metrics} and steps={asked.steps}, and training for "
+            f"eval_strategy={in_training!r}, but there is nothing to evaluate on; set data.eval_split "
+            "or data.n_eval."
+        )
+    if reader.task == "PREFERENCE" and asked.metrics:
+        raise ConfigError(
+            f"evaluation.metrics={asked.metrics}, but preferences are measured by their loss and "
+            "their rewards; leave them out."
         )
     check_metrics(asked.metrics, of_numbers=isinstance(reader.labels, Numbers))
     if rows is None or reader.task in CLASSIFIED or not asked.metrics:
@@ -85,6 +96,8 @@ def evaluate_model(
     metrics, task = recipe.evaluation.metrics, reader.task
     if task in CLASSIFIED:
         return kept | {k: float(v) for k, v in scores.items() if k.startswith("metric_")}
+    if task == "PREFERENCE":
+        return kept | {k: float(v) for k, v in scores.items() if k.startswith("rewards/")}
     if metrics:
         encoder = Encoder(reader.section, task, reader.processor, columns_of(rows))
         model: Any = trainer.accelerator.unwrap_model(trainer.model)

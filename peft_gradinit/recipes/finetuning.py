@@ -5,50 +5,29 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
-from peft import PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..analysis import check_available, draw_losses
+from ..calibration import DEFERRED
 from ..errors import ConfigError
 from ..export import export_adapter
 from ..files import check_writable, write_json
 from ..layouts import process_state
 from ..methods import METHODS
-from ..optim import optimizer
-from ..trainer import SUGGESTED, CalibrationCallback
 from ..tuners import load_for_training
-from .collation import collator
 from .data import load_rows
-from .evaluation import check_evaluation, evaluate_model, label_metrics
+from .evaluation import check_evaluation, evaluate_model
 from .methods import adapter_config, calibration_of
-from .progress import Losses
 from .publishing import make_repository, publish
 from .reading import Reader
-from .rows import Rows
-from .schema import PAIR_OPTIMIZERS, Recipe
-
-_FIELDS = {field.name for field in dataclasses.fields(TrainingArguments)}
-_CHECKPOINTING = (
-    f"{'activation' if 'activation_checkpointing' in _FIELDS else 'gradient'}_checkpointing"
-)
-"""Later versions of transformers gave the argument a new name and warns of the old one."""
+from .schema import Recipe
+from .trainers import Inputs, arguments_of, preparation_of, trainer_of
 
 RESULTS, PICTURE = "results.json", "loss.png"
-
-
-@dataclasses.dataclass(frozen=True)
-class _Inputs:
-    """What a run is made from."""
-
-    reader: Reader
-    train: Rows
-    evaluation: Rows | None
-    evaluation_rows: Rows | None
 
 
 def finetune(recipe: Recipe) -> dict[str, Any]:
@@ -68,145 +47,109 @@ def finetune(recipe: Recipe) -> dict[str, Any]:
     check_available()
     transformers.set_seed(recipe.training.seed)
     baselines = {folder: _baseline(folder) for folder in recipe.baselines}
-    checkpoint, inputs = _last_checkpoint(recipe), _inputs(recipe)
-    recipe = recipe.model_copy(update={"data": inputs.reader.section})
-    check_evaluation(recipe, inputs.reader, inputs.evaluation_rows)
+    recipe, inputs, arguments = _inputs(recipe.model_copy(update={"data": recipe.read_data()}))
+    checkpoint = _checkpoint(recipe, arguments)
+    check_evaluation(recipe, inputs.reader, inputs.evaluation_rows, arguments)
     if recipe.push is not None and state.is_main_process:
         make_repository(recipe.push)
     model = inputs.reader.load_model(recipe.model)
     if recipe.model.quantization is None:
         model.to(state.device)
-    peft_model = _started(model, recipe, inputs, checkpoint, progress=state.is_main_process)
-    trainer = _trainer(peft_model, recipe, inputs)
+    trainer = _trainer(model, recipe, inputs, arguments, checkpoint)
     trainer.train(resume_from_checkpoint=checkpoint)
     metrics = {}
     if inputs.evaluation_rows is not None:
         metrics = evaluate_model(trainer, recipe, inputs.reader, inputs.evaluation_rows)
     results = _results(trainer, recipe, inputs.reader, metrics)
     if state.is_main_process:
-        _write(peft_model, recipe, inputs, results)
+        trained: Any = trainer.accelerator.unwrap_model(trainer.model)
+        _write(trained, recipe, inputs, results)
         draw_losses(_curves(results, baselines), output / PICTURE)
         if recipe.push is not None:
-            publish(peft_model, recipe.push, output / "adapter")
+            publish(trained, recipe.push, output / "adapter")
     state.wait_for_everyone()
     return results
 
 
-def _inputs(recipe: Recipe) -> _Inputs:
+def _inputs(recipe: Recipe) -> tuple[Recipe, Inputs, TrainingArguments]:
+    """Read the data; the recipe comes back with the length that sequences have."""
     rows = load_rows(recipe.data)
     reader = Reader.of(recipe.model, recipe.data, rows)
+    reader = dataclasses.replace(reader, options=preparation_of(recipe.training))
     held_out = None
     if recipe.data.eval_split is not None or recipe.data.n_eval is not None:
         held_out = load_rows(recipe.data, evaluation=True)
+    recipe = recipe.model_copy(update={"data": reader.section})
+    arguments = arguments_of(recipe, reader.task, evaluates=held_out is not None)
+    packing = getattr(arguments, "eval_packing", None)
+    of_evaluation = reader.packed(reader.section.packing if packing is None else packing)
     with process_state().main_process_first():
         train = reader.encode(rows)
-        evaluation = None if held_out is None else reader.encode(held_out)
-    return _Inputs(reader, train, evaluation, held_out)
+        evaluation = None if held_out is None else of_evaluation.encode(held_out)
+    return recipe, Inputs(reader, train, evaluation, held_out), arguments
 
 
-def _started(
-    model: nn.Module, recipe: Recipe, inputs: _Inputs, checkpoint: str | None, *, progress: bool
-) -> PeftModel:
-    """The model with its adapter; a resumed one takes its start from the checkpoint."""
+def _trainer(
+    model: nn.Module,
+    recipe: Recipe,
+    inputs: Inputs,
+    arguments: TrainingArguments,
+    checkpoint: str | None,
+) -> Trainer:
+    """The trainer of the model with its adapter.
+
+    A resumed run takes the start from its checkpoint. For preferences the trainer adds the adapter
+    itself, since one that is there already becomes the reference of TRL, also if it was trained; and
+    the start is computed in training, from the loss of pairs.
+    """
+    if inputs.reader.task == "PREFERENCE":
+        return trainer_of(model, recipe, inputs, arguments, _preference_config(recipe))
     if checkpoint is not None and recipe.method.name in {m.name for m in METHODS}:
-        return load_for_training(model, checkpoint)
+        return trainer_of(load_for_training(model, checkpoint), recipe, inputs, arguments)
     calibration = calibration_of(
-        inputs.train, recipe.calibration, inputs.reader.processor, progress=progress
+        inputs.train,
+        recipe.calibration,
+        inputs.reader.processor,
+        progress=process_state().is_main_process,
     )
     config = adapter_config(recipe.method, inputs.reader.task, calibration)
-    return get_peft_model(model, config)
+    return trainer_of(get_peft_model(model, config), recipe, inputs, arguments)
 
 
-def _trainer(model: PeftModel, recipe: Recipe, inputs: _Inputs) -> Trainer:
-    reader = inputs.reader
-    trainer = Trainer(
-        model=model,
-        args=_arguments(recipe, evaluates=inputs.evaluation is not None),
-        data_collator=collator(reader.processor),
-        train_dataset=inputs.train,  # pyright: ignore[reportArgumentType]
-        eval_dataset=inputs.evaluation,  # pyright: ignore[reportArgumentType]
-        processing_class=reader.processor,
-        compute_metrics=label_metrics(recipe, reader),
-        optimizer_cls_and_kwargs=_optimizer(recipe),
-    )
-    for silent in (PrinterCallback, ProgressCallback):  # they print logs to standard output
-        trainer.remove_callback(silent)
-    trainer.add_callback(Losses())
-    rate, head_rate = recipe.training.learning_rate, recipe.training.head_learning_rate
-    own = recipe.training.optim in PAIR_OPTIMIZERS  # which has both rates
-    if not own and (rate == SUGGESTED or head_rate is not None):
-        rates: dict[str, Any] = {"learning_rate": SUGGESTED if rate == SUGGESTED else None}
-        trainer.add_callback(CalibrationCallback(trainer, head_learning_rate=head_rate, **rates))
-    return trainer
+def _preference_config(recipe: Recipe) -> PeftConfig:
+    if recipe.calibration.sketch_size is not None:
+        raise ConfigError(
+            "calibration.sketch_size is not for PREFERENCE, whose start the trainer computes; leave "
+            "it out."
+        )
+    return adapter_config(recipe.method, "PREFERENCE", recipe.calibration.result or DEFERRED)
 
 
-def _optimizer(recipe: Recipe) -> Any:
-    """An optimiser of pairs as `Trainer` takes it; `None` for one of Transformers."""
-    training = recipe.training
-    if training.optim not in PAIR_OPTIMIZERS:
-        return None
-    options: dict[str, Any] = {"lr": training.learning_rate, "weight_decay": training.weight_decay}
-    if training.head_learning_rate is not None:
-        options["head_lr"] = training.head_learning_rate
-    return optimizer(training.optim, **options)
-
-
-def _arguments(recipe: Recipe, *, evaluates: bool) -> TrainingArguments:
-    training, evaluation = recipe.training, recipe.evaluation
-    in_training = evaluates and evaluation.steps is not None
-    options: dict[str, Any] = {_CHECKPOINTING: training.gradient_checkpointing}
-    if training.learning_rate != SUGGESTED:
-        options["learning_rate"] = training.learning_rate
-    return TrainingArguments(
-        output_dir=str(Path(recipe.output) / "checkpoints"),
-        num_train_epochs=training.epochs,
-        max_steps=training.max_steps,
-        per_device_train_batch_size=training.batch_size,
-        per_device_eval_batch_size=evaluation.batch_size,
-        gradient_accumulation_steps=training.gradient_accumulation,
-        warmup_steps=training.warmup,
-        lr_scheduler_type=training.schedule,
-        optim="adamw_torch" if training.optim in PAIR_OPTIMIZERS else training.optim,
-        weight_decay=training.weight_decay,
-        max_grad_norm=training.max_grad_norm,
-        adam_beta1=training.adam_betas[0],
-        adam_beta2=training.adam_betas[1],
-        bf16=training.precision == "bf16",
-        fp16=training.precision == "fp16",
-        **options,
-        logging_steps=training.logging_steps,
-        save_strategy="no" if training.save_steps is None else "steps",
-        save_steps=training.save_steps or 500,
-        eval_strategy="steps" if in_training else "no",
-        eval_steps=evaluation.steps,
-        seed=training.seed,
-        report_to="none",
-        label_names=["labels"],
-        remove_unused_columns=False,
-        use_cpu=not torch.accelerator.is_available(),
-    )
-
-
-def _last_checkpoint(recipe: Recipe) -> str | None:
+def _checkpoint(recipe: Recipe, arguments: TrainingArguments) -> str | None:
     """Where to continue.
 
     Args:
         recipe: whether to.
+        arguments: where checkpoints are.
 
     Returns:
-        The last checkpoint; `None` if the run begins.
+        A checkpoint; `None` if the run begins.
 
     Raises:
         ConfigError: if there is none to continue from.
     """
-    if not recipe.training.resume:
+    asked = recipe.training.resume_from_checkpoint
+    if not asked:
         return None
-    folder = Path(recipe.output) / "checkpoints"
-    found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    folder = Path(arguments.output_dir or "")
+    if isinstance(asked, str):
+        folder, found = Path(asked), asked if Path(asked).is_dir() else None
+    else:
+        found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     if found is None:
         raise ConfigError(
-            f"training.resume=true, but {str(folder)!r} holds no checkpoint; leave it out to begin, "
-            "and set training.save_steps to have checkpoints."
+            f"training.resume_from_checkpoint={asked}, but {str(folder)!r} holds no checkpoint; leave "
+            "it out to begin, and set training.save_steps to have checkpoints."
         )
     return found
 
@@ -233,7 +176,7 @@ def _results(
     }
 
 
-def _write(model: PeftModel, recipe: Recipe, inputs: _Inputs, results: dict[str, Any]) -> None:
+def _write(model: PeftModel, recipe: Recipe, inputs: Inputs, results: dict[str, Any]) -> None:
     output = Path(recipe.output)
     model.save_pretrained(str(output / "adapter"))
     if hasattr(inputs.reader.processor, "save_pretrained"):

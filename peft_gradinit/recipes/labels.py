@@ -9,7 +9,8 @@ import datasets
 
 from ..errors import ConfigError, DataError
 from .rows import Rows, columns_of
-from .schema import DataSection, nearest
+from .schema import DataSection
+from .sections import nearest
 
 _N_SHOWN = 10
 _TRAINED = "of the training data"

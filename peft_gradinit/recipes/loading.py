@@ -11,8 +11,10 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from ..errors import ConfigError
-from .schema import Recipe, Section, nearest
+from .schema import Recipe
+from .sections import Section, nearest
 from .shipped import recipe_path
+from .training import UNKNOWN
 
 SectionT = TypeVar("SectionT", bound=Section)
 
@@ -85,9 +87,13 @@ def _described(fault: Mapping[str, Any]) -> str:
     if fault["type"] == "extra_forbidden":
         known = _keys_at(location[:-1])
         return f"{where}: no such key{nearest(str(location[-1]), known)}"
+    if fault["type"] == UNKNOWN:
+        return f"{where}: {fault['msg']}"
     if fault["type"] == "missing":
         return f"{where}: missing"
     message = fault["msg"].removeprefix("Value error, ")
+    if not where:  # of several sections together
+        return message
     return f"{where}: {message} (got {fault['input']!r})"
 
 

@@ -8,9 +8,11 @@ from peft import PeftConfig
 from ..calibration import Calibration
 from ..errors import ConfigError
 from .collation import collator
-from .schema import METHOD_CONFIGS, CalibrationSection, MethodSection, Task
+from .schema import METHOD_CONFIGS, CalibrationSection, MethodSection
+from .sections import Task
 
-_PEFT_TASKS = {"IMAGE_CLS": None}  # PEFT knows no task for images
+_PEFT_TASKS = {"IMAGE_CLS": None, "PREFERENCE": "CAUSAL_LM"}
+"""Names of PEFT where they are others; it knows no task for images."""
 
 
 def adapter_config(section: MethodSection, task: Task, calibration: Any = None) -> PeftConfig:

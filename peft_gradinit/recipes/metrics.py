@@ -1,85 +1,37 @@
-"""Metrics for `evaluate` that need no network: `evaluate.load` would fetch their code."""
+"""Metrics by name: scikit-learn's, and those of the Hub by `evaluate`."""
 
+from collections.abc import Callable
 from typing import Any
 
-import datasets
-import evaluate
-import numpy as np
+import sklearn.metrics
+from huggingface_hub.constants import HF_HUB_OFFLINE
 
 from ..errors import ConfigError
 
 
-class _Metric(evaluate.Metric):
-    """A metric of predictions and references."""
-
-    kind = "int64"
-
-    def _info(self) -> evaluate.MetricInfo:
-        features = {name: datasets.Value(self.kind) for name in ("predictions", "references")}
-        return evaluate.MetricInfo(
-            description=self.__doc__ or "",
-            citation="",
-            inputs_description="predictions and references of one length",
-            features=datasets.Features(features),
-        )
+def _macro_f1(references: Any, predictions: Any) -> Any:
+    return sklearn.metrics.f1_score(references, predictions, average="macro")
 
 
-class Accuracy(_Metric):
-    """Share of right predictions."""
-
-    def _compute(
-        self, *, predictions: Any = (), references: Any = (), **_: Any
-    ) -> dict[str, float]:
-        return {"accuracy": float(np.mean(np.asarray(predictions) == np.asarray(references)))}
-
-
-class MacroF1(_Metric):
-    """F1 of each class that occurs, averaged over the classes."""
-
-    def _compute(
-        self, *, predictions: Any = (), references: Any = (), **_: Any
-    ) -> dict[str, float]:
-        predicted, true = np.asarray(predictions), np.asarray(references)
-        scores = []
-        for label in np.union1d(predicted, true):
-            hits = np.sum((predicted == label) & (true == label))
-            scores.append(2 * hits / (np.sum(predicted == label) + np.sum(true == label)))
-        return {"macro_f1": float(np.mean(scores))}
-
-
-class Matthews(_Metric):
-    """Correlation of predicted and true classes, as GLUE scores CoLA; 0 where one is constant."""
-
-    def _compute(
-        self, *, predictions: Any = (), references: Any = (), **_: Any
-    ) -> dict[str, float]:
-        predicted, true = np.asarray(predictions), np.asarray(references)
-        labels = np.union1d(predicted, true)
-        p = (predicted[:, None] == labels).astype(float)
-        t = (true[:, None] == labels).astype(float)
-        p, t = p - p.mean(0), t - t.mean(0)
-        scale = np.sqrt((p * p).sum() * (t * t).sum())
-        return {"matthews": float((p * t).sum() / scale) if scale > 0 else 0.0}
-
-
-class ExactMatch(_Metric):
+def _exact_match(references: Any, predictions: Any) -> Any:
     """Share of texts that are the reference, but for space around them."""
-
-    kind = "string"
-
-    def _compute(
-        self, *, predictions: Any = (), references: Any = (), **_: Any
-    ) -> dict[str, float]:
-        pairs = zip(predictions, references, strict=True)
-        return {"exact_match": float(np.mean([p.strip() == r.strip() for p, r in pairs]))}
+    stripped = [[text.strip() for text in texts] for texts in (references, predictions)]
+    return sklearn.metrics.accuracy_score(*stripped)
 
 
-_BUILT_IN: dict[str, Any] = {
-    "accuracy": Accuracy,
-    "macro_f1": MacroF1,
-    "matthews": Matthews,
-    "exact_match": ExactMatch,
+_Metric = Callable[[Any, Any], Any]
+_OF_CLASSES: dict[str, _Metric] = {
+    "accuracy": sklearn.metrics.accuracy_score,
+    "macro_f1": _macro_f1,
+    "matthews": sklearn.metrics.matthews_corrcoef,
+    "exact_match": _exact_match,
 }
+_OF_NUMBERS: dict[str, _Metric] = {
+    "mse": sklearn.metrics.mean_squared_error,
+    "mae": sklearn.metrics.mean_absolute_error,
+    "r2": sklearn.metrics.r2_score,
+}
+_BUILT_IN = _OF_CLASSES | _OF_NUMBERS
 
 
 def compute(names: list[str], predictions: Any, references: Any) -> dict[str, float]:
@@ -110,29 +62,47 @@ def check_metrics(names: list[str], *, of_numbers: bool = False) -> None:
         ConfigError: if a metric cannot be used.
     """
     for name in names:
-        if of_numbers and name in _BUILT_IN:
+        if name in (_OF_CLASSES if of_numbers else _OF_NUMBERS):
+            labels, others = ("numbers", _OF_NUMBERS) if of_numbers else ("classes", _OF_CLASSES)
             raise ConfigError(
-                f"the metric {name!r} compares classes or texts, but the labels are numbers; take "
-                "one of the Hub that compares numbers, such as 'mse', or leave it out."
+                f"the metric {name!r} is not for {labels}, which the labels are; take one of "
+                f"{sorted(others)}, or leave it out."
             )
-        _metric(name)
+        if name not in _BUILT_IN:
+            _of_the_hub(name)
 
 
-def _metric(name: str) -> Any:
+def _of_the_hub(name: str) -> Any:
+    """A metric of the Hub.
+
+    Args:
+        name: of it.
+
+    Returns:
+        An `evaluate` metric.
+
+    Raises:
+        ConfigError: if it cannot be had.
+    """
+    network = " The network is switched off (HF_HUB_OFFLINE)." if HF_HUB_OFFLINE else ""
     try:
-        return _BUILT_IN[name]() if name in _BUILT_IN else evaluate.load(name)
+        import evaluate  # not needed for those that are built in
+
+        return evaluate.load(name)
     except (OSError, ValueError, TypeError, ImportError) as error:
         raise ConfigError(
             f"the metric {name!r} cannot be loaded: {error}; built in are {sorted(_BUILT_IN)}, "
-            "others come from the Hub."
+            f"others come from the Hub by the package `evaluate`.{network}"
         ) from error
 
 
 def _computed(name: str, predictions: Any, references: Any) -> dict[str, float]:
-    metric = _metric(name)
     try:
+        if name in _BUILT_IN:
+            return {name: float(_BUILT_IN[name](references, predictions))}
+        metric = _of_the_hub(name)
         return metric.compute(predictions=predictions, references=references) or {}
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"the metric {name!r} cannot be computed: {error}; choose one for what this model gives."
         ) from error

@@ -21,10 +21,12 @@ from transformers import (
 from ..errors import ConfigError
 from . import embedded
 from .labels import Labels
-from .schema import CLASSIFIED, ModelSection, Task, nearest
+from .schema import ModelSection, told_task
+from .sections import CLASSIFIED, Task, nearest
 
 _AUTO_CLASSES: dict[str, Any] = {
     "CAUSAL_LM": AutoModelForCausalLM,
+    "PREFERENCE": AutoModelForCausalLM,
     "SEQ_2_SEQ_LM": AutoModelForSeq2SeqLM,
     "SEQ_CLS": AutoModelForSequenceClassification,
     "IMAGE_CLS": AutoModelForImageClassification,
@@ -50,10 +52,8 @@ def task_of(section: ModelSection) -> Task:
     Raises:
         ConfigError: if the model's class does not tell.
     """
-    if section.task is not None:
-        return section.task
-    if section.name in embedded.MODELS:
-        return "SEQ_CLS" if section.name == embedded.MINILM else "CAUSAL_LM"
+    if (told := told_task(section)) is not None:
+        return told
     config = model_config(section)
     architectures = config.architectures or []
     for architecture in architectures:

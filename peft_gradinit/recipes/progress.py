@@ -1,10 +1,12 @@
-"""What a run shows while it trains: a line on standard error for every logged loss."""
+"""What a run shows while it trains: a line on standard error for every logged loss, and a bar."""
 
 import sys
 import time
 from typing import Any
 
+from tqdm import tqdm
 from transformers import TrainerCallback
+from transformers.trainer_callback import ProgressCallback
 
 
 class Losses(TrainerCallback):
@@ -29,8 +31,14 @@ class Losses(TrainerCallback):
         minutes = (time.perf_counter() - self._begun) / 60 * left / max(1, done)
         remaining = f", about {minutes:.1f} minutes remain" if left and name == "loss" else ""
         words = name.replace("eval_", "evaluation ")
-        print(  # noqa: T201
+        tqdm.write(  # above a bar, if there is one
             f"step {state.global_step} of {state.max_steps}: {words} {loss:.4f}{remaining}",
             file=sys.stderr,
-            flush=True,
         )
+
+
+class Bar(ProgressCallback):
+    """The trainer's bar, without its logs, which it prints to standard output."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Nothing: `Losses` prints them."""

@@ -1,16 +1,19 @@
 """Rows of a dataset as the model that they are for takes them."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
 from .data import encode
+from .encoding import with_template
 from .labels import Labels, labels_of
 from .lengths import sequence_length
 from .models import load_model, load_processor, model_config, task_of
 from .rows import Rows
-from .schema import CLASSIFIED, DataSection, ModelSection, Task
+from .schema import DataSection, ModelSection
+from .sections import CLASSIFIED, Task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,12 +25,14 @@ class Reader:
         task: what the model is for.
         processor: its tokenizer or image processor.
         labels: what the label column means to its head; `None` if it has none.
+        options: fields of `SFTConfig`, by which TRL prepares rows for causal models.
     """
 
     section: DataSection
     task: Task
     processor: Any
     labels: Labels | None
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def of(cls, model: ModelSection, data: DataSection, rows: Rows) -> "Reader":
@@ -41,7 +46,7 @@ class Reader:
         Returns:
             The reader.
         """
-        task, processor = task_of(model), load_processor(model)
+        task, processor = task_of(model), with_template(data, load_processor(model))
         labels = None
         if task in CLASSIFIED:
             labels = labels_of(rows, data, model_config(model), model.n_labels)
@@ -66,4 +71,9 @@ class Reader:
 
     def encode(self, rows: Rows) -> Rows:
         """Turn rows into what a collator can pad; streams stay streams."""
-        return encode(rows, self.section, self.task, self.processor, self.labels)
+        return encode(rows, self.section, self.task, self.processor, self.labels, self.options)
+
+    def packed(self, wanted: bool) -> "Reader":
+        """The same reader, with or without packing."""
+        section = self.section.model_copy(update={"packing": wanted})
+        return dataclasses.replace(self, section=section)

@@ -5,24 +5,15 @@ one.
 """
 
 import dataclasses
-import difflib
-import math
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from peft import LoraConfig
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
-from transformers.training_args import OptimizerNames
+from pydantic import Field, SerializeAsAny, ValidationInfo, field_validator, model_validator
 
 from ..methods import METHODS
-from ..optim import OPTIMIZERS
+from .embedded import MINILM, MODELS
+from .sections import Positive, Section, Task, nearest
+from .training import TrainingSection, parse_training
 
 DEFAULT_LENGTH = 1024
 """Tokens of a sequence if nothing is said, and the model takes as many."""
@@ -30,39 +21,8 @@ DEFAULT_LENGTH = 1024
 VERSION = 1
 """The version of the schema that this package reads and writes."""
 
-Task = Literal["CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "IMAGE_CLS"]
-CLASSIFIED = ("SEQ_CLS", "IMAGE_CLS")
-"""Tasks whose head has an output for each class."""
-
-Positive = Annotated[int, Field(ge=1)]
-Rate = Annotated[float, Field(ge=0)]
-
-
-def _suggested_or_positive(value: Any) -> Any:
-    """A learning rate: one fault for a union of types, of which each would be one."""
-    try:
-        positive = (
-            not isinstance(value, bool) and 0 < float(value) < math.inf
-        )  # YAML reads 3e-4 as text
-    except (TypeError, ValueError):
-        positive = False
-    if value != "suggested" and not positive:
-        raise ValueError("should be 'suggested' or a number greater than 0")
-    return value if value == "suggested" else float(value)
-
-
-PAIR_OPTIMIZERS = tuple(kind.name for kind in OPTIMIZERS)
-"""Names of the optimisers of `peft_gradinit.optim`."""
-_OPTIMIZERS = (*(name.value for name in OptimizerNames), *PAIR_OPTIMIZERS)
-
 METHOD_CONFIGS: dict[str, Any] = {"lora": LoraConfig} | {m.name: m for m in METHODS}
 """Config classes by the names that `method.name` takes."""
-
-
-class Section(BaseModel):
-    """A part of a recipe: unknown keys are faults."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Source(Section):
@@ -141,6 +101,11 @@ class DataSection(Section):
     pair: str | None = Field(default=None, description="Second text of a classified pair.")
     prompt: str | None = Field(default=None, description="Carries no loss.")
     completion: str | None = Field(default=None, description="Carries the loss.")
+    chosen: str | None = Field(
+        default=None,
+        description="The better of two answers to `prompt` (`PREFERENCE`); default: `chosen`.",
+    )
+    rejected: str | None = Field(default=None, description="The other one; default: `rejected`.")
     completion_keep: str | None = Field(
         default=None,
         description="Regular expression whose first group is kept of the completion; rows without "
@@ -179,7 +144,8 @@ class DataSection(Section):
     )
     drop_longer: bool = Field(default=False, description="Drop longer rows instead of cutting.")
     packing: bool = Field(
-        default=False, description="Concatenate rows to sequences of `max_length` (causal models)."
+        default=False,
+        description="Fill sequences of `max_length` with rows (causal models), as TRL packs them.",
     )
 
     @property
@@ -242,66 +208,13 @@ class CalibrationSection(Section):
     )
 
 
-class TrainingSection(Section):
-    """The arguments of `transformers.Trainer`."""
-
-    optim: str = Field(
-        default="adamw_torch",
-        description="As `TrainingArguments.optim`, or an optimiser of pairs, whose rate is its own: "
-        + ", ".join(f"`{name}`" for name in PAIR_OPTIMIZERS),
-    )
-
-    learning_rate: Annotated[
-        float | Literal["suggested"], BeforeValidator(_suggested_or_positive)
-    ] = Field(
-        default="suggested", description="Peak; `suggested`: as `suggest_learning_rate` says."
-    )
-    head_learning_rate: float | None = Field(
-        default=None, gt=0, description="Of a new head. Default: that of the adapter."
-    )
-    epochs: float = Field(default=1.0, gt=0, description="Passes over the data.")
-    max_steps: int = Field(default=-1, description="Ends earlier; -1: does not.")
-    batch_size: Positive = Field(default=8, description="Sequences a device and step.")
-    gradient_accumulation: Positive = Field(default=1, description="Steps between updates.")
-    warmup: Rate = Field(default=0.0, description="Steps; below 1: the share of all of them.")
-    schedule: str = Field(default="cosine", description="As `lr_scheduler_type`.")
-    weight_decay: Rate = Field(default=0.0, description="Of AdamW.")
-    max_grad_norm: Rate = Field(default=1.0, description="Clipping; 0: none.")
-    adam_betas: tuple[float, float] = Field(default=(0.9, 0.999), description="Of AdamW.")
-    precision: Literal["float32", "bf16", "fp16"] = Field(
-        default="float32", description="Of the computation (autocast)."
-    )
-    gradient_checkpointing: bool = Field(default=False, description="Less memory, more time.")
-    logging_steps: Positive = Field(default=10, description="Between two logged losses.")
-    save_steps: Positive | None = Field(
-        default=None, description="Between two checkpoints; default: none are saved."
-    )
-    resume: bool = Field(default=False, description="Continue from the last checkpoint.")
-    seed: int = Field(default=42, description="Of the order of the data, and of dropout.")
-
-    @field_validator("optim")
-    @classmethod
-    def _known_optimizer(cls, value: str) -> str:
-        if value not in _OPTIMIZERS:
-            raise ValueError(f"no such optimiser{nearest(value, _OPTIMIZERS)}")
-        return value
-
-    @model_validator(mode="after")
-    def _rate_of_the_optimizer(self) -> "TrainingSection":
-        if self.learning_rate == "suggested" and "adam" not in self.optim:
-            raise ValueError(
-                f"rates are suggested for Adam; name the learning_rate of {self.optim}"
-            )
-        return self
-
-
 class EvaluationSection(Section):
-    """What is measured on the evaluation rows, by `evaluate`."""
+    """What is measured on the evaluation rows."""
 
     metrics: list[str] = Field(
         default=[],
-        description="`accuracy`, `macro_f1`, `matthews`, `exact_match` are built in; others are "
-        "loaded from the Hub by `evaluate.load`.",
+        description="`accuracy`, `macro_f1`, `matthews` of classes, `exact_match` of texts, `mse`, "
+        "`mae`, `r2` of numbers (scikit-learn's); others are loaded from the Hub by `evaluate`.",
     )
     batch_size: Positive = Field(default=8, description="Sequences a device and step.")
     max_new_tokens: Positive | None = Field(
@@ -347,7 +260,7 @@ class Recipe(Section):
     calibration: CalibrationSection = Field(
         default=CalibrationSection(), description="From how much data."
     )
-    training: TrainingSection = Field(description="How it is trained.")
+    training: SerializeAsAny[TrainingSection] = Field(description="How it is trained.")
     evaluation: EvaluationSection = Field(
         default=EvaluationSection(), description="What is measured."
     )
@@ -367,8 +280,51 @@ class Recipe(Section):
             )
         return value
 
+    @field_validator("training", mode="before")
+    @classmethod
+    def _of_the_task(cls, value: Any, info: ValidationInfo) -> Any:
+        model = info.data.get("model")
+        return parse_training(value, None if model is None else told_task(model))
 
-def nearest(key: str, known: Any) -> str:
-    """`", did you mean 'x'?"` for the known key that is closest; empty if none is close."""
-    found = difflib.get_close_matches(key, list(known), n=1)
-    return f", did you mean {found[0]!r}?" if found else ""
+    @model_validator(mode="after")
+    def _data_are_said_once(self) -> "Recipe":
+        for key, name, value in _of_data(self.training):
+            here = getattr(self.data, name)
+            if name in self.data.model_fields_set and here != value:
+                raise ValueError(
+                    f"data.{name} and training.{key} say the same thing, but are {here!r} and "
+                    f"{getattr(self.training, key)!r}; leave one out"
+                )
+        return self
+
+    def read_data(self) -> DataSection:
+        """The section of the data, with what `training` says of them by TRL's names."""
+        said = {name: value for _, name, value in _of_data(self.training)}
+        return self.data.model_copy(update=said)
+
+
+SAME_IN_DATA = {
+    "max_length": "max_length",
+    "packing": "packing",
+    "assistant_only_loss": "assistant_only_loss",
+    "chat_template_path": "chat_template",
+    "completion_only_loss": "loss_on_prompt",
+    "dataset_text_field": "text",
+}
+
+
+def _of_data(training: TrainingSection) -> list[tuple[str, str, Any]]:
+    """Keys of `training` that `data` has as well: TRL's name, that of `data`, its value there."""
+    said = training.said()
+    return [
+        (key, name, not said[key] if name == "loss_on_prompt" else said[key])
+        for key, name in SAME_IN_DATA.items()
+        if key in said
+    ]
+
+
+def told_task(model: ModelSection) -> Task | None:
+    """The task, if the recipe alone tells it."""
+    if model.task is None and model.name in MODELS:
+        return "SEQ_CLS" if model.name == MINILM else "CAUSAL_LM"
+    return model.task

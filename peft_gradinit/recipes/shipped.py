@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from ..errors import ConfigError
-from .schema import nearest
+from .sections import nearest
 
 _PACKAGED = Path(__file__).parent / "configs"
 _CHECKOUT = Path(__file__).parents[2] / "configs"

@@ -21,8 +21,9 @@ from peft_gradinit.recipes import (
     ModelSection,
     section_of,
 )
+from peft_gradinit.records import LearningRate
 
-from ..output import Listing, console, human_bytes
+from ..output import Listing, console, human_bytes, human_time
 from .jobs import NO_DATA, Job, Place
 
 _Fields = Mapping[str, Any]
@@ -75,10 +76,12 @@ def run(
             _show_estimate(costs, as_json)
         return
     there = Place(**place)
-    result = job.run(where, there, progress=state.is_main_process)
+    result, measured = job.run(where, there, progress=state.is_main_process)
     if state.is_main_process:
         there.write(result, job)
-        _show_result(result, there.folder, job, as_json)
+    rate = job.learning_rate(measured, result)
+    if state.is_main_process:
+        _show_result(result, there.folder, job, rate, as_json)
     state.wait_for_everyone()
 
 
@@ -110,7 +113,7 @@ def _show_estimate(costs: Estimate, as_json: bool) -> None:
         "volume": f"{human_bytes(costs.result_bytes)} on disk",
         "between processes": _traffic(costs),
         "arithmetic": f"{costs.flops:.2e} FLOP, {costs.statistic_flops:.2e} of them for statistics",
-        "time": f"about {costs.seconds:.3g} s at the speed measured here",
+        "time": f"{human_time(costs.seconds)} at the speed measured here",
         "whole matrices instead": f"{human_bytes(costs.dense_bytes)} of statistics, "
         f"{human_bytes(costs.dense_summed_bytes)} summed, {costs.dense_flops:.2e} FLOP",
     }
@@ -127,30 +130,35 @@ def _traffic(costs: Estimate) -> str:
     )
 
 
-def _show_result(result: CalibrationResult, output: Path, job: Job, as_json: bool) -> None:
+def _show_result(
+    result: CalibrationResult, output: Path, job: Job, rate: LearningRate | None, as_json: bool
+) -> None:
     facts = dataclasses.asdict(result.facts)
+    said = {**job.said(), "calibration": str(output)}
     if as_json:
-        Listing("", (), (), {"output": str(output), **facts, "failures": result.failures}).show(
-            True
-        )
+        more = {"config": said, "learning_rate": rate.suggested if rate else None}
+        facts = {"output": str(output), **facts, "failures": result.failures, **more}
+        Listing("", (), (), facts).show(True)
         return
     loss = "" if result.facts.loss is None else f", loss {result.facts.loss:.4f}"
     name = type(job.config()).__name__
     console.print(
         f"{len(result.readouts)} layers from {result.facts.n_sequences:,} sequences "
         f"({result.facts.n_tokens:,} tokens; ended by {result.facts.stopped_by}){loss}, "
-        f"{result.facts.seconds:.1f} s",
+        f"{human_time(result.facts.seconds)}",
         highlight=False,
     )
     for layer, reason in result.failures.items():
         console.print(f"not measured: {layer}: {reason}", highlight=False)
-    console.print(
-        f"{name}(r={job.method.r}, target_modules={job.method.target_modules!r}, "
-        f'calibration="{output}")',
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
-    )
+    arguments = ", ".join(f"{key}={value!r}" for key, value in said.items())
+    lines = [f"{name}({arguments})"]
+    if rate is not None:
+        lines.append(
+            f"learning_rate={rate.suggested:.1e}  # of AdamW, for this config's lora_alpha; "
+            f"{rate.low:.1e} to {rate.high:.1e} are worth a try"
+        )
+    for line in lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _names(text: str) -> str | list[str]:

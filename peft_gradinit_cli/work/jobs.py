@@ -9,6 +9,7 @@ from typing import Any
 
 import datasets
 import torch
+from torch import nn
 
 from peft_gradinit import __version__
 from peft_gradinit.calibration import FILE_NAME, CalibrationResult, Checkpoint, lengths_within
@@ -30,7 +31,13 @@ from peft_gradinit.recipes import (
     sequence_length,
     task_of,
 )
-from peft_gradinit.starts import planned_targets
+from peft_gradinit.records import LearningRate
+from peft_gradinit.starts import (
+    compute_start,
+    planned_targets,
+    resolve_targets,
+    with_converted_targets,
+)
 from peft_gradinit.tuners import calibrate as run_calibration
 
 NO_DATA = "none"
@@ -108,7 +115,9 @@ class Job:
     method: MethodSection
     calibration: CalibrationSection
 
-    def run(self, device: torch.device, place: Place, *, progress: bool) -> CalibrationResult:
+    def run(
+        self, device: torch.device, place: Place, *, progress: bool
+    ) -> tuple[CalibrationResult, nn.Module]:
         """Calibrate.
 
         Args:
@@ -117,7 +126,7 @@ class Job:
             progress: show a progress bar.
 
         Returns:
-            The result.
+            The result, and the model that it was measured on.
         """
         rows, reader = self._encoded(), self.reader
         model = reader.load_model(self.model)
@@ -130,7 +139,21 @@ class Job:
             progress=progress,
             checkpoint=place.checkpoint(self),
         )
-        return run_calibration(model, self.config(), data)
+        return run_calibration(model, self.config(), data), model
+
+    def learning_rate(self, model: nn.Module, result: CalibrationResult) -> LearningRate | None:
+        """What to train at from the start that the result gives; every process has to call it.
+
+        Args:
+            model: that was measured.
+            result: of the measurement.
+
+        Returns:
+            The rate for AdamW and the config's own `lora_alpha`; `None` if the start has none.
+        """
+        config = with_converted_targets(self.config(), model)
+        start = compute_start(model, resolve_targets(model, config), config, result)
+        return start.report(config.method, None, None).learning_rate
 
     def identity(self) -> str:
         """Tells the sums of this job apart from those of others.
@@ -207,3 +230,9 @@ class Job:
     def config(self) -> Any:
         """The config of the method; what its calibration is, is not asked here."""
         return adapter_config(self.method, task_of(self.model), calibration="unused")
+
+    def said(self) -> dict[str, Any]:
+        """Arguments of the config that are not its defaults, but for the calibration."""
+        method, task = self.method, self.config().task_type
+        said: dict[str, Any] = {"r": method.r, "target_modules": method.target_modules}
+        return said | ({} if task is None else {"task_type": task}) | method.options

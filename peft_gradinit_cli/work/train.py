@@ -25,7 +25,11 @@ def names(as_json: bool) -> None:
         recipe = load_recipe(path)
         model, method = recipe.model.name, recipe.method.name
         rows.append({"recipe": name, "method": method, "model": model, "title": recipe.title})
-    columns = (Column("recipe", "recipe"), Column("method", "method"), Column("model", "model"))
+    columns = (
+        Column("recipe", "recipe"),
+        Column("method", "method", rank=1),
+        Column("model", "model", "name"),
+    )
     Listing("", columns, rows).show(as_json)
 
 
@@ -56,5 +60,7 @@ def _facts(results: dict[str, Any], output: str) -> dict[str, Any]:
     facts |= {"trained numbers": results["trainable"], "learning rate": results["learning_rate"]}
     if tail:
         facts |= {"first loss": losses[0], "last loss": sum(tail) / len(tail)}
-    facts |= {name.removeprefix("metric_"): value for name, value in results["metrics"].items()}
+    names = {"loss": "evaluation loss"}
+    for name, value in results["metrics"].items():
+        facts[names.get(name, name.removeprefix("metric_"))] = value
     return {**facts, "written": output}

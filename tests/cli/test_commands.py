@@ -6,18 +6,32 @@ from pathlib import Path
 
 import pytest
 from peft import PeftModel
+from transformers import LlamaConfig, LlamaForSequenceClassification
 from typer.testing import CliRunner
 
 import peft_gradinit
-from peft_gradinit import CalibrationResult, LoraGAConfig
+from peft_gradinit import CalibrationResult, LoraGAConfig, init_report, suggest_learning_rate
 from peft_gradinit.methods import METHODS
 from peft_gradinit.recipes import ModelSection, load_model
+from peft_gradinit.recipes.embedded import pico_tokenizer
 from peft_gradinit_cli.app import app
 from tests.cli.conftest import calibrate_arguments, check_snapshot, kinds
 from tests.helpers import adapted, logits, pico_llama, relative_error
 from tests.saved.adapters import logits_on_fresh_base
 
 COMMANDS = ("calibrate", "inspect", "compare", "convert", "export", "doctor")
+
+
+def pico_classifier():
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        pad_token_id=0,
+    )
+    return LlamaForSequenceClassification(config)
 
 
 def plain(text):
@@ -98,6 +112,44 @@ def test_the_result_is_what_a_config_takes(calibration):
     assert len(model.base_model.init_report["default"].modules) == 21
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        (),
+        ("--option", "rank_allocation=gradient_energy", "--option", "rho=4"),
+        ("--method", "eva", "--target-modules", "q_proj,v_proj", "--option", "rho=2"),
+        ("--method", "lora_one", "--target-modules", r".*\.(q|v)_proj"),
+    ],
+)
+def test_the_printed_lines_can_be_pasted(more, run, tmp_path):
+    done = run(*calibrate_arguments(tmp_path / "c", *more))
+    assert done.code == 0, done.err
+    config_line, rate_line = done.out.splitlines()[-2:]
+    config = eval(config_line, vars(peft_gradinit))
+    model = adapted(load_model(ModelSection(name="embedded:pico-llama")), config)
+    arguments = eval(f"dict({rate_line.partition('#')[0]})")
+    suggested = suggest_learning_rate(model).suggested
+    assert arguments == {"learning_rate": pytest.approx(suggested, rel=0.05)}
+    content = run(*calibrate_arguments(tmp_path / "d", *more, "--json")).json
+    assert content["learning_rate"] == pytest.approx(suggested)
+    assert content["config"]["r"] == 4
+
+
+def test_the_printed_lines_of_a_classifier_can_be_pasted(run, tmp_path):
+    rows = [{"text": f"text {i}", "label": ["good", "bad"][i % 2]} for i in range(16)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    more = ("--task", "SEQ_CLS", "--max-length", 16, "--r", 2)
+    pico_classifier().save_pretrained(tmp_path / "model")
+    pico_tokenizer().save_pretrained(tmp_path / "model")
+    done = run("calibrate", tmp_path / "model", tmp_path / "rows.jsonl", tmp_path / "c", *more)
+    assert done.code == 0, done.err
+    config_line = done.out.splitlines()[-2]
+    assert "task_type='SEQ_CLS'" in config_line
+    config = eval(config_line, vars(peft_gradinit))
+    section = ModelSection(name=str(tmp_path / "model"), task="SEQ_CLS", n_labels=2)
+    assert init_report(adapted(load_model(section), config)).method == "LoRA-GA"
+
+
 def test_dry_run_says_the_truth(run, workshop, tmp_path):
     done = run(*calibrate_arguments(tmp_path / "c", "--dry-run"))
     assert done.code == 0
@@ -144,8 +196,6 @@ def test_dry_run_needs_a_config_alone(run, tmp_path):
 
 def of_own_data(workshop, tmp_path, *more):
     """Token ids, since the pico model has no tokenizer of its own: that of the embedded one."""
-    from peft_gradinit.recipes.embedded import pico_tokenizer
-
     if not (tmp_path / "shape" / "tokenizer.json").exists():
         pico_tokenizer().save_pretrained(tmp_path / "shape")
     return ("calibrate", tmp_path / "shape", workshop / "data.jsonl", tmp_path / "c", *more)

@@ -70,7 +70,7 @@ def test_without_pydantic_commands_and_recipes_say_what_to_install():
 
 TRAIN = """
 import sys
-for name in ("datasets", "evaluate", "pydantic", "typer"):
+for name in ("datasets", "evaluate", "pydantic", "sklearn", "trl", "typer"):
     sys.modules[name] = None
 import torch
 from peft import get_peft_model

@@ -40,7 +40,7 @@ def recipe(tmp_path, model, data, **sections):
         "model": {"name": model},
         "data": {"text": "review", "label": "stars", **data},
         "method": {"name": "lora_ga", "r": 2, "target_modules": LAYERS},
-        "training": {"learning_rate": 1e-3, "max_steps": 2, "batch_size": 4},
+        "training": {"learning_rate": 1e-3, "max_steps": 2, "per_device_train_batch_size": 4},
     }
     return Recipe.model_validate(values | sections)
 
@@ -82,9 +82,7 @@ def test_quantities(tmp_path):
     results = finetune(recipe(tmp_path, folder, data))
     assert results["labels"] == ["stars"]
     asked = recipe(tmp_path, folder, data, evaluation={"metrics": ["accuracy"]})
-    with pytest.raises(
-        ConfigError, match="'accuracy' compares classes or texts, but the labels are"
-    ):
+    with pytest.raises(ConfigError, match="'accuracy' is not for numbers, which the labels are"):
         finetune(asked)
 
 

@@ -16,8 +16,7 @@ from peft_gradinit.recipes import DataSection, ModelSection, encode, labels_of, 
 from peft_gradinit.recipes.collation import collator
 from peft_gradinit.recipes.embedded import MODULES, pico_tokenizer
 from peft_gradinit.recipes.encoding import Encoder
-from peft_gradinit.recipes.models import load_processor
-from peft_gradinit.recipes.packing import pack
+from peft_gradinit.recipes.models import load_model, load_processor
 from tests.recipes.images import image_processor
 
 TEXTS = ["one two three", "four five six seven", "eight"]
@@ -28,11 +27,11 @@ def section(path="embedded:docstrings", **options):
     return DataSection(path=str(path), **options)
 
 
-def encoded(rows, task="CAUSAL_LM", **options):
+def encoded(rows, task="CAUSAL_LM", options=None, **keys):
     if isinstance(rows, list):
         rows = datasets.Dataset.from_list(rows)
-    labels = labels_of(rows, section(**options), BertConfig(), None) if task == "SEQ_CLS" else None
-    return list(encode(rows, section(**options), task, TOKENIZER, labels))
+    labels = labels_of(rows, section(**keys), BertConfig(), None) if task == "SEQ_CLS" else None
+    return list(encode(rows, section(**keys), task, TOKENIZER, labels, options))
 
 
 def decoded(ids):
@@ -124,7 +123,7 @@ def test_prompts_carry_no_loss_unless_asked():
     rows = [{"q": "1+1?", "a": "2"}]
     (row,) = encoded(rows, prompt="Q: {q}\nA: ", completion="a")
     assert decoded(row["input_ids"]) == "Q: 1+1?\nA: 2</s>"
-    assert decoded(row["labels"]) == "2</s>"
+    assert decoded(row["labels"]) == " 2</s>"
     (row,) = encoded(rows, prompt="Q: {q}\nA: ", completion="a", loss_on_prompt=True)
     assert decoded(row["labels"]) == "Q: 1+1?\nA: 2</s>"
 
@@ -139,7 +138,8 @@ def test_parts_of_completions_and_words_for_classes():
     rows = [{"s": "fine", "label": 1}]
     words = {0: "bad", 1: "good"}
     (row,) = encoded(rows, prompt="{s}: ", completion="{label}", label_words=words)
-    assert decoded(row["labels"]) == "good</s>"
+    assert decoded(row["input_ids"]) == "fine: good</s>"
+    assert decoded(row["labels"]) == " good</s>"
     with pytest.raises(DataError, match="the class -1 in column 'label' has no word"):
         encoded([{"s": "a", "label": -1}], prompt="s", completion="label", label_words=words)
 
@@ -176,7 +176,7 @@ def test_a_template_of_ones_own(tmp_path):
     options = {"chat_template": str(tmp_path / "t.jinja")}
     (row,) = encoded([{"messages": CHAT[:2]}], **options)
     assert decoded(row["input_ids"]) == "[hi][hello]"
-    with pytest.raises(DataError, match="needs a chat template that marks"):
+    with pytest.raises(DataError, match=r"TRL cannot prepare .*\{% generation %\}"):
         encoded([{"messages": CHAT[:2]}], **options, assistant_only_loss=True)
 
 
@@ -184,19 +184,31 @@ def test_lengths_are_cut_or_dropped_or_packed():
     rows = [{"text": "a b c d e f g h"}, {"text": "a"}]
     assert [len(r["input_ids"]) for r in encoded(rows, max_length=5)] == [5, 2]
     assert len(encoded(rows, max_length=5, drop_longer=True)) == 1
-    flat = [i for r in encoded(rows) for i in r["input_ids"]]
-    packed = encoded(rows, max_length=4, packing=True)
-    assert [i for r in packed for i in r["input_ids"]] == flat
-    assert {len(r["input_ids"]) for r in packed[:-1]} == {4}
+    long, short = (r["input_ids"] for r in encoded(rows))
+    packed = encoded(rows, max_length=6, packing=True)
+    assert [r["input_ids"] for r in packed] == [long[:6], short]
+    cut = encoded(rows, options={"packing_strategy": "wrapped"}, max_length=4, packing=True)
+    assert [i for r in cut for i in r["input_ids"]] == long + short
+    assert {len(r["input_ids"]) for r in cut[:-1]} == {4}
+    few = encoded([*rows, {"text": "b"}], max_length=5, packing=True, drop_longer=True)
+    assert [r["seq_lengths"] for r in few] == [[2, 2]]
     with pytest.raises(ConfigError, match="packing is for causal models"):
         encode(load_rows(section()), section(packing=True), "SEQ_CLS", TOKENIZER)
     with pytest.raises(DataError, match="none of the rows"):
         encoded(rows[:1], max_length=2, drop_longer=True)
 
 
-def test_packing_keeps_columns_together():
-    packed = pack({"input_ids": [[1, 2], [3]], "labels": [[-100, 2], [3]]}, length=2)
-    assert packed == {"input_ids": [[1, 2], [3]], "labels": [[-100, 2], [3]]}
+def test_packed_rows_do_not_see_each_other():
+    rows = encoded([{"text": t} for t in TEXTS], max_length=64, packing=True)
+    assert len(rows) == 1
+    batch = collator(TOKENIZER)(rows)
+    lengths, ids = rows[0]["seq_lengths"], torch.tensor(rows[0]["input_ids"])
+    assert batch["position_ids"][0].tolist() == [i for n in lengths for i in range(n)]
+    model = load_model(ModelSection(name="embedded:pico-llama"))
+    with torch.no_grad():
+        packed = model(**batch, use_cache=False).logits[0].split(lengths)
+        for together, alone in zip(packed, ids.split(lengths), strict=True):
+            assert torch.allclose(together, model(alone[None]).logits[0], atol=1e-5)
 
 
 def test_streams_are_read_as_they_are_needed():
@@ -273,7 +285,7 @@ SHAREGPT = [{"from": "human", "value": "hello"}, {"from": "gpt", "value": "good 
 @pytest.mark.parametrize(
     "row",
     [
-        {"prompt": "in", "completion": "out"},
+        {"prompt": "in: ", "completion": "out"},
         {"prompt": CHAT[:1], "completion": CHAT[1:2]},
         {"prompt": SHAREGPT[:1], "completion": SHAREGPT[1:]},
     ],
@@ -282,7 +294,8 @@ SHAREGPT = [{"from": "human", "value": "hello"}, {"from": "gpt", "value": "good 
 @pytest.mark.parametrize("tokenizer", [TOKENIZER, with_ends(TOKENIZER)], ids=["bare", "ends"])
 def test_answers_are_generated_to_the_prompt_of_training(row, tokenizer):
     encoder = Encoder(section(), "CAUSAL_LM", tokenizer, list(row))
-    trained, prompt = encoder(row), encoder.prompt(row)
+    rows = datasets.Dataset.from_list([row])
+    (trained,), prompt = encode(rows, section(), "CAUSAL_LM", tokenizer), encoder.prompt(row)
     n = trained["labels"].count(-100)
     assert prompt == trained["input_ids"][:n]
     assert encoder.completion(row) in tokenizer.decode(trained["input_ids"][n:])

@@ -23,8 +23,8 @@ from peft_gradinit.recipes import ModelSection, finetune, load_model, load_recip
 from peft_gradinit.recipes.embedded import pico_tokenizer
 from peft_gradinit.recipes.evaluation import _generated
 from peft_gradinit.recipes.metrics import compute
-from peft_gradinit.recipes.schema import PAIR_OPTIMIZERS
 from peft_gradinit.recipes.shipped import shipped
+from peft_gradinit.recipes.training import PAIR_OPTIMIZERS
 from peft_gradinit.records import InitReport
 from tests.recipes.images import save_vit
 
@@ -141,14 +141,14 @@ def test_resuming_continues_the_same_run(tmp_path):
     for file in sorted(last.rglob("*"), reverse=True):
         file.unlink() if file.is_file() else file.rmdir()
     last.rmdir()
-    got = run(PICO, tmp_path / "out", *more, "training.resume=true")
+    got = run(PICO, tmp_path / "out", *more, "training.resume_from_checkpoint=true")
     assert got["losses"] == want["losses"]
     assert got["metrics"] == want["metrics"]
 
 
 def test_resuming_without_a_checkpoint_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="holds no checkpoint"):
-        run(PICO, tmp_path / "out", "training.resume=true")
+        run(PICO, tmp_path / "out", "training.resume_from_checkpoint=true")
     assert not (tmp_path / "out").exists()
 
 

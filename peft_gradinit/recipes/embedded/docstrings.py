@@ -34,7 +34,8 @@ def docstrings(split: str) -> datasets.Dataset:
         split: `"train"` or `"test"`.
 
     Returns:
-        Rows with `text`, `label` (of 20 modules), `module`, and `question`, which asks for it.
+        Rows with `text`, `label` (of 20 modules), `module`, `question`, which asks for it, and
+        `other`, a module that it is not from.
 
     Raises:
         ConfigError: for another split.
@@ -45,7 +46,7 @@ def docstrings(split: str) -> datasets.Dataset:
         raise ConfigError(f"{DOCSTRINGS!r} has the splits {sorted(parts)}, got {split!r}.")
     text = datasets.Value("string")
     features = {"text": text, "label": datasets.ClassLabel(names=list(MODULES))}
-    features |= {"module": text, "question": text}
+    features |= {"module": text, "question": text, "other": text}
     return datasets.Dataset.from_list(parts[split], features=datasets.Features(features))
 
 
@@ -58,6 +59,7 @@ def docstring_rows() -> list[dict[str, str | int]]:
             "label": label,
             "module": module,
             "question": f"Which module is this docstring from?\n{text}",
+            "other": MODULES[(label + 1 + len(text) % (len(MODULES) - 1)) % len(MODULES)],
         }
         for label, module in enumerate(MODULES)
         for text in docstrings_of(module)

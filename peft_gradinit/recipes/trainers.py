@@ -1,0 +1,227 @@
+"""The trainer of a recipe: which class, with which arguments, callbacks and optimiser."""
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from peft import PeftConfig
+from torch import nn
+from transformers import Seq2SeqTrainer, Trainer, TrainingArguments
+from transformers.integrations.integration_utils import get_available_reporting_integrations
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from trl.trainer.dpo_trainer import DPOTrainer
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
+
+from ..calibration import DEFERRED
+from ..errors import ConfigError
+from ..optim import optimizer
+from ..trainer import SUGGESTED, CalibrationCallback
+from .collation import collator
+from .evaluation import label_metrics
+from .progress import Bar, Losses
+from .reading import Reader
+from .rows import Rows
+from .schema import SAME_IN_DATA, Recipe
+from .sections import Task
+from .training import ARGUMENTS, PAIR_OPTIMIZERS, TrainingSection, check_training
+
+_OF_TRL = ("CAUSAL_LM", "PREFERENCE")
+_NOT_FIELDS = {
+    "optim",
+    "learning_rate",
+    "head_learning_rate",
+    "save_steps",
+    "resume_from_checkpoint",
+    "gradient_checkpointing",
+}
+"""Keys of `TrainingSection` that the arguments have under other conditions, or not at all."""
+
+_GENERAL = {field.name for field in dataclasses.fields(TrainingArguments)}
+_CHECKPOINTING = (
+    f"{'activation' if 'activation_checkpointing' in _GENERAL else 'gradient'}_checkpointing"
+)
+"""Later versions of transformers gave the argument a new name and warn of the old one."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What a run is made from.
+
+    Attributes:
+        reader: of the rows.
+        train: encoded rows to train on.
+        evaluation: encoded rows to evaluate on; `None` if there are none.
+        evaluation_rows: the same as they are in the dataset.
+    """
+
+    reader: Reader
+    train: Rows
+    evaluation: Rows | None
+    evaluation_rows: Rows | None
+
+
+def arguments_of(recipe: Recipe, task: Task, *, evaluates: bool) -> TrainingArguments:
+    """The arguments of the trainer.
+
+    Args:
+        recipe: what is said of them.
+        task: what the model is for.
+        evaluates: whether there are rows to evaluate on.
+
+    Returns:
+        An object of the class of the task.
+
+    Raises:
+        ConfigError: if the class has no such field, or refuses a value.
+    """
+    training = recipe.training
+    if faults := check_training(training, task):
+        raise ConfigError("; ".join(faults) + ".")
+    values = _defaults(recipe, task, evaluates=evaluates)
+    own = {name: getattr(training, name) for name in TrainingSection.model_fields}
+    said = {**own, **training.said()}
+    values |= {name: value for name, value in said.items() if name not in _NOT_FIELDS}
+    if task == "CAUSAL_LM":
+        values |= _of_prepared_rows(recipe)
+    try:
+        arguments = ARGUMENTS[task](**values)
+    except (ValueError, TypeError, ImportError, RuntimeError) as error:
+        raise ConfigError(f"training: {error}") from error
+    _check_reports(arguments)
+    return arguments
+
+
+def _defaults(recipe: Recipe, task: Task, *, evaluates: bool) -> dict[str, Any]:
+    training, evaluation = recipe.training, recipe.evaluation
+    in_training = evaluates and evaluation.steps is not None
+    checkpointing = "gradient_checkpointing" if task in _OF_TRL else _CHECKPOINTING
+    values: dict[str, Any] = {
+        "output_dir": str(Path(recipe.output) / "checkpoints"),
+        "per_device_eval_batch_size": evaluation.batch_size,
+        "eval_strategy": "steps" if in_training else "no",
+        "eval_steps": evaluation.steps,
+        "save_strategy": "no" if training.save_steps is None else "steps",
+        "save_steps": training.save_steps or 500,
+        "optim": "adamw_torch" if training.optim in PAIR_OPTIMIZERS else training.optim,
+        "use_cpu": not torch.accelerator.is_available(),
+        "disable_tqdm": not sys.stderr.isatty(),
+        checkpointing: training.gradient_checkpointing,
+    }
+    if training.learning_rate != SUGGESTED:
+        values["learning_rate"] = training.learning_rate
+    if task == "PREFERENCE":
+        values["max_length"] = recipe.read_data().length
+    if task not in _OF_TRL:
+        values |= {"label_names": ["labels"], "remove_unused_columns": False}
+    return values
+
+
+def _of_prepared_rows(recipe: Recipe) -> dict[str, Any]:
+    """Fields of `SFTConfig` for rows that are tokenised, masked and cut already."""
+    return {
+        "packing": recipe.read_data().packing,
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+        "max_length": None,
+        "assistant_only_loss": False,
+        "completion_only_loss": None,
+        "chat_template_path": None,
+    }
+
+
+def preparation_of(training: TrainingSection) -> dict[str, Any]:
+    """What a recipe says of how TRL prepares rows, apart from what is said of the data."""
+    of_trl = {field.name for field in dataclasses.fields(SFTConfig)} - _GENERAL
+    kept = of_trl - set(SAME_IN_DATA) - {"padding_free", "dataset_kwargs"} | {"seed"}
+    return {name: value for name, value in training.said().items() if name in kept}
+
+
+def _check_reports(arguments: TrainingArguments) -> None:
+    known = {"none", "all", *get_available_reporting_integrations()}
+    asked: Any = arguments.report_to or []
+    missing = [name for name in ([asked] if isinstance(asked, str) else asked) if name not in known]
+    if missing:
+        raise ConfigError(
+            f"training.report_to={missing} cannot be reported to here; installed are "
+            f"{sorted(known - {'none', 'all'})}."
+        )
+
+
+def trainer_of(
+    model: nn.Module,
+    recipe: Recipe,
+    inputs: Inputs,
+    arguments: TrainingArguments,
+    config: PeftConfig | None = None,
+) -> Trainer:
+    """The trainer, with its callbacks and optimiser.
+
+    Args:
+        model: with its adapter; for preferences without one.
+        recipe: what is done.
+        inputs: what it is done with.
+        arguments: what `arguments_of` gave.
+        config: of the adapter, for preferences: the model without it is the reference then.
+
+    Returns:
+        The trainer.
+    """
+    reader = inputs.reader
+    given: dict[str, Any] = {
+        "model": model,
+        "args": arguments,
+        "train_dataset": inputs.train,
+        "eval_dataset": inputs.evaluation,
+        "processing_class": reader.processor,
+    }
+    trainer: Trainer
+    if reader.task == "PREFERENCE":
+        trainer = DPOTrainer(**given, peft_config=config)
+    elif reader.task == "CAUSAL_LM":
+        trainer = SFTTrainer(**given)
+    else:
+        kind = Seq2SeqTrainer if reader.task == "SEQ_2_SEQ_LM" else Trainer
+        given |= {"data_collator": collator(reader.processor)}
+        trainer = kind(**given, compute_metrics=label_metrics(recipe, reader))
+    trainer.optimizer_cls_and_kwargs = _optimizer(recipe.training)
+    for silent in (PrinterCallback, ProgressCallback):  # they print logs to standard output
+        trainer.remove_callback(silent)
+    for callback in (Losses(), *([] if arguments.disable_tqdm else [Bar()])):
+        trainer.add_callback(callback)
+    if (callback := _starter(trainer, recipe, config)) is not None:
+        trainer.add_callback(callback)
+    return trainer
+
+
+def _starter(
+    trainer: Trainer, recipe: Recipe, config: PeftConfig | None
+) -> CalibrationCallback | None:
+    """What starts a deferred adapter, and sets the rates."""
+    training, section = recipe.training, recipe.calibration
+    own = training.optim in PAIR_OPTIMIZERS  # which has both rates
+    options: dict[str, Any] = {}
+    if not own:
+        suggested = training.learning_rate == SUGGESTED
+        options["learning_rate"] = SUGGESTED if suggested else None
+        options["head_learning_rate"] = training.head_learning_rate
+    if getattr(config, "calibration", None) == DEFERRED:
+        budget = {"max_tokens": section.max_tokens, "max_batches": section.max_batches}
+        options |= {**budget, "estimator": section.estimator, "seed": section.seed}
+    elif not any(options.values()):
+        return None
+    return CalibrationCallback(trainer, **options)
+
+
+def _optimizer(training: TrainingSection) -> Any:
+    """An optimiser of pairs as `Trainer` takes it; `None` for one of Transformers."""
+    if training.optim not in PAIR_OPTIMIZERS:
+        return None
+    options: dict[str, Any] = {"lr": training.learning_rate, "weight_decay": training.weight_decay}
+    pairs = [pair.partition("=") for pair in (training.said().get("optim_args") or "").split(",")]
+    options |= {name.strip(): yaml.safe_load(value) for name, _, value in pairs if name.strip()}
+    if training.head_learning_rate is not None:
+        options["head_lr"] = training.head_learning_rate
+    return optimizer(training.optim, **options)
