@@ -3,6 +3,7 @@
     python scripts/bench_convergence.py run       # hours; goes on where it was if it is interrupted
     python scripts/bench_convergence.py costs     # step time and memory, each method in a process of its own
     python scripts/bench_convergence.py report    # table and pictures from what there is
+    python scripts/bench_convergence.py draw      # the published table and pictures again, from the summaries kept
     python scripts/bench_convergence.py publish   # the same into scripts/convergence/measured and docs/benchmarks.md
 
 Results are kept in `out/convergence/results`, one JSON a run, apart for different settings
@@ -39,7 +40,7 @@ BEGIN, END = (
 def main() -> None:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("command", choices=("run", "costs", "report", "publish"))
+    parser.add_argument("command", choices=("run", "costs", "report", "draw", "publish"))
     parser.add_argument(
         "--tasks", nargs="+", default=sorted(p.stem for p in FOLDER.glob("*.yaml")), metavar="TASK"
     )
@@ -48,6 +49,9 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="where to train: cpu, cuda, cuda:1, …")
     parser.add_argument("--out", type=Path, default=OUT, help="folder of results and report")
     options = parser.parse_args()
+    if options.command == "draw":
+        sys.stdout.write(write_report(load(MEASURED), MEASURED) + "\n")
+        return
     studies = [Study(options.out / "results", task) for task in options.tasks]
     prepare_process()
     if options.command == "run":

@@ -187,7 +187,7 @@ def test_study_goes_on_where_it_was_and_reports_itself(tmp_path):
     reported = {float(f"{r['curve'][-1][1]:.6g}") for r in runs if r["seed"]}
     assert all(set(summary.losses) <= reported for summary in kept.methods.values())
     assert {len(summary.suggested_losses) for summary in kept.methods.values()} == {3}
-    for name in ("rates.png", "curves.png"):
+    for name in ("rates_digits.png", "curves_digits.png"):
         assert (tmp_path / "out/convergence" / name).read_bytes().startswith(b"\x89PNG")
 
 

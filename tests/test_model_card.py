@@ -207,25 +207,43 @@ def test_picture_is_drawn_where_layers_differ(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["both.png", "ranks.png"]
 
 
-def lines_drawn(ranks, folder, monkeypatch):
-    drawn = {}
+def axes_drawn(ranks, energy, folder, monkeypatch):
     from matplotlib.figure import Figure
 
-    savefig = Figure.savefig
+    kept, savefig = [], Figure.savefig
 
     def keep(self, path, **options):
-        axes = self.axes
-        drawn.update({line.get_label(): list(line.get_ydata()) for line in axes[0].lines})
+        kept.extend(self.axes)
         savefig(self, path, **options)
 
     monkeypatch.setattr(Figure, "savefig", keep)
-    assert draw_layers(folder / "x.png", ranks, {}, "title")
+    assert draw_layers(folder / "x.png", ranks, energy, "title")
     assert [path.name for path in folder.iterdir()] == ["x.png"]
-    return drawn
+    return kept
+
+
+def rows_drawn(ranks, folder, monkeypatch):
+    """Rows of the map by kind."""
+    axis = axes_drawn(ranks, {}, folder, monkeypatch)[0]
+    kinds = [label.get_text() for label in axis.get_yticklabels()]
+    return dict(zip(kinds, axis.images[0].get_array().tolist(), strict=True))
+
+
+def test_what_is_not_captured_is_apart_on_a_log_axis(tmp_path, monkeypatch):
+    energy = {n: 0.99 if "q_proj" in n else 0.9999 for n in RANKS}
+    energy["model.layers.2.self_attn.k_proj"] = 1.0
+    _, left_out, *_ = axes_drawn(RANKS, energy, tmp_path, monkeypatch)
+    assert left_out.get_yscale() == "log"
+    drawn = {line.get_label(): list(line.get_ydata()) for line in left_out.lines}
+    assert drawn == {
+        "self_attn.q_proj": pytest.approx([1e-2] * 3),
+        "self_attn.k_proj": pytest.approx([1e-4, 1e-4, 1e-6]),
+    }
+    assert left_out.get_title() == "energy not captured by the start"
 
 
 def test_picture_shows_every_layer(tmp_path, monkeypatch):
-    drawn = lines_drawn(RANKS, tmp_path, monkeypatch)
+    drawn = rows_drawn(RANKS, tmp_path, monkeypatch)
     assert drawn == {"self_attn.q_proj": [4, 4, 4], "self_attn.k_proj": [0, 1, 2]}
 
 
@@ -235,7 +253,7 @@ def test_kinds_that_end_alike_have_lines_of_their_own_and_experts_are_averaged(
     ranks = {f"bert.layer.{i}.attention.output.dense": 1 + i for i in range(2)}
     ranks |= {f"bert.layer.{i}.output.dense": 5 + i for i in range(2)}
     ranks |= {f"bert.layer.{i}.experts.{j}.up": 2 * i + j for i in range(2) for j in (0, 2)}
-    assert lines_drawn(ranks, tmp_path, monkeypatch) == {
+    assert rows_drawn(ranks, tmp_path, monkeypatch) == {
         "attention.output.dense": [1, 2],
         "layer.output.dense": [5, 6],
         "experts.up": [1, 3],

@@ -169,7 +169,7 @@ def _section(facts: dict[str, Any]) -> str:
     parts = [f"## {facts['method']}", lead, _form(facts), _table(facts)]
     if facts["picture"]:
         folder = "" if facts["adapter"] == "default" else f"{facts['adapter']}/"
-        parts.append(f"![Ranks and captured energy by layer]({folder}{PICTURE})")
+        parts.append(f"![Ranks, and energy not captured, by layer]({folder}{PICTURE})")
     parts += ["### Use", _usage(facts)]
     if not facts["base"]:
         parts.append(

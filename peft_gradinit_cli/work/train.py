@@ -60,7 +60,6 @@ def _facts(results: dict[str, Any], output: str) -> dict[str, Any]:
     facts |= {"trained numbers": results["trainable"], "learning rate": results["learning_rate"]}
     if tail:
         facts |= {"first loss": losses[0], "last loss": sum(tail) / len(tail)}
-    names = {"loss": "evaluation loss"}
     for name, value in results["metrics"].items():
-        facts[names.get(name, name.removeprefix("metric_"))] = value
+        facts["evaluation loss" if name == "loss" else name.removeprefix("metric_")] = value
     return {**facts, "written": output}

@@ -4,18 +4,11 @@ import math
 import statistics
 from pathlib import Path
 
-import matplotlib as mpl
-
-mpl.use("Agg")
-import matplotlib.pyplot as plt
-from matplotlib.axes import Axes
-
 from .methods import METHODS
+from .pictures import draw
 from .study import BASELINE, SHORTER
-from .summary import Summary, TaskSummary
+from .summary import Summary, TaskSummary, half_interval
 
-T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
-"""Quantiles of Student's t for a 95 % interval of the mean, by the number of runs."""
 COLUMNS = (
     "learning rate",
     "rates within 2 %",
@@ -30,7 +23,6 @@ COLUMNS = (
     "memory",
 )
 OVERVIEW_COLUMNS = ("loss", "rate", "range", f"{SHORTER:.0%} of the steps", "suggested rate")
-LEGEND_SIZE = 7
 
 
 def interval(values: list[float], digits: int = 3) -> str:
@@ -38,8 +30,7 @@ def interval(values: list[float], digits: int = 3) -> str:
     mean = statistics.mean(values)
     if len(values) < 2 or not all(map(math.isfinite, values)):
         return f"{mean:.{digits}f}"
-    half = T_95[len(values)] * statistics.stdev(values) / len(values) ** 0.5
-    return f"{mean:.{digits}f} ± {half:.{digits}f}"
+    return f"{mean:.{digits}f} ± {half_interval(values):.{digits}f}"
 
 
 def table(task: TaskSummary) -> str:
@@ -172,57 +163,6 @@ def write_report(tasks: list[TaskSummary], folder: Path) -> str:
     text = markdown(tasks)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "report.md").write_text(text + "\n", encoding="utf-8")
-    for name, draw in (("rates", draw_rates), ("curves", draw_curves)):
-        size = (6 * len(tasks), 5)
-        figure, axes = plt.subplots(
-            1, len(tasks), figsize=size, layout="constrained", squeeze=False
-        )
-        for task, panel in zip(tasks, axes[0], strict=True):
-            draw(task, panel)
-            panel.set_title(f"{task.task}: {task.about}", fontsize=9)
-            panel.grid(alpha=0.3, which="both", lw=0.4)
-        handles, labels = axes[0][0].get_legend_handles_labels()
-        figure.legend(handles, labels, fontsize=LEGEND_SIZE, ncols=9, loc="outside lower center")
-        figure.savefig(folder / f"{name}.png", dpi=90)
-        plt.close(figure)
+    for task in tasks:
+        draw(task, folder)
     return text
-
-
-def draw_rates(task: TaskSummary, axes: Axes) -> None:
-    """Final loss against the learning rate: how much a method depends on it."""
-    for method, summary in task.in_order().items():
-        points = [(lr, loss) for lr, loss in summary.search.items() if loss is not None]
-        axes.plot(*zip(*points, strict=True), **_style(method))
-        if summary.suggested_losses:
-            rate, loss = summary.suggested_lr, summary.suggested_loss
-            axes.plot(rate, loss, "*", color=_style(method)["color"], markersize=11, mec="k")
-    best = min(loss for s in task.methods.values() for loss in s.search.values() if loss)
-    axes.set(xscale="log", xlabel="learning rate (stars: suggested)", ylabel="test loss at the end")
-    # Rates that are far too low or high would hide the others.
-    axes.set_ylim(best * 0.99, task.aim + 4 * (task.aim - best))
-
-
-def draw_curves(task: TaskSummary, axes: Axes) -> None:
-    """Test loss against the steps, calibration included, each at its best learning rate."""
-    for method, summary in task.in_order().items():
-        axes.plot(*zip(*summary.curve, strict=True), **_style(method))
-    axes.axhline(task.aim, color="0.6", lw=0.8, ls=":")
-    axes.axvline(SHORTER * task.steps, color="0.6", lw=0.8, ls=":")
-    best = min(s.loss for s in task.methods.values())
-    axes.set_ylim(best * 0.99, task.aim + 5 * (task.aim - best))
-    axes.set(xlabel="steps, calibration included", ylabel="test loss")
-
-
-def _style(method: str) -> dict:
-    """Ours are thick and solid, the others thin and dashed; one colour a method everywhere."""
-    ours = METHODS[method].ours
-    alike = [m for m in METHODS if METHODS[m].ours == ours]
-    colours = plt.get_cmap("tab10" if ours else "tab20b").colors
-    return {
-        "label": METHODS[method].title,
-        "color": colours[alike.index(method) * (1 if ours else 2)],
-        "lw": 2.0 if ours else 1.1,
-        "ls": "-" if ours else "--",
-        "marker": "o",
-        "markersize": 3,
-    }

@@ -14,6 +14,16 @@ from .methods import METHODS
 from .plan import best_rate, next_rates, steps_to, usable_range
 from .study import BASELINE, Study, final_loss
 
+T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
+"""Quantiles of Student's t for a 95 % interval of the mean, by the number of runs."""
+
+
+def half_interval(values: list[float]) -> float:
+    """Half of the 95 % interval of a mean; 0 where there is none."""
+    if len(values) < 2 or not all(map(math.isfinite, values)):
+        return 0.0
+    return T_95[len(values)] * statistics.stdev(values) / len(values) ** 0.5
+
 
 @dataclass(frozen=True)
 class Summary:
@@ -36,6 +46,7 @@ class Summary:
         n_trained: parameters.
         curve: `[step, mean test loss]`, calibration included.
         costs: of `costs`, if measured.
+        spread: half of the 95 % interval of every loss of the curve; empty in older summaries.
     """
 
     lr: float
@@ -53,6 +64,7 @@ class Summary:
     n_trained: int
     curve: list[list[float]]
     costs: dict[str, float] = field(default_factory=dict)
+    spread: list[float] = field(default_factory=list)
 
     @property
     def loss(self) -> float:
@@ -158,6 +170,10 @@ def _summarise(study: Study, method: str, aim: float) -> Summary | None:
             for points in zip(*(r["curve"] for r in whole), strict=True)
         ],
         costs=_costs(study).get(method, {}),
+        spread=[
+            half_interval([p[1] for p in points])
+            for points in zip(*(r["curve"] for r in whole), strict=True)
+        ],
     )
 
 
