@@ -24,6 +24,8 @@ _SMOOTHING = 10  # steps
 _LABELLED_CELLS = 400
 """Largest number of cells with numbers in them; in larger maps they would be too small to read."""
 _GREY = "0.5"
+_DARK = 0.85
+"""Part of the colour map that is dark enough for lines on white."""
 
 
 def check_available() -> None:
@@ -47,7 +49,9 @@ def draw_spectra(result: CalibrationResult, path: str | os.PathLike[str]) -> Pat
         panel.set_title(kind, fontsize=8)
         _whole_numbers(panel)
         panel.grid(alpha=0.3, which="both", lw=0.4)
-    figure.supxlabel("singular value", fontsize=9)
+    title = f"Singular values of the {result.fingerprint.statistic}, a line for each layer"
+    figure.suptitle(title, fontsize=10)
+    figure.supxlabel("number of the singular value", fontsize=9)
     figure.supylabel(f"share of the norm of the {result.fingerprint.statistic}", fontsize=9)
     _depth_bar(figure, panels, deepest)
     return _saved(figure, path)
@@ -57,7 +61,9 @@ def draw_rank_map(
     ranks: Mapping[str, int], path: str | os.PathLike[str], *, title: str = "rank"
 ) -> Path:
     """Draw the ranks by depth, from left to right, and kind of layer, from top to bottom."""
-    return _saved(_map({name: float(r) for name, r in ranks.items()}, title, "d"), path)
+    figure = _map({name: float(r) for name, r in ranks.items()}, title, "d")
+    figure.suptitle(f"{title.capitalize()} of every layer", fontsize=10)
+    return _saved(figure, path)
 
 
 def draw_drift(drifts: Mapping[str, Mapping[str, float]], path: str | os.PathLike[str]) -> Path:
@@ -67,16 +73,21 @@ def draw_drift(drifts: Mapping[str, Mapping[str, float]], path: str | os.PathLik
     the depth, with the mean of the layers at each depth.
     """
     if len(drifts) == 1:
-        return _saved(_map(next(iter(drifts.values())), "|dW| / |W|", ".2g"), path)
+        (drift,) = drifts.values()
+        figure = _map({n: 100 * value for n, value in drift.items()}, "|dW| / |W|, %", ".2g")
+        figure.suptitle("How far training moved every layer", fontsize=10)
+        return _saved(figure, path)
     figure, (panel,) = _panels(1, size=(6.4, 3.6))
     for label, layers in drifts.items():
         by_depth: dict[int, list[float]] = {}
         for name, value in layers.items():
             by_depth.setdefault(_place(name)[0] or 0, []).append(value)
         depths = sorted(by_depth)
-        means = [sum(by_depth[d]) / len(by_depth[d]) for d in depths]
+        means = [100 * sum(by_depth[d]) / len(by_depth[d]) for d in depths]
         panel.plot(depths, means, marker="o", ms=3, label=label)
-    panel.set(xlabel="depth", ylabel="|dW| / |W|, mean of the layers")
+    panel.set(xlabel="block", ylabel="|dW| / |W|, mean of the layers, %")
+    panel.set_title("How far training moved the blocks", fontsize=10)
+    _whole_numbers(panel)
     panel.set_ylim(bottom=0)
     panel.grid(alpha=0.3)
     panel.legend(frameon=False, fontsize=8)
@@ -103,7 +114,7 @@ def draw_angles(
         _whole_numbers(panel)
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("degrees")
-    figure.suptitle(f"{names[0]} and {names[1]}", fontsize=10)
+    figure.suptitle(f"Angles between the spaces of {names[0]} and {names[1]}", fontsize=10)
     _depth_bar(figure, panels, deepest)
     return _saved(figure, path)
 
@@ -121,7 +132,9 @@ def draw_losses(
         smooth = _running_mean(losses, min(_SMOOTHING, max(1, len(losses) // 5)))
         (line,) = panel.plot(steps, smooth, label=name, lw=2.2 if i == 0 else 1.4, zorder=9 - i)
         panel.plot(steps, losses, color=line.get_color(), alpha=0.2, lw=0.7)
-    panel.set(xlabel="step", ylabel=label)
+    panel.set(xlabel="step", ylabel=f"{label} (nats)")
+    panel.set_title("Running means; pale: every logged value", fontsize=10)
+    _whole_numbers(panel)
     panel.grid(alpha=0.3)
     panel.legend(frameon=False, fontsize=8)
     return _saved(figure, path)
@@ -143,10 +156,12 @@ def _map(values: Mapping[str, float], title: str, style: str) -> "Figure":
     panel.set_yticks(range(len(kinds)), kinds, fontsize=7)
     panel.set_xticks(range(len(columns)), ["none" if c is None else str(c) for c in columns])
     panel.tick_params(axis="x", labelsize=7)
-    panel.set_xlabel("depth", fontsize=8)
+    panel.set_xlabel("block", fontsize=8)
     if len(values) <= _LABELLED_CELLS:
         _label_cells(panel, grid, highest, style)
-    figure.colorbar(image, ax=panel, label=title)
+    bar = figure.colorbar(image, ax=panel)
+    bar.set_label(title, fontsize=8)
+    bar.ax.tick_params(labelsize=7)
     return figure
 
 
@@ -205,7 +220,7 @@ def _depth_colours(names: Iterable[str]) -> tuple[dict[str, Any], int]:
     deepest = max((depth or 0 for depth in depths.values()), default=0)
     colours = _pyplot().get_cmap("viridis")
     return {
-        name: _GREY if depth is None else colours(depth / max(1, deepest))
+        name: _GREY if depth is None else colours(_DARK * depth / max(1, deepest))
         for name, depth in depths.items()
     }, deepest
 
@@ -213,9 +228,12 @@ def _depth_colours(names: Iterable[str]) -> tuple[dict[str, Any], int]:
 def _depth_bar(figure: "Figure", panels: "list[Axes]", deepest: int) -> None:
     if deepest:
         pyplot = _pyplot()
-        scale = pyplot.cm.ScalarMappable(pyplot.Normalize(0, deepest), pyplot.get_cmap("viridis"))
+        # The same colours as the lines: the map goes on beyond the last block.
+        norm = pyplot.Normalize(0, deepest / _DARK)
+        scale = pyplot.cm.ScalarMappable(norm, pyplot.get_cmap("viridis"))
         whole = pyplot.MaxNLocator(integer=True)
-        figure.colorbar(scale, ax=panels, label="depth", fraction=0.03, ticks=whole)
+        bar = figure.colorbar(scale, ax=panels, label="block", fraction=0.03, ticks=whole)
+        bar.ax.set_ylim(0, deepest)
 
 
 def _whole_numbers(panel: "Axes") -> None:

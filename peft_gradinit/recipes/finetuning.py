@@ -213,8 +213,11 @@ def _baseline(folder: str) -> tuple[str, list[tuple[float, float]]]:
 def _curves(
     results: dict[str, Any], baselines: dict[str, tuple[str, list[tuple[float, float]]]]
 ) -> dict[str, list[tuple[float, float]]]:
-    """The run's losses and those of its baselines, by name."""
+    """The run's losses, in training and of the evaluation rows, and those of its baselines."""
     curves = {results["method"]: _points(results)}
+    if results["eval_losses"]:
+        evaluated = [(step, loss) for step, loss in results["eval_losses"]]
+        curves[f"{results['method']}, evaluation"] = evaluated
     for folder, (name, points) in baselines.items():
         curves[name if name not in curves else f"{name} ({Path(folder).name})"] = points
     return curves

@@ -13,11 +13,13 @@ class Losses(TrainerCallback):
     """Prints step, loss and the minutes that remain; standard output is left to results."""
 
     def __init__(self) -> None:
-        self._begun, self._first = 0.0, 0
+        self._begun: float | None = None
+        self._first = 0
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **also: Any) -> None:
-        """Start the watch; a resumed run begins at its step."""
-        self._begun, self._first = time.perf_counter(), state.global_step
+    def on_step_begin(self, args: Any, state: Any, control: Any, **also: Any) -> None:
+        """Start the watch at the first step, after a calibration; a resumed run begins at its step."""
+        if self._begun is None:
+            self._begun, self._first = time.perf_counter(), state.global_step
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **also: Any
@@ -28,7 +30,8 @@ class Losses(TrainerCallback):
             return
         name, loss = next(iter(found.items()))
         done, left = state.global_step - self._first, state.max_steps - state.global_step
-        minutes = (time.perf_counter() - self._begun) / 60 * left / max(1, done)
+        passed = time.perf_counter() - (self._begun or time.perf_counter())
+        minutes = passed / 60 * left / max(1, done)
         remaining = f", about {minutes:.1f} minutes remain" if left and name == "loss" else ""
         words = name.replace("eval_", "evaluation ")
         tqdm.write(  # above a bar, if there is one

@@ -6,6 +6,7 @@ import json
 import datasets
 import pytest
 import torch
+import trl.data_utils
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.processors import TemplateProcessing
@@ -21,6 +22,7 @@ from tests.recipes.images import image_processor
 
 TEXTS = ["one two three", "four five six seven", "eight"]
 TOKENIZER = pico_tokenizer()
+ENDS_ARE_LEFT_OUT = hasattr(trl.data_utils, "common_prefix_length")
 
 
 def section(path="embedded:docstrings", **options):
@@ -293,6 +295,8 @@ SHAREGPT = [{"from": "human", "value": "hello"}, {"from": "gpt", "value": "good 
 )
 @pytest.mark.parametrize("tokenizer", [TOKENIZER, with_ends(TOKENIZER)], ids=["bare", "ends"])
 def test_answers_are_generated_to_the_prompt_of_training(row, tokenizer):
+    if tokenizer is not TOKENIZER and isinstance(row["prompt"], str) and not ENDS_ARE_LEFT_OUT:
+        pytest.skip("this TRL trains on prompts that end in the tokenizer's last token")
     encoder = Encoder(section(), "CAUSAL_LM", tokenizer, list(row))
     rows = datasets.Dataset.from_list([row])
     (trained,), prompt = encode(rows, section(), "CAUSAL_LM", tokenizer), encoder.prompt(row)

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -23,6 +24,7 @@ from peft_gradinit.recipes import ModelSection, finetune, load_model, load_recip
 from peft_gradinit.recipes.embedded import pico_tokenizer
 from peft_gradinit.recipes.evaluation import _generated
 from peft_gradinit.recipes.metrics import compute
+from peft_gradinit.recipes.progress import Losses
 from peft_gradinit.recipes.shipped import shipped
 from peft_gradinit.recipes.training import PAIR_OPTIMIZERS
 from peft_gradinit.records import InitReport
@@ -55,7 +57,9 @@ def test_every_offline_recipe_runs(path, tmp_path):
     assert all(np.isfinite(loss) for _, loss in results["losses"])
     recipe = load_recipe(path)
     names = {name.removeprefix("metric_") for name in results["metrics"]}
-    assert names == {"loss", *recipe.evaluation.metrics}
+    rewards = {name for name in names if name.startswith("rewards/")}
+    assert bool(rewards) == (recipe.model.task == "PREFERENCE")
+    assert names - rewards == {"loss", *recipe.evaluation.metrics}
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == json.loads(
         json.dumps(results)
     )
@@ -359,6 +363,40 @@ def test_losses_are_shown_with_the_time_that_remains(tmp_path, capsys):
     assert re.fullmatch(r"step 1 of 2: loss \d\.\d{4}, about \d+\.\d minutes remain", lines[0])
     assert re.fullmatch(r"step 1 of 2: evaluation loss \d\.\d{4}", lines[1])
     assert re.fullmatch(r"step 2 of 2: loss \d\.\d{4}", lines[2])
+
+
+def test_a_bar_is_drawn_on_standard_error_alone(tmp_path, capsys):
+    run(PICO, tmp_path / "out", "training.max_steps=2", "training.disable_tqdm=false")
+    shown = capsys.readouterr()
+    assert re.search(r"100%\|█+\| 2/2 ", shown.err)
+    assert re.search(r"step 2 of 2: loss \d\.\d{4}", shown.err)
+    assert shown.out == ""
+
+
+def test_the_picture_has_the_evaluation_losses(tmp_path, monkeypatch):
+    drawn = {}
+    where = "peft_gradinit.recipes.finetuning.draw_losses"
+    monkeypatch.setattr(where, lambda curves, path: drawn.update(curves))
+    results = run(PICO, tmp_path / "out", "training.max_steps=2", "evaluation.steps=1")
+    assert drawn.keys() == {"lora_one", "lora_one, evaluation"}
+    assert drawn["lora_one"] == [tuple(pair) for pair in results["losses"]]
+    assert len(drawn["lora_one, evaluation"]) >= 2
+
+
+def test_the_time_that_remains_leaves_the_calibration_out(monkeypatch, capsys):
+    clock = [0.0]
+    monkeypatch.setattr("peft_gradinit.recipes.progress.time.perf_counter", lambda: clock[0])
+    state = SimpleNamespace(global_step=0, max_steps=10, is_world_process_zero=True)
+    losses = Losses()
+    losses.on_train_begin(None, state, None)
+    clock[0] = 600.0  # ten minutes of calibration
+    for step in (0, 1):
+        state.global_step = step
+        losses.on_step_begin(None, state, None)
+        clock[0] += 30.0
+    state.global_step = 2
+    losses.on_log(None, state, None, logs={"loss": 1.0})
+    assert capsys.readouterr().err == "step 2 of 10: loss 1.0000, about 4.0 minutes remain\n"
 
 
 def test_recipes_that_ship_are_found_by_name():
