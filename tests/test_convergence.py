@@ -197,6 +197,9 @@ def test_published_tables_are_those_of_the_published_figures():
     assert overview(tasks) in PAGE.read_text(encoding="utf-8")
     report = (MEASURED / "report.md").read_text(encoding="utf-8")
     assert report == markdown(tasks) + "\n"
+    shown = re.findall(r"!\[[^]]+\]\((.+)\)", report)
+    assert sorted(shown) == sorted(path.name for path in MEASURED.glob("*.png"))
+    assert len(shown) == 2 * len(tasks)
 
 
 def test_figures_of_the_readme_are_the_published_ones():

@@ -92,6 +92,7 @@ def arguments_of(recipe: Recipe, task: Task, *, evaluates: bool) -> TrainingArgu
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
         raise ConfigError(f"training: {error}") from error
     _check_reports(arguments)
+    _optimizer(training)  # refuses options that it has not
     return arguments
 
 

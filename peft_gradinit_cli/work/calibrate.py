@@ -53,6 +53,9 @@ def run(
         processes: that would share the data of a dry run. Default: those that were launched.
         dry_run: say the costs and stop.
         as_json: print JSON.
+
+    Raises:
+        ConfigError: for preferences, whose loss only a trainer has.
     """
     _check(data["path"], place["folder"], method["name"], calibration["estimator"], dry_run)
     job = Job(
@@ -68,6 +71,11 @@ def run(
         ),
         CalibrationSection(**calibration),
     )
+    if job.model.task == "PREFERENCE":
+        raise ConfigError(
+            "--task PREFERENCE cannot be calibrated beforehand, since its loss is that of the trainer; "
+            "`peft-gradinit train RECIPE` starts the adapter from it."
+        )
     state = process_state()
     where = _device(device or str(state.device or "cpu"))
     if dry_run:

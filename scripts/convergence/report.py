@@ -146,8 +146,18 @@ def _short_cells(task: TaskSummary, summary: Summary) -> list[str]:
 
 
 def markdown(tasks: list[TaskSummary]) -> str:
-    """The tables of all tasks."""
-    return "\n\n".join(f"**{t.task}**, {t.about}:\n\n{table(t)}\n\n{aims(t)}" for t in tasks)
+    """The tables and the pictures of all tasks."""
+    return "\n\n".join(
+        f"**{t.task}**, {t.about}:\n\n{table(t)}\n\n{aims(t)}\n\n{_shown(t)}" for t in tasks
+    )
+
+
+def _shown(task: TaskSummary) -> str:
+    """The task's pictures, which lie beside the report."""
+    captions = {"rates": "Loss by learning rate", "curves": "Loss by step"}
+    return "\n\n".join(
+        f"![{task.task}: {caption}]({name}_{task.task}.png)" for name, caption in captions.items()
+    )
 
 
 def write_report(tasks: list[TaskSummary], folder: Path) -> str:

@@ -150,6 +150,14 @@ def test_the_printed_lines_of_a_classifier_can_be_pasted(run, tmp_path):
     assert init_report(adapted(load_model(section), config)).method == "LoRA-GA"
 
 
+def test_preferences_are_calibrated_in_training_alone(run, tmp_path):
+    done = run(*calibrate_arguments(tmp_path / "c", "--task", "PREFERENCE"))
+    assert done.code == 1
+    flat = " ".join(done.err.split())
+    assert "PREFERENCE cannot be calibrated beforehand" in flat
+    assert "`peft-gradinit train RECIPE` starts" in flat
+
+
 def test_dry_run_says_the_truth(run, workshop, tmp_path):
     done = run(*calibrate_arguments(tmp_path / "c", "--dry-run"))
     assert done.code == 0

@@ -100,6 +100,19 @@ def test_a_recipe_trains_with_an_optimiser_of_pairs(name, tmp_path):
     assert results["losses"][2] != other["losses"][2]
 
 
+def test_options_of_an_optimiser_of_pairs_reach_it(tmp_path, monkeypatch):
+    more = ("training.learning_rate=1e-2", "training.optim=lora_muon")
+    plain = run(PICO, tmp_path / "plain", *more)
+    without = run(
+        PICO, tmp_path / "out", *more, "training.optim_args='momentum=0.0,nesterov=false'"
+    )
+    assert without["losses"][0] == plain["losses"][0]
+    assert without["losses"][2] != plain["losses"][2]
+    monkeypatch.setattr("peft_gradinit.recipes.reading.load_model", None)  # told before
+    with pytest.raises(ConfigError, match=r"lora_muon has no option 'momentun' \(did you mean"):
+        run(PICO, tmp_path / "bad", *more, "training.optim_args='momentun=0.5'")
+
+
 def test_optimisers_that_are_unknown_or_without_a_rate_are_refused():
     with pytest.raises(
         ConfigError, match=r"training.optim: no such optimiser, did you mean 'lora_m"
@@ -342,6 +355,20 @@ def test_the_command_runs_checks_and_refuses(line, tmp_path):
     assert wrong.returncode == 1
     assert "did you mean 'training'" in wrong.stderr
     assert "Traceback" not in wrong.stderr
+
+
+@pytest.mark.slow
+def test_preferences_are_trained_in_two_processes(tmp_path):
+    done = script(
+        *("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
+        *("-m", "peft_gradinit_cli", "train"),
+        *("offline/pico_llama_preferences", *QUICK, f"output={tmp_path / 'out'}"),
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["processes"] == 2
+    assert results["losses"][0][1] == pytest.approx(0.6931, abs=1e-3)  # the reference is the start
+    assert 0 <= results["metrics"]["rewards/accuracies"] <= 1
 
 
 @pytest.mark.slow
