@@ -150,6 +150,18 @@ def test_the_printed_lines_of_a_classifier_can_be_pasted(run, tmp_path):
     assert init_report(adapted(load_model(section), config)).method == "LoRA-GA"
 
 
+def test_packed_rows_give_the_same_in_batches_of_any_size(run, tmp_path):
+    more = ("--packing", "--text", "text")
+    found = []
+    for size in (8, 3):
+        done = run(*calibrate_arguments(tmp_path / f"{size}", *more, "--batch-size", size))
+        assert done.code == 0, done.err
+        found.append(CalibrationResult.load(tmp_path / f"{size}").triplets)
+    one, other = found
+    for name in one:
+        assert relative_error(other[name].S, one[name].S) < 1e-5, name
+
+
 def test_preferences_are_calibrated_in_training_alone(run, tmp_path):
     done = run(*calibrate_arguments(tmp_path / "c", "--task", "PREFERENCE"))
     assert done.code == 1
