@@ -58,8 +58,16 @@ class Statistic(ABC):
         """The tensors that add up over parts of the data; new zeros on `device` at first."""
         shapes = self.sum_shapes()
         if not self.has_sums:
-            self._held |= {name: torch.zeros(size, device=device) for name, size in shapes.items()}
+            self._held |= {
+                name: torch.zeros(size, dtype=torch.float32, device=device)
+                for name, size in shapes.items()
+            }
         return [self._held[name] for name in shapes]
+
+    def move(self, device: torch.device) -> None:
+        """Continue on the device where the layer runs; elsewhere are sums of other processes or runs."""
+        if any(tensor.device != device for tensor in self._held.values()):
+            self._held = {name: tensor.to(device) for name, tensor in self._held.items()}
 
     def orient(self) -> None:  # noqa: B027 optional for children
         """Adapt the test matrices to the data seen so far. Does nothing where there are none."""

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..linalg import TruncatedSVD, truncated_svd
+from ..linalg import TruncatedSVD, double, truncated_svd
 from .base import Statistic
 
 
@@ -37,6 +37,7 @@ class GradientStatistic(Statistic):
             dy: gradients with respect to the layer's outputs.
             weight: factor of this contribution (the batch's tokens over the loss scale).
         """
+        self.move(x.device)
         x = x.reshape(-1, x.shape[-1]).float()
         dy = dy.reshape(-1, dy.shape[-1]).float()
         self._accumulate(x, dy, weight)
@@ -77,10 +78,10 @@ class DenseGradient(GradientStatistic):
 
     def mean(self) -> Float[Tensor, "out in"]:
         """The mean gradient; zeros if nothing was added."""
-        return self._mean("sum") if self.has_sums else torch.zeros(self.shape)
+        return self._mean("sum") if self.has_sums else torch.zeros(self.shape, dtype=torch.float32, device="cpu")
 
     def triplets(self, rank: int) -> TruncatedSVD:  # noqa: D102
         return truncated_svd(self.mean(), rank)
 
     def energy(self, triplets: TruncatedSVD | None = None) -> float:  # noqa: D102
-        return self.mean().double().square().sum().item()
+        return double(self.mean()).square().sum().item()

@@ -6,7 +6,14 @@ import torch
 from torch import Tensor
 
 from ..errors import ShapeError
-from ..linalg import TestMatrices, TruncatedSVD, draw_test_matrix, orient_test_matrices, reconstruct
+from ..linalg import (
+    TestMatrices,
+    TruncatedSVD,
+    double,
+    draw_test_matrix,
+    orient_test_matrices,
+    reconstruct,
+)
 from .gradient import DenseGradient, GradientStatistic
 
 N_RANDOM_COLUMNS = 40
@@ -77,7 +84,8 @@ class SketchedGradient(GradientStatistic):
         if self.has_sums:
             Y, Z = self._mean("Y"), self._mean("Z")
         else:
-            Y, Z = (torch.zeros(size) for size in self.sum_shapes().values())
+            sizes = self.sum_shapes().values()
+            Y, Z = (torch.zeros(size, dtype=torch.float32, device="cpu") for size in sizes)
         return reconstruct(Y, Z, self._test(Y.device), rank)
 
     def energy(self, triplets: TruncatedSVD | None = None) -> float:
@@ -91,14 +99,14 @@ class SketchedGradient(GradientStatistic):
         out_features, in_features = self.shape
         n = self.n_oriented if self.oriented() else 0
         test = self._random(self._held["Y"].device)
-        Y, Z = self._mean("Y")[:, n:].double(), self._mean("Z")[:, n:].double()
+        Y, Z = (double(self._mean(name)[:, n:]) for name in "YZ")
         total = _sum_of_squares(Y) * in_features + _sum_of_squares(Z) * out_features
         known = 0.0
         if triplets is not None:
-            S = triplets.S.double()[:, None]
+            S = double(triplets.S)[:, None]
             known = _sum_of_squares(S)
-            of_Y = _sum_of_squares(S * (triplets.Vh @ test.Omega[:, n:]).double())
-            of_Z = _sum_of_squares(S * (triplets.U.T @ test.Psi[:, n:]).double())
+            of_Y = _sum_of_squares(S * double(triplets.Vh @ test.Omega[:, n:]))
+            of_Z = _sum_of_squares(S * double(triplets.U.T @ test.Psi[:, n:]))
             total -= of_Y * in_features + of_Z * out_features
         estimate = known + total / (2 * (self.width - n))
         return 0.0 if estimate < 0 else estimate  # `max` would lose a NaN

@@ -50,6 +50,7 @@ class InputStatistic(Statistic):
     def add(self, x: Float[Tensor, "*batch in"]) -> None:
         """Add tokens; all leading dimensions are tokens, and there may be none."""
         self.n_calls += 1
+        self.move(x.device)
         x = x.reshape(-1, self.in_features).float()
         if not len(x):
             return
@@ -66,13 +67,14 @@ class InputStatistic(Statistic):
     def point(self, device: torch.device) -> Tensor:
         """The point `c` on which the sums are centred; zero on `device` before any token."""
         c = self._held.get("c")
-        return torch.zeros(self.in_features, device=device) if c is None else c
+        return self._zeros(self.in_features, device=device) if c is None else c
 
     def move_to(self, point: Tensor) -> None:
         """Re-centre the sums on `point` `(in,)`; of no effect if components are not centred."""
         if not self.centered:
             return
         if self.has_sums:
+            point = point.to(self._held["m"])
             self._held |= self._about(point)
         self._held["c"] = point
 
@@ -95,7 +97,7 @@ class InputStatistic(Statistic):
     def mean(self) -> Float[Tensor, " in"]:
         """Mean of the tokens; zeros before any token."""
         if not self.weight:
-            return torch.zeros(self.in_features)
+            return self._zeros(self.in_features)
         mean = self._held["m"] / self.weight
         return mean + self.point(mean.device)
 
@@ -109,6 +111,10 @@ class InputStatistic(Statistic):
         eps = torch.finfo(torch.float32).eps
         of_c = (4 * eps) ** 2 * self.weight * c.square().sum().item()
         return eps * self._held["squares"].item() + of_c
+
+    @staticmethod
+    def _zeros(*size: int, device: torch.device | str = "cpu") -> Tensor:
+        return torch.zeros(size, dtype=torch.float32, device=device)
 
     @abstractmethod
     def _project(self, rows: Tensor) -> Tensor:
@@ -130,7 +136,7 @@ class InputStatistic(Statistic):
     def _mean_moment(self) -> Tensor:
         """`C Omega` for the second moment `C` per token, about the mean if centred."""
         if not self.weight:
-            return torch.zeros(self.in_features, self.width)
+            return self._zeros(self.in_features, self.width)
         M, m, n = self._held["M"], self._held["m"], self.weight
         if self.centered:
             M = M - torch.outer(m, self._project(m / n))

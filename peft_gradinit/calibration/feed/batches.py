@@ -12,7 +12,6 @@ from itertools import islice
 from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -122,7 +121,7 @@ def _placed(batch: Any, device: torch.device) -> Any:
     """A copy on the device, out of reach of the user's iterator and of its inference mode."""
     if isinstance(batch, Mapping):
         batch = copy.copy(batch)  # BatchEncoding.to changes its object
-    return own_copy(send_to_device(batch, device))
+    return own_copy(batch, device)
 
 
 def _cut(batch: Any, room: int, budget: Budget) -> int | None:

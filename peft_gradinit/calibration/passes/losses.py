@@ -6,7 +6,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from ...errors import CalibrationError, DataError
@@ -37,7 +36,7 @@ def mean_loss(model: nn.Module, replay: Replay, calibration: Calibration) -> flo
             runs = max(world.gather(runs))
         with world.together(), left_as_found(model, None, calibration.seed), torch.no_grad():
             for i in range(runs):
-                batch = send_to_device(replay.batches[min(i, len(replay.batches) - 1)], device)
+                batch = own_copy(replay.batches[min(i, len(replay.batches) - 1)], device)
                 loss = _loss_without_graph(model, batch, calibration)
                 if i < len(replay.batches) and replay.weights[i]:
                     loss_sum += float(loss) * replay.weights[i]

@@ -61,7 +61,7 @@ def shared_out(
     found: dict[str, dict[str, Tensor]] = {}
     for owner, theirs in enumerate(shapes):
         for name, sizes in theirs.items():
-            empty = {part: torch.empty(size, device=device) for part, size in sizes.items()}
+            empty = {part: torch.empty(size, dtype=torch.float32, device=device) for part, size in sizes.items()}
             found[name] = mine[name] if owner == world.rank else empty
         world.broadcast_([t for name in theirs for t in found[name].values()], owner)
     return {name: found[name] for name in names}

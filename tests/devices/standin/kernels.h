@@ -93,8 +93,8 @@ struct Call {
     const IValue& v = given[i];
     if (v.isTensor()) {
       const Tensor& t = v.toTensor();
-      // A result that the operator gives its size.
-      if (is_here(t) && t.numel() == 0 && is_written(i)) return at::empty({0}, t.options().device(c10::kCPU));
+      // `out=`, which the operator gives its size.
+      if (is_here(t) && t.numel() == 0 && is_written(i) && schema.arguments()[i].kwarg_only()) return at::empty({0}, t.options().device(c10::kCPU));
       return t.defined() ? IValue(on_host(t)) : v;
     }
     if (v.isTensorList()) {
