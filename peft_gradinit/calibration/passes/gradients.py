@@ -58,6 +58,7 @@ class GradientRecorder(Recorder):
         self._check_loss(loss, step.n_batch)
         self._keep_probe(step.batch)
         self._step_weight = weight
+        self.memory.sample()  # the graph holds what the backward needs
         self._seen.backward(loss * self._scale)
         for statistic in self.layers.distinct():
             statistic.count(weight)
