@@ -51,9 +51,7 @@ def draw_test_matrix(
     the same matrix without talking to others. The global generator is not touched.
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + dimension)
-    drawn = torch.randn(
-        dimension, width, generator=generator, dtype=torch.float32, device="cpu"
-    )
+    drawn = torch.randn(dimension, width, generator=generator, dtype=torch.float32, device="cpu")
     return (drawn / dimension**0.5).to(device)
 
 

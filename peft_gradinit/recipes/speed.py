@@ -20,6 +20,7 @@ def flops_per_second(device: torch.device | str, dtype: torch.dtype) -> float:
         a = torch.ones(size, size, device=device, dtype=dtype)
         a[0, 0].item()
         started = time.perf_counter()
+        product = a
         for _ in range(n):
             product = a @ a
         product[0, 0].item()  # waits for the device

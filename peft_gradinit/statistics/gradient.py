@@ -78,7 +78,11 @@ class DenseGradient(GradientStatistic):
 
     def mean(self) -> Float[Tensor, "out in"]:
         """The mean gradient; zeros if nothing was added."""
-        return self._mean("sum") if self.has_sums else torch.zeros(self.shape, dtype=torch.float32, device="cpu")
+        return (
+            self._mean("sum")
+            if self.has_sums
+            else torch.zeros(self.shape, dtype=torch.float32, device="cpu")
+        )
 
     def triplets(self, rank: int) -> TruncatedSVD:  # noqa: D102
         return truncated_svd(self.mean(), rank)

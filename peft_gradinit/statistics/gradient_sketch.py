@@ -100,14 +100,16 @@ class SketchedGradient(GradientStatistic):
         n = self.n_oriented if self.oriented() else 0
         test = self._random(self._held["Y"].device)
         Y, Z = (double(self._mean(name)[:, n:]) for name in "YZ")
-        total = _sum_of_squares(Y) * in_features + _sum_of_squares(Z) * out_features
-        known = 0.0
+        parts, known = [Y, Z], 0.0
         if triplets is not None:
             S = double(triplets.S)[:, None]
-            known = _sum_of_squares(S)
-            of_Y = _sum_of_squares(S * double(triplets.Vh @ test.Omega[:, n:]))
-            of_Z = _sum_of_squares(S * double(triplets.U.T @ test.Psi[:, n:]))
-            total -= of_Y * in_features + of_Z * out_features
+            parts += [S, S * double(triplets.Vh @ test.Omega[:, n:])]
+            parts += [S * double(triplets.U.T @ test.Psi[:, n:])]
+        squares = torch.stack([part.square().sum() for part in parts]).tolist()
+        total = squares[0] * in_features + squares[1] * out_features
+        if triplets is not None:
+            known = squares[2]
+            total -= squares[3] * in_features + squares[4] * out_features
         estimate = known + total / (2 * (self.width - n))
         return 0.0 if estimate < 0 else estimate  # `max` would lose a NaN
 
@@ -198,7 +200,3 @@ def projected(rows: Tensor, oriented: Tensor | None, random: Tensor) -> Tensor:
     if oriented is None:
         return rows @ random
     return torch.cat([rows @ oriented, rows @ random[:, oriented.shape[1] :]], dim=-1)
-
-
-def _sum_of_squares(matrix: Tensor) -> float:
-    return matrix.square().sum().item()

@@ -89,10 +89,13 @@ class InputStatistic(Statistic):
         """Mean of `|x - mean|^2` (not centred: of `|x|^2`), the sum of all eigenvalues."""
         if not self.weight:
             return 0.0
-        squares = self._held["squares"].item()
-        if self.centered:
-            squares -= self._held["m"].square().sum().item() / self.weight
-        return 0.0 if squares <= self._rounding() < math.inf else squares / self.weight
+        c = self._held.get("c")
+        of_c = self._held["m"].new_zeros(()) if c is None else c.square().sum()
+        parts = [self._held["squares"], self._held["m"].square().sum(), of_c]
+        total, of_mean, of_c = torch.stack(parts).tolist()
+        squares = total - of_mean / self.weight if self.centered else total
+        rounding = 0.0 if c is None else self._rounding(total, of_c)
+        return 0.0 if squares <= rounding < math.inf else squares / self.weight
 
     def mean(self) -> Float[Tensor, " in"]:
         """Mean of the tokens; zeros before any token."""
@@ -104,13 +107,10 @@ class InputStatistic(Statistic):
     def describe(self) -> str:  # noqa: D102
         return f"{type(self).__name__}(in {self.in_features}, centered {self.centered})"
 
-    def _rounding(self) -> float:
-        """Largest sum of squares that constant inputs may give by rounding."""
-        if (c := self._held.get("c")) is None:
-            return 0.0
+    def _rounding(self, squares: float, of_c: float) -> float:
+        """Largest sum of squares that constant inputs may give by rounding; `of_c` is `|c|^2`."""
         eps = torch.finfo(torch.float32).eps
-        of_c = (4 * eps) ** 2 * self.weight * c.square().sum().item()
-        return eps * self._held["squares"].item() + of_c
+        return eps * squares + (4 * eps) ** 2 * self.weight * of_c
 
     @staticmethod
     def _zeros(*size: int, device: torch.device | str = "cpu") -> Tensor:

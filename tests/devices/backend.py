@@ -34,7 +34,9 @@ def missing() -> str | None:
 
 def compiler() -> str | None:
     """The C++ compiler: `$CXX`, `g++` or `clang++`."""
-    return next((c for c in (os.environ.get("CXX"), "g++", "clang++") if c and shutil.which(c)), None)
+    return next(
+        (c for c in (os.environ.get("CXX"), "g++", "clang++") if c and shutil.which(c)), None
+    )
 
 
 def built() -> Path:
@@ -115,7 +117,9 @@ def _module() -> types.ModuleType:
         "get_rng_state": lambda device=None: _OPS.rng_state(_index(device)),
         "set_rng_state": lambda state, device=None: _OPS.set_rng_state(state, _index(device)),
         "manual_seed": lambda seed: _OPS.manual_seed(seed, _OPS.current_device()),
-        "manual_seed_all": lambda seed: [_OPS.manual_seed(seed, i) for i in range(N_DEVICES)] and None,
+        "manual_seed_all": lambda seed: (
+            [_OPS.manual_seed(seed, i) for i in range(N_DEVICES)] and None
+        ),
         "memory_allocated": lambda device=None: _OPS.bytes_of(_index(device), False),
         "max_memory_allocated": lambda device=None: _OPS.bytes_of(_index(device), True),
         "reset_peak_memory_stats": lambda device=None: _OPS.reset_peak(_index(device)),

@@ -18,7 +18,7 @@ class DeviceOnly(dist.ProcessGroup):
         super().__init__(rank, size)
         self.gloo = dist.ProcessGroupGloo(store, rank, size, timeout)
 
-    def getBackendName(self) -> str:  # noqa: N802 torch's name
+    def getBackendName(self) -> str:
         return BACKEND
 
     def allreduce(self, tensors: list[Tensor], options: object = None) -> dist.Work:

@@ -76,6 +76,4 @@ def trained(model: nn.Module) -> dict[str, Tensor]:
 def worst(got: dict[str, Tensor], want: dict[str, Tensor]) -> float:
     """The largest relative difference of two sets of tensors of the same names."""
     assert got.keys() == want.keys()
-    return max(
-        ((got[n] - w).norm() / w.norm().clamp_min(1e-12)).item() for n, w in want.items()
-    )
+    return max(((got[n] - w).norm() / w.norm().clamp_min(1e-12)).item() for n, w in want.items())

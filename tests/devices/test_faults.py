@@ -1,11 +1,11 @@
 """What failed on an accelerator once: each case with the right value."""
 
 import dataclasses
+
 import pytest
 import torch
-from torch import Tensor, nn
-
 from peft import get_peft_model
+from torch import Tensor, nn
 
 from peft_gradinit.calibration import Checkpoint
 from tests.devices.backend import without

@@ -64,12 +64,18 @@ def _processes_of(model: nn.Module, replay: Replay) -> AbstractContextManager[Pr
     return processes(model) if replay.of_one_process else nullcontext(Processes())
 
 
-def loss_and_weight(model: nn.Module, batch: Any, calibration: Calibration) -> tuple[Any, float]:
-    """The loss of a batch, unchecked, and the number of terms that it is the mean of."""
+def loss_and_weight(
+    model: nn.Module, batch: Any, calibration: Calibration, known: float | None = None
+) -> tuple[Any, float]:
+    """The loss of a batch, unchecked, and the number of terms that it is the mean of.
+
+    `known` is that number for the model's own loss, which takes time to count.
+    """
     accelerator = calibration.accelerator
     with accelerator.autocast() if accelerator else nullcontext():
         if calibration.loss_fn is None:
-            return _model_loss(model, batch), loss_weight(model, batch)
+            weight = loss_weight(model, batch) if known is None else known
+            return _model_loss(model, batch), weight
         result = calibration.loss_fn(model, own_copy(batch))  # which it may change
     if isinstance(result, tuple):
         return result[0], _checked_weight(result)
