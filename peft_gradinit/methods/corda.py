@@ -125,9 +125,9 @@ def corda_factors(
     with exact_products(weight.device):
         C, inverted = _damped_inverse(moment / moment.diagonal().mean())
         U, S, Vh = truncated_svd(weight @ C, min(weight.shape))
-    part = slice(0, r) if mode == "ipm" else slice(len(S) - r, len(S))
-    root = (S[part] / scaling).sqrt()
-    return root[:, None] * (Vh[part] @ inverted), U[:, part] * root
+        part = slice(0, r) if mode == "ipm" else slice(len(S) - r, len(S))
+        root = (S[part] / scaling).sqrt()
+        return root[:, None] * (Vh[part] @ inverted), U[:, part] * root
 
 
 def _damped_inverse(moment: Tensor) -> tuple[Tensor, Tensor]:

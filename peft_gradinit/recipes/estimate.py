@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from ..calibration import Measured, PassSize, plan_pass
+from ..statistics import product_dtype
 from .schema import CalibrationSection
 from .speed import flops_per_second
 
@@ -39,8 +40,8 @@ class Estimate:
         flops: forward, input gradients and statistics, on all processes; attention's products of
             activations and the factorisations are left out.
         statistic_flops: of the statistics alone.
-        seconds: `flops` at the speed of large matrix products on this device, those of the
-            statistics in float32; real layers reach about half of it. Shared by the processes.
+        seconds: `flops` at the speed of large matrix products on this device, each in its own
+            dtype; real layers reach about half of it. Shared by the processes.
         dense_bytes: what whole gradients (for inputs: second moments) would hold.
         dense_summed_bytes: payload of summing them once.
         dense_flops: of a pass that makes them.
@@ -107,7 +108,8 @@ def estimate(
     width = max(lengths, default=0) * calibration.batch_size
     dtype = next(model.parameters()).dtype
     seconds = model_flops / flops_per_second(device, dtype)
-    seconds += said.sketched.flops / flops_per_second(device, torch.float32)
+    of_statistics = product_dtype(torch.empty(0, dtype=dtype, device=device))
+    seconds += said.sketched.flops / flops_per_second(device, of_statistics)
     return Estimate(
         n_sequences=len(lengths),
         n_tokens=n_tokens,

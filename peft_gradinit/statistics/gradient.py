@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..linalg import TruncatedSVD, double, truncated_svd
 from .base import Statistic
+from .products import add_product, product_dtype
 
 
 class GradientStatistic(Statistic):
@@ -38,8 +39,9 @@ class GradientStatistic(Statistic):
             weight: factor of this contribution (the batch's tokens over the loss scale).
         """
         self.move(x.device)
-        x = x.reshape(-1, x.shape[-1]).float()
-        dy = dy.reshape(-1, dy.shape[-1]).float()
+        dtype = product_dtype(x, dy)
+        x = x.reshape(-1, x.shape[-1]).to(dtype)
+        dy = dy.reshape(-1, dy.shape[-1]).to(dtype)
         self._accumulate(x, dy, weight)
         self.n_calls += 1
 
@@ -74,7 +76,7 @@ class DenseGradient(GradientStatistic):
 
     def _accumulate(self, x: Tensor, dy: Tensor, weight: float | int) -> None:
         (total,) = self.sums(x.device)
-        total.addmm_(dy.T, x, alpha=weight)
+        add_product(total, dy.T, x, weight)
 
     def mean(self) -> Float[Tensor, "out in"]:
         """The mean gradient; zeros if nothing was added."""

@@ -15,6 +15,7 @@ from ..linalg import (
     reconstruct,
 )
 from .gradient import DenseGradient, GradientStatistic
+from .products import add_product
 
 N_RANDOM_COLUMNS = 40
 """Test columns that stay Gaussian: they see what the oriented ones miss and estimate `|G|_F`.
@@ -61,9 +62,8 @@ class SketchedGradient(GradientStatistic):
 
     def _accumulate(self, x: Tensor, dy: Tensor, weight: float | int) -> None:
         Y, Z = self.sums(x.device)
-        random = self._random(x.device)
-        Y.addmm_(dy.T, projected(x, self._held.get("V"), random.Omega), alpha=weight)
-        Z.addmm_(x.T, projected(dy, self._held.get("U"), random.Psi), alpha=weight)
+        add_product(Y, dy.T, self._projected(x, "V", 2 * self._seed), weight)
+        add_product(Z, x.T, self._projected(dy, "U", 2 * self._seed + 1), weight)
 
     def orient(self) -> None:
         """Turn the test matrices towards the gradient seen so far and move the sums to them."""
@@ -113,6 +113,10 @@ class SketchedGradient(GradientStatistic):
         estimate = known + total / (2 * (self.width - n))
         return 0.0 if estimate < 0 else estimate  # `max` would lose a NaN
 
+    def _projected(self, rows: Tensor, oriented: str, seed: int) -> Tensor:
+        random = self._pool.get(rows.shape[1], self.width, seed, rows.device, rows.dtype)
+        return projected(rows, self._rounded(oriented, rows.dtype), random)
+
     def describe(self) -> str:  # noqa: D102
         oriented = bool(self.oriented())
         return f"{super().describe()} (width {self.width}, seed {self._seed}, oriented {oriented})"
@@ -141,13 +145,21 @@ class TestMatrixPool:
     __test__ = False  # not a test class, whatever pytest makes of the name
 
     def __init__(self) -> None:
-        self._drawn: dict[tuple[int, int, int, str], Tensor] = {}
+        self._drawn: dict[tuple[int, int, int, str, torch.dtype], Tensor] = {}
 
-    def get(self, dimension: int, width: int, seed: int, device: torch.device | str) -> Tensor:
-        """Return the `(dimension, width)` matrix of this seed on this device."""
-        key = (dimension, width, seed, str(device))
+    def get(
+        self,
+        dimension: int,
+        width: int,
+        seed: int,
+        device: torch.device | str,
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
+        """Return the `(dimension, width)` matrix of this seed on this device, rounded to a dtype."""
+        key = (dimension, width, seed, str(device), dtype)
         if key not in self._drawn:
-            self._drawn[key] = draw_test_matrix(dimension, width, seed=seed, device=device)
+            drawn = draw_test_matrix(dimension, width, seed=seed, device=device)
+            self._drawn[key] = drawn.to(dtype)
         return self._drawn[key]
 
     def n_bytes(self) -> int:
@@ -197,6 +209,13 @@ def gradient_statistic(
 
 def projected(rows: Tensor, oriented: Tensor | None, random: Tensor) -> Tensor:
     """Multiply by `[oriented | random]` without storing the concatenation for each layer."""
-    if oriented is None:
-        return rows @ random
-    return torch.cat([rows @ oriented, rows @ random[:, oriented.shape[1] :]], dim=-1)
+    if oriented is None or rows.dim() == 1:
+        return rows @ (random if oriented is None else _joined(oriented, random))
+    found, n = rows.new_empty(len(rows), random.shape[1]), oriented.shape[1]
+    torch.mm(rows, oriented, out=found[:, :n])
+    torch.mm(rows, random[:, n:], out=found[:, n:])
+    return found
+
+
+def _joined(oriented: Tensor, random: Tensor) -> Tensor:
+    return torch.cat([oriented, random[:, oriented.shape[1] :]], dim=1)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..linalg import Components, eigenpairs
 from .base import Statistic
+from .products import add_product, product_dtype
 
 
 class InputStatistic(Statistic):
@@ -51,6 +52,7 @@ class InputStatistic(Statistic):
         """Add tokens; all leading dimensions are tokens, and there may be none."""
         self.n_calls += 1
         self.move(x.device)
+        dtype = product_dtype(x)
         x = x.reshape(-1, self.in_features).float()
         if not len(x):
             return
@@ -59,7 +61,8 @@ class InputStatistic(Statistic):
         M, m, squares = self.sums(x.device)
         if (c := self._held.get("c")) is not None:
             x = x - c
-        M.addmm_(x.T, self._project(x))
+        rounded = x.to(dtype)
+        add_product(M, rounded.T, self._project(rounded))
         m.add_(x.sum(0))
         squares.add_(torch.linalg.vector_norm(x).square())
         self.weight += len(x)

@@ -65,8 +65,9 @@ def of_pass(method: str, **options) -> Run:
     return lambda model, data: (measured(method, model, data, **options), None)[1]
 
 
-KERNELS = {"lora_ga": 5.5, "lora_one": 5.5, "eva": 7.5, "corda": 5.0}
-"""Of a layer and a batch at most, as a mean over layers that are sketched and layers that are not."""
+KERNELS = {"lora_ga": (2.6, 4.1), "lora_one": (2.6, 4.1), "eva": (6.3, 8.4), "corda": (4.5, 6.2)}
+"""Of a layer and a batch at most, in float32 and in half precision, where sums are a kernel of their
+own. Some of the layers are sketched, the others are held whole."""
 
 
 @with_data
@@ -75,7 +76,7 @@ KERNELS = {"lora_ga": 5.5, "lora_one": 5.5, "eva": 7.5, "corda": 5.0}
 def test_a_layer_costs_few_kernels_and_no_wait(method, estimator, dtype):
     kernels, waits = of_one_layer(of_pass(method, estimator=estimator), dtype)
     of_model, _ = of_one_layer(alone(method in WITH_GRADIENTS), dtype)
-    assert kernels - of_model <= KERNELS[method]
+    assert kernels - of_model <= KERNELS[method][dtype == torch.bfloat16]
     assert waits == 0
 
 

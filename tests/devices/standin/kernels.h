@@ -164,10 +164,8 @@ void run_on_host(const c10::OperatorHandle& op, Stack* stack) {
     std::lock_guard<std::mutex> lock(guarded);
     TORCH_CHECK_NOT_IMPLEMENTED(!refused.count(op.operator_name().name), "The operator '", name,
                                 "' is not currently implemented for the MPS device.");
-    const auto& key = op.operator_name().name;
-    kernels_by_name.insert_or_assign(key, kernels_by_name.contains(key) ? kernels_by_name.at(key) + 1 : 1);
   }
-  n_kernels++;
+  count(op.operator_name().name);
   if (waits(name, arguments)) n_waits++;
   Call call{schema, arguments.vec()};
   call.find_device();

@@ -10,6 +10,7 @@
 #include <ATen/EmptyTensor.h>
 #include <ATen/ops/_local_scalar_dense.h>
 #include <ATen/ops/_reshape_alias_native.h>
+#include <ATen/ops/mm.h>
 #include <ATen/ops/set_native.h>
 #include <ATen/ops/view_native.h>
 #include <torch/library.h>
@@ -48,6 +49,16 @@ Tensor copied(const Tensor& from, const Tensor& to, bool non_blocking) {
   if (!is_here(to) && !non_blocking) n_waits++;
   on_host(to).copy_(on_host(from));
   return to;
+}
+
+// CUDA's product of half-precision matrices with float32 sums, which the CPU does not have.
+Tensor wide_product(const Tensor& a, const Tensor& b, at::ScalarType dtype) {
+  check_devices("aten::mm.dtype", {a, b});
+  count("aten::mm");
+  const Tensor product = at::mm(on_host(a).to(dtype), on_host(b).to(dtype));
+  Tensor result = at::empty_strided(product.sizes(), product.strides(), a.options().dtype(dtype));
+  on_host(result).copy_(product);
+  return result;
 }
 
 Tensor copied_and_resized(const Tensor& from, const Tensor& to) {
@@ -127,6 +138,7 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("empty.memory_format", &empty);
   m.impl("empty_strided", &empty_strided);
   m.impl("_copy_from", &copied);
+  m.impl("mm.dtype", &wide_product);
   m.impl("_copy_from_and_resize", &copied_and_resized);
   m.impl("_local_scalar_dense", &value);
   m.impl("as_strided", &as_strided);
