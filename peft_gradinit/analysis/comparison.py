@@ -82,7 +82,7 @@ def summary(lines: list[LayerComparison]) -> Mapping[str, float]:
     """Medians over the layers, by the words to print for them."""
 
     def median(values: list[float]) -> float:
-        return torch.tensor(values, dtype=torch.float64).quantile(0.5).item()
+        return torch.tensor(values, dtype=torch.float64, device="cpu").quantile(0.5).item()
 
     medians = {
         "effective rank of the first": median([line.effective_ranks[0] for line in lines]),

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..errors import AdapterError
-from ..linalg import Factors, TruncatedSVD, joined, negated, truncated_svd
+from ..linalg import Factors, TruncatedSVD, joined, negated, qr, truncated_svd
 from ..records import SavedAdapter, same_layers, write_adapter
 
 RESIDUAL_TOLERANCE = 0.05
@@ -130,5 +130,5 @@ def _scaled(svd: TruncatedSVD) -> Factors:
 
 
 def _leading_qr(weight: Tensor, r: int, scaling: float) -> Factors:
-    Q, R = torch.linalg.qr(weight)
+    Q, R = qr(weight)
     return Factors(R[:r], scaling * Q[:, :r])

@@ -42,7 +42,7 @@ def draw_spectra(result: CalibrationResult, path: str | os.PathLike[str]) -> Pat
     colours, deepest = _depth_colours(result.triplets)
     for panel, (kind, names) in zip(panels, kinds.items(), strict=False):
         for name in names:
-            S = result.triplets[name].S.double()
+            S = result.triplets[name].S.cpu().double()
             share = (S / max(result.energy[name], 1e-300) ** 0.5).tolist()
             numbers = range(1, len(share) + 1)
             panel.semilogy(numbers, share, color=colours[name], lw=1.2, alpha=0.85)

@@ -21,7 +21,7 @@ import functools
 import random
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import numpy as np
@@ -94,8 +94,7 @@ def _randomness(data: Any, seed: int) -> Iterator[None]:
     states = [g.get_state() for g in found]
     python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
-        # Devices by name: without them, fork_rng warns where there are several.
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        with _forked():
             torch.manual_seed(seed)
             random.seed(seed)
             np.random.seed(seed % 2**32)
@@ -105,6 +104,16 @@ def _randomness(data: Any, seed: int) -> Iterator[None]:
         np.random.set_state(numpy_state)
         for generator, state in zip(found, states, strict=True):
             generator.set_state(state)
+
+
+def _forked() -> AbstractContextManager[None]:
+    """Put the random states of the CPU and of all devices back at the end of a block."""
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is None:
+        return torch.random.fork_rng(devices=())
+    # Devices by name: without them, fork_rng warns where there are several.
+    devices = range(torch.accelerator.device_count())
+    return torch.random.fork_rng(devices=devices, device_type=accelerator.type)
 
 
 def generators(loader: Any) -> list[torch.Generator]:

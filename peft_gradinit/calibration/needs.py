@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CalibrationError
-from ..linalg import TruncatedSVD
+from ..linalg import TruncatedSVD, double
 from ..statistics import (
     DenseInputs,
     GradientStatistic,
@@ -157,14 +157,14 @@ class _Triplets(Measured):
         For `"gradient_energy"` the sums are compared over all layers, for `"explained_variance"` as
         shares of their own layer's energy.
         """
-        squares = readouts["S"].double().square()
+        squares = double(readouts["S"]).square()
         n = len(squares) // self.per_rank
         gains = squares[: n * self.per_rank].unflatten(0, (n, self.per_rank)).sum(dim=1)
         return gains if allocation == "gradient_energy" else gains / max(energy, 1e-300)
 
     def captured(self, readouts: Readouts, r: int, energy: float) -> float | None:
         used = readouts["S"][: self.size(r)]
-        return min(1.0, used.double().square().sum().item() / energy)
+        return min(1.0, double(used).square().sum().item() / energy)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,7 +185,7 @@ class Gradients(_Triplets):
         return gradient_statistic(shape, rank=size, **estimator.options())
 
     def token(self, shape: Shape, device: torch.device) -> tuple[Tensor, ...]:  # noqa: D102
-        return torch.empty(1, shape[1], device=device), torch.empty(1, shape[0], device=device)
+        return _token(shape[1], device), _token(shape[0], device)
 
     def failure(  # noqa: D102
         self, name: str, statistic: GradientStatistic, unreached: str, n_batches: int
@@ -245,7 +245,7 @@ class Inputs(_Triplets):
         return input_statistic(shape[1], rank=rank, centered=self.centered, **options)
 
     def token(self, shape: Shape, device: torch.device) -> tuple[Tensor, ...]:  # noqa: D102
-        return (torch.empty(1, shape[1], device=device),)
+        return (_token(shape[1], device),)
 
     def failure(  # noqa: D102
         self, name: str, statistic: InputStatistic, unreached: str, n_batches: int
@@ -322,6 +322,10 @@ NEEDS: Mapping[str, type[Need]] = {
     need.statistic: need for need in (Gradients, Inputs, SecondMoments, Weights)
 }
 """Needs by the name of their statistic."""
+
+
+def _token(features: int, device: torch.device) -> Tensor:
+    return torch.empty(1, features, dtype=torch.float32, device=device)
 
 
 def triplets_of(readouts: Readouts) -> TruncatedSVD:

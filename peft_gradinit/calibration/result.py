@@ -27,7 +27,8 @@ class PassFacts:
         loss: their mean loss; `None` if the pass needs no loss.
         seconds: wall time of the pass, factorisation included.
         state_bytes: what the accumulators held.
-        peak_bytes: growth of the device's (on CPU: the process's) peak memory during the pass.
+        peak_bytes: by how much the memory in use grew at most: on accelerators, over all devices of
+            the model, above what was allocated before; on the CPU, of the process's largest so far.
         stopped_by: why it ended: `"end of data"`, `"max_tokens"`, `"max_batches"`, `"settled"`, or
             `"max_sequences"`, the default for sequences that are not of tokens.
     """

@@ -19,6 +19,7 @@ from accelerate import PartialState
 from torch import Tensor, nn
 
 from ..errors import CalibrationError
+from .offloading import execution_device
 from .tensor_parallel import replicas
 
 TIMEOUT = timedelta(minutes=10)
@@ -29,13 +30,23 @@ BUCKET = 64 * 2**20
 
 
 class Processes:
-    """The processes that share a pass; by default one alone, which sends nothing."""
+    """The processes that share a pass; by default one alone, which sends nothing.
+
+    `device` is where tensors are when they are sent: that of the model's first layer. Tensors that
+    are elsewhere, or nowhere on some process, take part all the same.
+    """
 
     def __init__(
-        self, rank: int = 0, size: int = 1, control: Any = None, group: Any = None
+        self,
+        rank: int = 0,
+        size: int = 1,
+        control: Any = None,
+        group: Any = None,
+        device: torch.device | None = None,
     ) -> None:
         self.rank = rank
         self.size = size
+        self.device = device or torch.device("cpu")
         self._control = control
         self._group = group
 
@@ -107,7 +118,7 @@ class Processes:
 
     def _in_buckets(self, tensors: Sequence[Tensor], collective: Any) -> None:
         for bucket in _buckets(tensors):
-            flat = torch.cat([t.reshape(-1) for t in bucket])
+            flat = torch.cat([t.reshape(-1).to(self.device) for t in bucket])
             # gloo serves the CPU where the default group is that of an accelerator.
             collective(flat, group=self._control if flat.device.type == "cpu" else self._group)
             parts = flat.split([t.numel() for t in bucket])
@@ -128,7 +139,7 @@ def processes(model: nn.Module) -> Iterator[Processes]:
     control, group = _groups(replicas(model))
     try:
         rank, size = dist.get_rank(control), dist.get_world_size(control)
-        yield Processes(rank, size, control, group)
+        yield Processes(rank, size, control, group, execution_device(model))
     finally:
         with contextlib.suppress(RuntimeError, ValueError):  # the whole run may be gone
             dist.destroy_process_group(control)
@@ -178,10 +189,11 @@ def _is_launched() -> bool:
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Cut by sizes alone, which all processes agree on; where tensors are differs between them."""
     bucket: list[Tensor] = []
     for tensor in tensors:
         full = sum(t.numel() for t in bucket) + tensor.numel() > BUCKET
-        if bucket and (full or tensor.device != bucket[0].device):
+        if bucket and full:
             yield bucket
             bucket = []
         bucket.append(tensor)

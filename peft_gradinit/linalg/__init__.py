@@ -2,6 +2,7 @@
 
 from .factors import Factors, inner_product, joined, negated
 from .nystrom import Components, eigenpairs, explained_share, nystrom
+from .precision import double, eigh, exact_products, inverse, qr, singular_values, svd
 from .product import frobenius_of_product, pad_rank, truncate_product
 from .ranks import allocate_ranks
 from .rates import first_move, lora_rate, rate_of_start, spectral_rate

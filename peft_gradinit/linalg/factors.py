@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .precision import double
 from .product import pad_rank, truncate_product
 from .svd import TruncatedSVD, svd_of_product
 
@@ -24,8 +25,8 @@ class Factors(NamedTuple):
     def svd(self) -> TruncatedSVD:
         """Triplets of the product, which is never formed; in float64, returned in float32."""
         rank = min(self.r, self.A.shape[1], self.B.shape[0])
-        svd = svd_of_product(self.B.double(), self.A.double().T, rank)
-        return TruncatedSVD(*(part.float() for part in svd))
+        svd = svd_of_product(double(self.B), double(self.A).T, rank)
+        return TruncatedSVD(*(part.float().to(self.A.device) for part in svd))
 
     def truncated(self, rank: int) -> "tuple[Factors, float]":
         """The best approximation of lower rank, and its error; see `truncate_product`."""
@@ -56,5 +57,5 @@ def negated(update: Factors) -> Factors:
 
 def inner_product(one: Factors, other: Factors) -> float:
     """Frobenius inner product of two updates, from small Gram matrices."""
-    gram = (one.B.double().T @ other.B.double()) * (one.A.double() @ other.A.double().T)
+    gram = (double(one.B).T @ double(other.B)) * (double(one.A) @ double(other.A).T)
     return gram.sum().item()

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import ShapeError
+from .precision import eigh, exact_products, qr, svd
 from .svd import TruncatedSVD, fix_signs
 
 
@@ -52,16 +53,17 @@ def nystrom(
             "take the matrix itself."
         )
     scale = Y.abs().amax().clamp_min(torch.finfo(Y.dtype).tiny)
-    Q, R = torch.linalg.qr(Omega)
-    Y = torch.linalg.solve_triangular(R, Y / scale, upper=True, left=False)
-    shift = dimension**0.5 * torch.finfo(Y.dtype).eps * torch.linalg.vector_norm(Y)
-    shift = shift.clamp_min(torch.finfo(Y.dtype).tiny)
-    Y = Y + shift * Q
-    core = Q.T @ Y
-    values, vectors = torch.linalg.eigh((core + core.T) / 2)
-    factor = Y @ (vectors * values.maximum(shift).rsqrt())
-    V, S, _ = torch.linalg.svd(factor, full_matrices=False)
-    return _canonical(V[:, :rank], (S[:rank].square() - shift).clamp_min(0) * scale)
+    with exact_products(Y.device):
+        Q, R = qr(Omega)
+        Y = torch.linalg.solve_triangular(R, Y / scale, upper=True, left=False)
+        shift = dimension**0.5 * torch.finfo(Y.dtype).eps * torch.linalg.vector_norm(Y)
+        shift = shift.clamp_min(torch.finfo(Y.dtype).tiny)
+        Y = Y + shift * Q
+        core = Q.T @ Y
+        values, vectors = eigh((core + core.T) / 2)
+        factor = Y @ (vectors * values.maximum(shift).rsqrt())
+        V, S, _ = svd(factor)
+        return _canonical(V[:, :rank], (S[:rank].square() - shift).clamp_min(0) * scale)
 
 
 def eigenpairs(matrix: Float[Tensor, "in in"], rank: int) -> Components:
@@ -71,7 +73,7 @@ def eigenpairs(matrix: Float[Tensor, "in in"], rank: int) -> Components:
             f"a {matrix.shape[0]} x {matrix.shape[0]} matrix has between 1 and {matrix.shape[0]} "
             f"components, but rank={rank} was asked for; lower the rank."
         )
-    values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
+    values, vectors = eigh((matrix + matrix.T) / 2)
     return _canonical(vectors.flip(1)[:, :rank], values.flip(0)[:rank].clamp_min(0))
 
 

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import ShapeError
+from .precision import double
 from .svd import svd_of_product
 from .threads import one_thread
 
@@ -69,5 +70,6 @@ def pad_rank(
 
 def frobenius_of_product(B: Tensor, A: Tensor) -> float:
     """`|B A|_F` from the two `r x r` Gram matrices."""
-    gram = (B.double().T @ B.double()) * (A.double() @ A.double().T)
+    left, right = double(B), double(A)
+    gram = (left.T @ left) * (right @ right.T)
     return torch.sqrt(gram.sum().clamp_min(0)).item()

@@ -28,6 +28,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .precision import eigh, exact_products, qr, svd
 from .svd import TruncatedSVD, svd_of_product
 from .threads import one_thread
 
@@ -50,7 +51,8 @@ def draw_test_matrix(
     the same matrix without talking to others. The global generator is not touched.
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + dimension)
-    return (torch.randn(dimension, width, generator=generator) / dimension**0.5).to(device)
+    drawn = torch.randn(dimension, width, generator=generator, dtype=torch.float32, device="cpu")
+    return (drawn / dimension**0.5).to(device)
 
 
 def orient_test_matrices(seen: TruncatedSVD, random: TestMatrices, n_oriented: int) -> TestMatrices:
@@ -84,7 +86,7 @@ def reconstruct(
     scale = Y.abs().amax().clamp_min(torch.finfo(Y.dtype).tiny)
     Y, Z = Y / scale, Z / scale
     core = core or max(rank, Y.shape[1] // 2)
-    with one_thread():
+    with one_thread(), exact_products(Y.device):
         Q, P = _leading_basis(Y, core), _leading_basis(Z, core)
         C = _core(Q, P, Y, Z, test)
         U, S, Vh = svd_of_product(Q @ C, P, rank)
@@ -93,8 +95,8 @@ def reconstruct(
 
 def _leading_basis(sketch: Tensor, dimension: int) -> Tensor:
     """Left singular vectors, through a QR that makes the SVD small."""
-    Q, R = torch.linalg.qr(sketch)
-    return Q @ torch.linalg.svd(R)[0][:, :dimension]
+    Q, R = qr(sketch)
+    return Q @ svd(R)[0][:, :dimension]
 
 
 def _core(Q: Tensor, P: Tensor, Y: Tensor, Z: Tensor, test: TestMatrices) -> Tensor:
@@ -105,7 +107,7 @@ def _core(Q: Tensor, P: Tensor, Y: Tensor, Z: Tensor, test: TestMatrices) -> Ten
     """
     right, left = P.T @ test.Omega, test.Psi.T @ Q
     d = Q.T @ Y @ right.T + left.T @ (Z.T @ P)
-    a_values, a_vectors = torch.linalg.eigh(right @ right.T)
-    b_values, b_vectors = torch.linalg.eigh(left.T @ left)
+    a_values, a_vectors = eigh(right @ right.T)
+    b_values, b_vectors = eigh(left.T @ left)
     divisor = (b_values[:, None] + a_values[None, :]).clamp_min(torch.finfo(d.dtype).eps)
     return b_vectors @ (b_vectors.T @ d @ a_vectors / divisor) @ a_vectors.T

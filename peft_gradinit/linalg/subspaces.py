@@ -5,6 +5,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..errors import ShapeError
+from .precision import double
 from .svd import TruncatedSVD
 
 
@@ -25,7 +26,7 @@ def principal_angles(
             f"subspaces of dimensions {first.shape[0]} and {second.shape[0]} have no angles to each "
             "other; compare layers of one shape."
         )
-    small, large = sorted((first.double(), second.double()), key=lambda basis: basis.shape[1])
+    small, large = sorted((double(first), double(second)), key=lambda basis: basis.shape[1])
     product = large.T @ small
     cosines = torch.linalg.svdvals(product).clamp(0, 1)
     sines = torch.linalg.svdvals(small - large @ product).clamp(0, 1).flip(0)
@@ -38,10 +39,11 @@ def effective_rank(singular_values: Float[Tensor, " n"]) -> float:
     Between 1 (one value carries all) and `n` (all equal); 0 if all are zero. Source: Roy & Vetterli
     (2007), "The effective rank: a measure of effective dimensionality".
     """
-    total = singular_values.double().sum()
+    values = double(singular_values)
+    total = values.sum()
     if not total > 0:
         return 0.0
-    shares = singular_values.double() / total
+    shares = values / total
     return torch.special.entr(shares).sum().exp().item()
 
 

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import ShapeError
+from .precision import exact_products, qr, svd
 
 Decomposition = Literal["exact", "randomized"]
 SVDS = ("exact", "randomized")
@@ -50,7 +51,7 @@ def fix_signs(svd: TruncatedSVD) -> TruncatedSVD:
 def truncated_svd(matrix: Float[Tensor, "out in"], rank: int) -> TruncatedSVD:
     """Compute the leading `rank` singular triplets exactly, in float32 (float64 for float64)."""
     _check_rank(rank, matrix.shape)
-    U, S, Vh = torch.linalg.svd(_at_least_float32(matrix), full_matrices=False)
+    U, S, Vh = svd(_at_least_float32(matrix))
     return fix_signs(TruncatedSVD(U, S, Vh).truncate(rank))
 
 
@@ -73,7 +74,8 @@ def randomized_svd(
         oversampling: extra sketch columns; 5 to 10 suffice for decaying spectra, gradients of
             early layers decay slowly, hence 16.
         n_power_iterations: subspace iterations, two products with `matrix` each.
-        generator: source of the sketch, on the device of `matrix`. `None` is torch's global one.
+        generator: source of the sketch, on the CPU, so that all devices draw the same. `None` is
+            torch's global one.
 
     Returns:
         Triplets with canonical signs.
@@ -84,14 +86,14 @@ def randomized_svd(
     _check_rank(rank, matrix.shape)
     matrix = _at_least_float32(matrix)
     width = min(rank + oversampling, *matrix.shape)
-    test = torch.randn(
-        matrix.shape[1], width, generator=generator, device=matrix.device, dtype=matrix.dtype
-    )
-    Q = torch.linalg.qr(matrix @ test).Q
-    for _ in range(n_power_iterations):
-        Q = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ Q).Q).Q
-    U, S, Vh = torch.linalg.svd(Q.T @ matrix, full_matrices=False)
-    return fix_signs(TruncatedSVD(Q @ U, S, Vh).truncate(rank))
+    size = (matrix.shape[1], width)
+    test = torch.randn(size, generator=generator, dtype=torch.float32, device="cpu").to(matrix)
+    with exact_products(matrix.device):
+        Q, _ = qr(matrix @ test)
+        for _ in range(n_power_iterations):
+            Q, _ = qr(matrix @ qr(matrix.T @ Q)[0])
+        U, S, Vh = svd(Q.T @ matrix)
+        return fix_signs(TruncatedSVD(Q @ U, S, Vh).truncate(rank))
 
 
 def decomposed(
@@ -109,7 +111,7 @@ def decomposed(
     singular vectors 0.9997. Spectra flatter than those of trained weights come out worse.
 
     Cost: `O(out in min(out, in))` for `"exact"`, `O(out in rank)` for `"randomized"`; its
-    `generator` is on the device of `weight`.
+    `generator` is on the CPU.
     """
     if svd == "exact":
         return truncated_svd(weight, rank)
@@ -127,10 +129,11 @@ def svd_of_product(
 ) -> TruncatedSVD:
     """Compute the leading triplets of `left @ right.T`; the product is never formed."""
     _check_rank(rank, (left.shape[0], right.shape[0], left.shape[1]))
-    Q_left, R_left = torch.linalg.qr(_at_least_float32(left))
-    Q_right, R_right = torch.linalg.qr(_at_least_float32(right))
-    U, S, Vh = torch.linalg.svd(R_left @ R_right.T, full_matrices=False)
-    return fix_signs(TruncatedSVD(Q_left @ U, S, Vh @ Q_right.T).truncate(rank))
+    Q_left, R_left = qr(_at_least_float32(left))
+    Q_right, R_right = qr(_at_least_float32(right))
+    with exact_products(left.device):
+        U, S, Vh = svd(R_left @ R_right.T)
+        return fix_signs(TruncatedSVD(Q_left @ U, S, Vh @ Q_right.T).truncate(rank))
 
 
 def _check_rank(rank: int, dimensions: tuple[int, ...]) -> None:

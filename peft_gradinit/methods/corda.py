@@ -46,7 +46,7 @@ from torch import Tensor
 
 from ..calibration import SecondMoments
 from ..errors import ConfigError
-from ..linalg import truncated_svd
+from ..linalg import exact_products, inverse, truncated_svd
 from ..starts import GradInitConfig, Target
 from ..statistics import Readouts
 
@@ -122,11 +122,12 @@ def corda_factors(
         `A0 (r, in)` and `B0 (out, r)`. With `mode="kpm"` no matrix of rank `min(out, in) - r` is
         nearer to `W` than `W - s B0 A0`, measured as `|(W - W') C|_F` with the damped `C`.
     """
-    C, inverse = _damped_inverse(moment / moment.diagonal().mean())
-    U, S, Vh = truncated_svd(weight @ C, min(weight.shape))
-    part = slice(0, r) if mode == "ipm" else slice(len(S) - r, len(S))
-    root = (S[part] / scaling).sqrt()
-    return root[:, None] * (Vh[part] @ inverse), U[:, part] * root
+    with exact_products(weight.device):
+        C, inverted = _damped_inverse(moment / moment.diagonal().mean())
+        U, S, Vh = truncated_svd(weight @ C, min(weight.shape))
+        part = slice(0, r) if mode == "ipm" else slice(len(S) - r, len(S))
+        root = (S[part] / scaling).sqrt()
+        return root[:, None] * (Vh[part] @ inverted), U[:, part] * root
 
 
 def _damped_inverse(moment: Tensor) -> tuple[Tensor, Tensor]:
@@ -135,7 +136,7 @@ def _damped_inverse(moment: Tensor) -> tuple[Tensor, Tensor]:
     damping = DAMPING
     while True:
         C = moment + damping * moment.diagonal().mean() * identity
-        inverse = torch.linalg.inv(C)
-        if torch.dist(C @ inverse, identity) < LARGEST_ERROR or damping > 1:
-            return C, inverse
+        inverted = inverse(C)
+        if torch.dist(C @ inverted, identity) < LARGEST_ERROR or damping > 1:
+            return C, inverted
         damping *= 2

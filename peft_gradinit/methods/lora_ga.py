@@ -48,7 +48,7 @@ from torch import Tensor
 
 from ..calibration import Gradients, triplets_of
 from ..errors import ConfigError, ShapeError
-from ..linalg import TruncatedSVD
+from ..linalg import TruncatedSVD, singular_values
 from ..numbers import is_finite_number
 from ..starts import GradInitConfig, Target
 from ..statistics import Readouts
@@ -124,7 +124,7 @@ class LoraGAConfig(GradInitConfig):
     ) -> tuple[Tensor, Tensor]:
         triplets, sigma = triplets_of(readouts), None
         if self.scale == "weight_svd":
-            sigma = torch.linalg.svdvals(target.weight())
+            sigma = singular_values(target.weight())
         return lora_ga_factors(
             triplets.truncate(2 * target.r),
             direction=self.direction,
@@ -178,9 +178,9 @@ def _split(
 ) -> tuple[Tensor, Tensor]:
     """Indices of the triplets that go to `A0` and to `B0`."""
     if direction == "random":
-        shuffled = torch.randperm(2 * r, generator=generator)
+        shuffled = torch.randperm(2 * r, generator=generator, device="cpu")
         return shuffled[:r], shuffled[r:]
-    order = torch.arange(2 * r)
+    order = torch.arange(2 * r, device="cpu")
     if direction == "ArBr":
         return order[1::2], order[0::2]
     first, second = order[:r], order[r:]

@@ -36,6 +36,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..calibration import Weights
+from ..linalg import qr
 from ..starts import GradInitConfig, Target
 from ..statistics import Readouts
 
@@ -80,6 +81,6 @@ def olora_factors(
         `A0 (r, in)` and `B0 (out, r)`, orthonormal columns. The first `r` columns of `B0 A0` are
         those of the weight.
     """
-    Q, R = torch.linalg.qr(weight)
+    Q, R = qr(weight)
     signs = torch.where(R.diagonal()[:r] < 0, -1.0, 1.0).to(weight)
     return signs[:, None] * R[:r], Q[:, :r] * signs

@@ -82,7 +82,7 @@ class PiSSAConfig(GradInitConfig):
         self, readouts: Readouts, target: Target, scaling: float, seed: int
     ) -> tuple[Tensor, Tensor]:
         weight = target.weight()
-        generator = torch.Generator(weight.device).manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed)
         triplets = decomposed(weight, target.r, svd=self.svd, generator=generator)
         return pissa_factors(triplets, scaling=scaling)
 

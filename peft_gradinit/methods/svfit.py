@@ -40,7 +40,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import ConfigError, ShapeError
-from ..linalg import SVDS, Decomposition, TruncatedSVD, decomposed, fix_signs
+from ..linalg import SVDS, Decomposition, TruncatedSVD, decomposed, double, fix_signs, qr
 from ..numbers import is_integer
 from ..starts import SpectralConfig
 
@@ -102,9 +102,7 @@ class SVFitConfig(SpectralConfig):
             )
 
     def basis(self, weight: Tensor, r: int, name: str) -> tuple[Tensor, Tensor]:  # noqa: D102
-        generator = torch.Generator(weight.device).manual_seed(
-            zlib.crc32(name.encode()) + self.seed
-        )
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) + self.seed)
         return svfit_basis(weight, r, svd=self.svd, generator=generator)
 
     def factors(self, U: Tensor, delta: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
@@ -132,7 +130,7 @@ def svfit_basis(
         weight: the weight in the layout of `nn.Linear`, any floating dtype.
         r: number of triplets, `1 <= r <= min(out, in)`.
         svd: see `linalg.decomposed`.
-        generator: source of the randomised sketch, on the device of `weight`.
+        generator: source of the randomised sketch, on the CPU.
 
     Returns:
         `U` with orthonormal columns and `Vh` with orthonormal rows, canonical signs, float32.
@@ -192,8 +190,9 @@ def recover_spectrum(
 
 def _coordinates(B: Tensor, U: Tensor) -> Tensor:
     """The float32 `delta` for which `U diag(delta)` rounds to `B` in the most entries."""
-    projection = (U.double() * B.double()).sum(0) / U.double().square().sum(0)
-    nearest = projection.float()
+    wide = double(U)
+    projection = (wide * double(B)).sum(0) / wide.square().sum(0)
+    nearest = projection.float().to(U.device)
     candidates = [nearest] + [
         torch.nextafter(nearest, torch.full_like(nearest, end)) for end in (torch.inf, -torch.inf)
     ]
@@ -203,8 +202,8 @@ def _coordinates(B: Tensor, U: Tensor) -> Tensor:
 
 def _foreign_spectrum(A: Tensor, B: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """`U`, `delta`, `Vh` of factors whose basis was computed elsewhere; works in float64."""
-    V, B = A.double().T, B.double()
-    image = weight.double() @ V
+    V, B = double(A).T, double(B)
+    image = double(weight) @ V
     length, sigma = B.norm(dim=0), image.norm(dim=0)
     told_by_B, told_by_W = length > 0, sigma > sigma.max() * FLOAT32_RANK
     U = B / length.clamp_min(TINY)
@@ -212,20 +211,21 @@ def _foreign_spectrum(A: Tensor, B: Tensor, weight: Tensor) -> tuple[Tensor, Ten
     _check_orthonormal(U[:, told_by_B], "columns of B")
     U = _fill(U, told_by_B, told_by_W & ~told_by_B, image / sigma.clamp_min(TINY))
     # Null directions without a delta: the function is the same with any completion.
-    noise = torch.randn(U.shape, generator=torch.Generator().manual_seed(0)).to(U)
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(U.shape, generator=generator, dtype=torch.float32, device="cpu").to(U)
     U = _fill(U, told_by_B | told_by_W, ~(told_by_B | told_by_W), noise)
     # `W v = sigma u` fixes the sign of delta; where it says nothing, the canonical sign does.
     canonical = fix_signs(TruncatedSVD(U, sigma, V.T)).U
     cosine = torch.where(told_by_W, (U * image).sum(0), (U * canonical).sum(0))
-    sign = torch.where(cosine < 0, -1.0, 1.0).double()
-    return (U * sign).float(), (length * sign).float(), A
+    sign = torch.where(cosine < 0, -1.0, 1.0).to(U)
+    return (U * sign).float().to(A.device), (length * sign).float().to(A.device), A
 
 
 def _fill(U: Tensor, known: Tensor, missing: Tensor, columns: Tensor) -> Tensor:
     """Put those of `columns` into `U` that are missing, made orthogonal to those known."""
     if not missing.any():
         return U
-    Q, R = torch.linalg.qr(torch.cat([U[:, known], columns[:, missing]], dim=1))
+    Q, R = qr(torch.cat([U[:, known], columns[:, missing]], dim=1))
     Q = Q * torch.where(R.diagonal() < 0, -1.0, 1.0)  # so that it stays close to `columns`
     filled = U.clone()
     filled[:, missing] = Q[:, int(known.sum()) :]

@@ -63,4 +63,8 @@ def master_of(parameter: Any, entry: dict[str, Any]) -> Tensor:
 
 def _fresh(parameter: Any) -> dict[str, Any]:
     moments = [torch.zeros_like(parameter, dtype=working_dtype(parameter)) for _ in range(2)]
-    return {"step": torch.tensor(0.0), "exp_avg": moments[0], "exp_avg_sq": moments[1]}
+    return {
+        "step": torch.zeros((), dtype=torch.float32, device="cpu"),
+        "exp_avg": moments[0],
+        "exp_avg_sq": moments[1],
+    }

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..errors import ConfigError
+from ..linalg import exact_products
 from ..numbers import is_finite_number
 from .adamw import adamw_step, master_of
 from .groups import check_layout, group_of_pairs, groups_of_rest, slots_of, trainable_pairs
-from .precision import exact_products
 from .stacks import (
     MASTER,
     Layout,

@@ -1,17 +1,17 @@
 """What a calibration will cost, before it is run: memory, volume, arithmetic, time."""
 
 import dataclasses
-import time
 from collections.abc import Mapping
 
 import torch
 from torch import nn
 
 from ..calibration import Measured, PassSize, plan_pass
+from ..statistics import product_dtype
 from .schema import CalibrationSection
+from .speed import flops_per_second
 
 _FLOAT32 = 4
-_PROBE_SIZE = 1024
 _N_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 """What the configs of Transformers call the number of experts of a block."""
 
@@ -40,8 +40,8 @@ class Estimate:
         flops: forward, input gradients and statistics, on all processes; attention's products of
             activations and the factorisations are left out.
         statistic_flops: of the statistics alone.
-        seconds: `flops` at the speed of a large matrix product on this device, which real layers
-            reach about half of, shared by the processes.
+        seconds: `flops` at the speed of large matrix products on this device, each in its own
+            dtype; real layers reach about half of it. Shared by the processes.
         dense_bytes: what whole gradients (for inputs: second moments) would hold.
         dense_summed_bytes: payload of summing them once.
         dense_flops: of a pass that makes them.
@@ -106,7 +106,10 @@ def estimate(
     model_flops = n_tokens * (4 if need.backward else 2) * _matrix_parameters(model, experts)
     flops = model_flops + said.sketched.flops
     width = max(lengths, default=0) * calibration.batch_size
-    speed = _flops_per_second(device, next(model.parameters()).dtype)
+    dtype = next(model.parameters()).dtype
+    seconds = model_flops / flops_per_second(device, dtype)
+    of_statistics = product_dtype(torch.empty(0, dtype=dtype, device=device))
+    seconds += said.sketched.flops / flops_per_second(device, of_statistics)
     return Estimate(
         n_sequences=len(lengths),
         n_tokens=n_tokens,
@@ -122,7 +125,7 @@ def estimate(
         broadcast_bytes=said.sketched.factor_bytes if n_processes > 1 else 0,
         flops=flops,
         statistic_flops=said.sketched.flops,
-        seconds=2 * flops / speed / n_processes,
+        seconds=2 * seconds / n_processes,
         dense_bytes=said.dense.held_bytes,
         dense_summed_bytes=said.dense.summed_bytes,
         dense_flops=model_flops + said.dense.flops,
@@ -193,14 +196,3 @@ def _activation_bytes(
     logits = n_tokens * vocabulary * (size + (2 * _FLOAT32 if gradients else 0))
     held = 2 * sum(inputs) if gradients else 4 * max(inputs, default=0)
     return int(n_tokens * held * size + logits)
-
-
-def _flops_per_second(device: torch.device | str, dtype: torch.dtype) -> float:
-    """The speed of one product of square matrices, after one to warm up."""
-    a = torch.ones(_PROBE_SIZE, _PROBE_SIZE, device=device, dtype=dtype)
-    best = float("inf")
-    for _ in range(3):
-        started = time.perf_counter()
-        (a @ a).sum().item()
-        best = min(best, time.perf_counter() - started)
-    return 2 * _PROBE_SIZE**3 / best

@@ -5,6 +5,7 @@ from .gradient import DenseGradient, GradientStatistic
 from .gradient_sketch import SketchedGradient, TestMatrixPool, gradient_statistic
 from .input_sketch import SketchedInputs, input_statistic
 from .inputs import DenseInputs, InputStatistic
+from .products import product_dtype
 from .store import (
     Fingerprint,
     Readouts,

@@ -36,6 +36,7 @@ class Statistic(ABC):
         self.weight = 0.0
         self.n_calls = 0
         self._held: dict[str, Tensor] = {}
+        self._copies: dict[str, tuple[Tensor, Tensor]] = {}
 
     @abstractmethod
     def sum_shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -58,8 +59,16 @@ class Statistic(ABC):
         """The tensors that add up over parts of the data; new zeros on `device` at first."""
         shapes = self.sum_shapes()
         if not self.has_sums:
-            self._held |= {name: torch.zeros(size, device=device) for name, size in shapes.items()}
+            self._held |= {
+                name: torch.zeros(size, dtype=torch.float32, device=device)
+                for name, size in shapes.items()
+            }
         return [self._held[name] for name in shapes]
+
+    def move(self, device: torch.device) -> None:
+        """Continue on the device where the layer runs; elsewhere are sums of other processes or runs."""
+        if any(tensor.device != device for tensor in self._held.values()):
+            self._held = {name: tensor.to(device) for name, tensor in self._held.items()}
 
     def orient(self) -> None:  # noqa: B027 optional for children
         """Adapt the test matrices to the data seen so far. Does nothing where there are none."""
@@ -105,7 +114,7 @@ class Statistic(ABC):
     def copy(self: S) -> S:
         """An independent accumulator with the same state. Test matrices are shared."""
         new = copy.copy(self)
-        new._held = {}
+        new._held, new._copies = {}, {}
         new._take(self)
         return new
 
@@ -115,7 +124,8 @@ class Statistic(ABC):
 
     def n_bytes(self) -> int:
         """Memory that the accumulator holds for this layer alone."""
-        return sum(t.numel() * t.element_size() for t in self._held.values())
+        held = [*self._held.values(), *(rounded for _, rounded in self._copies.values())]
+        return sum(t.numel() * t.element_size() for t in held)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to continue the sum elsewhere."""
@@ -130,6 +140,16 @@ class Statistic(ABC):
         state = dict(state)
         self.weight, self.n_calls = float(state.pop("weight")), int(state.pop("n_calls"))
         self._held = {name: torch.as_tensor(tensor).clone() for name, tensor in state.items()}
+
+    def _rounded(self, name: str, dtype: torch.dtype) -> Tensor | None:
+        """A tensor in another dtype, or `None` if there is no such tensor yet; one copy is kept."""
+        tensor = self._held.get(name)
+        if tensor is None or tensor.dtype == dtype:
+            return tensor
+        known = self._copies.get(name)
+        if known is None or known[0] is not tensor or known[1].dtype != dtype:
+            known = self._copies[name] = (tensor, tensor.to(dtype))
+        return known[1]
 
     def _mean(self, name: str) -> Tensor:
         total = self._held[name]

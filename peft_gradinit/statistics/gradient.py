@@ -12,8 +12,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..linalg import TruncatedSVD, truncated_svd
+from ..linalg import TruncatedSVD, double, truncated_svd
 from .base import Statistic
+from .products import add_product, product_dtype
 
 
 class GradientStatistic(Statistic):
@@ -37,8 +38,10 @@ class GradientStatistic(Statistic):
             dy: gradients with respect to the layer's outputs.
             weight: factor of this contribution (the batch's tokens over the loss scale).
         """
-        x = x.reshape(-1, x.shape[-1]).float()
-        dy = dy.reshape(-1, dy.shape[-1]).float()
+        self.move(x.device)
+        dtype = product_dtype(x, dy)
+        x = x.reshape(-1, x.shape[-1]).to(dtype)
+        dy = dy.reshape(-1, dy.shape[-1]).to(dtype)
         self._accumulate(x, dy, weight)
         self.n_calls += 1
 
@@ -73,14 +76,18 @@ class DenseGradient(GradientStatistic):
 
     def _accumulate(self, x: Tensor, dy: Tensor, weight: float | int) -> None:
         (total,) = self.sums(x.device)
-        total.addmm_(dy.T, x, alpha=weight)
+        add_product(total, dy.T, x, weight)
 
     def mean(self) -> Float[Tensor, "out in"]:
         """The mean gradient; zeros if nothing was added."""
-        return self._mean("sum") if self.has_sums else torch.zeros(self.shape)
+        return (
+            self._mean("sum")
+            if self.has_sums
+            else torch.zeros(self.shape, dtype=torch.float32, device="cpu")
+        )
 
     def triplets(self, rank: int) -> TruncatedSVD:  # noqa: D102
         return truncated_svd(self.mean(), rank)
 
     def energy(self, triplets: TruncatedSVD | None = None) -> float:  # noqa: D102
-        return self.mean().double().square().sum().item()
+        return double(self.mean()).square().sum().item()

@@ -6,8 +6,16 @@ import torch
 from torch import Tensor
 
 from ..errors import ShapeError
-from ..linalg import TestMatrices, TruncatedSVD, draw_test_matrix, orient_test_matrices, reconstruct
+from ..linalg import (
+    TestMatrices,
+    TruncatedSVD,
+    double,
+    draw_test_matrix,
+    orient_test_matrices,
+    reconstruct,
+)
 from .gradient import DenseGradient, GradientStatistic
+from .products import add_product
 
 N_RANDOM_COLUMNS = 40
 """Test columns that stay Gaussian: they see what the oriented ones miss and estimate `|G|_F`.
@@ -54,9 +62,8 @@ class SketchedGradient(GradientStatistic):
 
     def _accumulate(self, x: Tensor, dy: Tensor, weight: float | int) -> None:
         Y, Z = self.sums(x.device)
-        random = self._random(x.device)
-        Y.addmm_(dy.T, projected(x, self._held.get("V"), random.Omega), alpha=weight)
-        Z.addmm_(x.T, projected(dy, self._held.get("U"), random.Psi), alpha=weight)
+        add_product(Y, dy.T, self._projected(x, "V", 2 * self._seed), weight)
+        add_product(Z, x.T, self._projected(dy, "U", 2 * self._seed + 1), weight)
 
     def orient(self) -> None:
         """Turn the test matrices towards the gradient seen so far and move the sums to them."""
@@ -77,7 +84,8 @@ class SketchedGradient(GradientStatistic):
         if self.has_sums:
             Y, Z = self._mean("Y"), self._mean("Z")
         else:
-            Y, Z = (torch.zeros(size) for size in self.sum_shapes().values())
+            sizes = self.sum_shapes().values()
+            Y, Z = (torch.zeros(size, dtype=torch.float32, device="cpu") for size in sizes)
         return reconstruct(Y, Z, self._test(Y.device), rank)
 
     def energy(self, triplets: TruncatedSVD | None = None) -> float:
@@ -91,17 +99,23 @@ class SketchedGradient(GradientStatistic):
         out_features, in_features = self.shape
         n = self.n_oriented if self.oriented() else 0
         test = self._random(self._held["Y"].device)
-        Y, Z = self._mean("Y")[:, n:].double(), self._mean("Z")[:, n:].double()
-        total = _sum_of_squares(Y) * in_features + _sum_of_squares(Z) * out_features
-        known = 0.0
+        Y, Z = (double(self._mean(name)[:, n:]) for name in "YZ")
+        parts, known = [Y, Z], 0.0
         if triplets is not None:
-            S = triplets.S.double()[:, None]
-            known = _sum_of_squares(S)
-            of_Y = _sum_of_squares(S * (triplets.Vh @ test.Omega[:, n:]).double())
-            of_Z = _sum_of_squares(S * (triplets.U.T @ test.Psi[:, n:]).double())
-            total -= of_Y * in_features + of_Z * out_features
+            S = double(triplets.S)[:, None]
+            parts += [S, S * double(triplets.Vh @ test.Omega[:, n:])]
+            parts += [S * double(triplets.U.T @ test.Psi[:, n:])]
+        squares = torch.stack([part.square().sum() for part in parts]).tolist()
+        total = squares[0] * in_features + squares[1] * out_features
+        if triplets is not None:
+            known = squares[2]
+            total -= squares[3] * in_features + squares[4] * out_features
         estimate = known + total / (2 * (self.width - n))
         return 0.0 if estimate < 0 else estimate  # `max` would lose a NaN
+
+    def _projected(self, rows: Tensor, oriented: str, seed: int) -> Tensor:
+        random = self._pool.get(rows.shape[1], self.width, seed, rows.device, rows.dtype)
+        return projected(rows, self._rounded(oriented, rows.dtype), random)
 
     def describe(self) -> str:  # noqa: D102
         oriented = bool(self.oriented())
@@ -131,13 +145,21 @@ class TestMatrixPool:
     __test__ = False  # not a test class, whatever pytest makes of the name
 
     def __init__(self) -> None:
-        self._drawn: dict[tuple[int, int, int, str], Tensor] = {}
+        self._drawn: dict[tuple[int, int, int, str, torch.dtype], Tensor] = {}
 
-    def get(self, dimension: int, width: int, seed: int, device: torch.device | str) -> Tensor:
-        """Return the `(dimension, width)` matrix of this seed on this device."""
-        key = (dimension, width, seed, str(device))
+    def get(
+        self,
+        dimension: int,
+        width: int,
+        seed: int,
+        device: torch.device | str,
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
+        """Return the `(dimension, width)` matrix of this seed on this device, rounded to a dtype."""
+        key = (dimension, width, seed, str(device), dtype)
         if key not in self._drawn:
-            self._drawn[key] = draw_test_matrix(dimension, width, seed=seed, device=device)
+            drawn = draw_test_matrix(dimension, width, seed=seed, device=device)
+            self._drawn[key] = drawn.to(dtype)
         return self._drawn[key]
 
     def n_bytes(self) -> int:
@@ -187,10 +209,13 @@ def gradient_statistic(
 
 def projected(rows: Tensor, oriented: Tensor | None, random: Tensor) -> Tensor:
     """Multiply by `[oriented | random]` without storing the concatenation for each layer."""
-    if oriented is None:
-        return rows @ random
-    return torch.cat([rows @ oriented, rows @ random[:, oriented.shape[1] :]], dim=-1)
+    if oriented is None or rows.dim() == 1:
+        return rows @ (random if oriented is None else _joined(oriented, random))
+    found, n = rows.new_empty(len(rows), random.shape[1]), oriented.shape[1]
+    torch.mm(rows, oriented, out=found[:, :n])
+    torch.mm(rows, random[:, n:], out=found[:, n:])
+    return found
 
 
-def _sum_of_squares(matrix: Tensor) -> float:
-    return matrix.square().sum().item()
+def _joined(oriented: Tensor, random: Tensor) -> Tensor:
+    return torch.cat([oriented, random[:, oriented.shape[1] :]], dim=1)

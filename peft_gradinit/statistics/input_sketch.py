@@ -67,7 +67,10 @@ class SketchedInputs(InputStatistic):
         return nystrom(moment, self._test(moment.device), rank)
 
     def _project(self, rows: Tensor) -> Tensor:
-        return projected(rows, self._held.get("V"), self._random(rows.device))
+        random = self._pool.get(
+            self.in_features, self.width, 2 * self._seed, rows.device, rows.dtype
+        )
+        return projected(rows, self._rounded("V", rows.dtype), random)
 
     def _test(self, device: torch.device) -> Tensor:
         if (V := self._held.get("V")) is None:

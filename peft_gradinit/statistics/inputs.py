@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..linalg import Components, eigenpairs
 from .base import Statistic
+from .products import add_product, product_dtype
 
 
 class InputStatistic(Statistic):
@@ -50,6 +51,8 @@ class InputStatistic(Statistic):
     def add(self, x: Float[Tensor, "*batch in"]) -> None:
         """Add tokens; all leading dimensions are tokens, and there may be none."""
         self.n_calls += 1
+        self.move(x.device)
+        dtype = product_dtype(x)
         x = x.reshape(-1, self.in_features).float()
         if not len(x):
             return
@@ -58,7 +61,8 @@ class InputStatistic(Statistic):
         M, m, squares = self.sums(x.device)
         if (c := self._held.get("c")) is not None:
             x = x - c
-        M.addmm_(x.T, self._project(x))
+        rounded = x.to(dtype)
+        add_product(M, rounded.T, self._project(rounded))
         m.add_(x.sum(0))
         squares.add_(torch.linalg.vector_norm(x).square())
         self.weight += len(x)
@@ -66,13 +70,14 @@ class InputStatistic(Statistic):
     def point(self, device: torch.device) -> Tensor:
         """The point `c` on which the sums are centred; zero on `device` before any token."""
         c = self._held.get("c")
-        return torch.zeros(self.in_features, device=device) if c is None else c
+        return self._zeros(self.in_features, device=device) if c is None else c
 
     def move_to(self, point: Tensor) -> None:
         """Re-centre the sums on `point` `(in,)`; of no effect if components are not centred."""
         if not self.centered:
             return
         if self.has_sums:
+            point = point.to(self._held["m"])
             self._held |= self._about(point)
         self._held["c"] = point
 
@@ -87,28 +92,32 @@ class InputStatistic(Statistic):
         """Mean of `|x - mean|^2` (not centred: of `|x|^2`), the sum of all eigenvalues."""
         if not self.weight:
             return 0.0
-        squares = self._held["squares"].item()
-        if self.centered:
-            squares -= self._held["m"].square().sum().item() / self.weight
-        return 0.0 if squares <= self._rounding() < math.inf else squares / self.weight
+        c = self._held.get("c")
+        of_c = self._held["m"].new_zeros(()) if c is None else c.square().sum()
+        parts = [self._held["squares"], self._held["m"].square().sum(), of_c]
+        total, of_mean, of_c = torch.stack(parts).tolist()
+        squares = total - of_mean / self.weight if self.centered else total
+        rounding = 0.0 if c is None else self._rounding(total, of_c)
+        return 0.0 if squares <= rounding < math.inf else squares / self.weight
 
     def mean(self) -> Float[Tensor, " in"]:
         """Mean of the tokens; zeros before any token."""
         if not self.weight:
-            return torch.zeros(self.in_features)
+            return self._zeros(self.in_features)
         mean = self._held["m"] / self.weight
         return mean + self.point(mean.device)
 
     def describe(self) -> str:  # noqa: D102
         return f"{type(self).__name__}(in {self.in_features}, centered {self.centered})"
 
-    def _rounding(self) -> float:
-        """Largest sum of squares that constant inputs may give by rounding."""
-        if (c := self._held.get("c")) is None:
-            return 0.0
+    def _rounding(self, squares: float, of_c: float) -> float:
+        """Largest sum of squares that constant inputs may give by rounding; `of_c` is `|c|^2`."""
         eps = torch.finfo(torch.float32).eps
-        of_c = (4 * eps) ** 2 * self.weight * c.square().sum().item()
-        return eps * self._held["squares"].item() + of_c
+        return eps * squares + (4 * eps) ** 2 * self.weight * of_c
+
+    @staticmethod
+    def _zeros(*size: int, device: torch.device | str = "cpu") -> Tensor:
+        return torch.zeros(size, dtype=torch.float32, device=device)
 
     @abstractmethod
     def _project(self, rows: Tensor) -> Tensor:
@@ -130,7 +139,7 @@ class InputStatistic(Statistic):
     def _mean_moment(self) -> Tensor:
         """`C Omega` for the second moment `C` per token, about the mean if centred."""
         if not self.weight:
-            return torch.zeros(self.in_features, self.width)
+            return self._zeros(self.in_features, self.width)
         M, m, n = self._held["M"], self._held["m"], self.weight
         if self.centered:
             M = M - torch.outer(m, self._project(m / n))

@@ -230,7 +230,8 @@ def _fault_of(part: str, tensor: Tensor) -> str | None:
     rows = values.T if part == "U" else values
     if rows.shape[1] == 0:
         return None  # inputs have no `U`
-    error = (rows @ rows.T - torch.eye(len(rows))).abs().max() if len(rows) else 0
+    identity = torch.eye(len(rows), dtype=rows.dtype, device=rows.device)
+    error = (rows @ rows.T - identity).abs().max() if len(rows) else 0
     return None if error < _TOLERANCE else f"is not orthonormal (error {error:.1g})"
 
 

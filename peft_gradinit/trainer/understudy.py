@@ -69,6 +69,7 @@ def understudy_of(trainer: "Trainer") -> Any:
     understudy.current_gradient_accumulation_steps = 1
     understudy.args = args = copy.copy(trainer.args)
     args.report_to = []
+    _on_one_device(understudy)
     # Losses that switch checkpointing off for a reference switch it on again with these options.
     for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
         if hasattr(args, name):
@@ -76,6 +77,13 @@ def understudy_of(trainer: "Trainer") -> Any:
     understudy.callback_handler = copy.copy(trainer.callback_handler)
     understudy.callback_handler.callbacks = []
     return understudy
+
+
+def _on_one_device(understudy: Any) -> None:
+    """Take batches of one device where the trainer splits those of several (`DataParallel`)."""
+    n_devices = max(1, understudy.args.n_gpu)
+    understudy.args._n_gpu = min(1, understudy.args.n_gpu)
+    understudy._train_batch_size //= n_devices
 
 
 def _copied(value: Any, copies: dict[int, Any]) -> Any:

@@ -97,7 +97,7 @@ def _spectrum(
     return {
         "captured": captured[0],
         "captured_by_all": captured[1],
-        "effective_rank": effective_rank(readouts["S"].double()),
+        "effective_rank": effective_rank(readouts["S"]),
         "suggested_rank": suggested.get(name) or suggested[name.rpartition("[")[0]],
         "singular_values": readouts["S"].double().tolist(),
     }

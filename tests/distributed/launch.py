@@ -13,11 +13,11 @@ import pickle, sys, torch
 torch.set_num_threads(1)
 from datetime import timedelta
 import torch.distributed as dist
-directory, module, name, rank, size = sys.argv[1:6]
+directory, module, name, rank, size, backend = sys.argv[1:7]
 import importlib
-function = getattr(importlib.import_module(module), name)
+function = getattr(importlib.import_module(module), name)  # which may make the backend known
 if size != "1":
-    dist.init_process_group("gloo", f"file://{directory}/init", timeout=timedelta(seconds=60),
+    dist.init_process_group(backend, f"file://{directory}/init", timeout=timedelta(seconds=60),
                             rank=int(rank), world_size=int(size))
 try:
     result = ("value", function())
@@ -28,7 +28,9 @@ with open(f"{directory}/{rank}", "wb") as file:
 """
 
 
-def launch(module: str, function: str, size: int = 2, timeout: float = 120) -> list:
+def launch(
+    module: str, function: str, size: int = 2, timeout: float = 120, backend: str = "gloo"
+) -> list:
     """Run `module.function()` on every process; `("value", …)` or `("error", text)` by rank.
 
     A process that was killed gives `("killed", exit code)`.
@@ -50,6 +52,7 @@ def launch(module: str, function: str, size: int = 2, timeout: float = 120) -> l
                     function,
                     str(rank),
                     str(size),
+                    backend,
                 ],
                 cwd=ROOT,
                 env=environment | _names_of(rank, size),

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from peft_gradinit.linalg import exact_products
 from peft_gradinit.optim import LoraMuon, whitening
-from peft_gradinit.optim.precision import exact_products
 from peft_gradinit.optim.whitening import gram_power
 from tests.helpers import matrix_with_spectrum, relative_error
 from tests.optim.rows import every_row, factors, run, toy

@@ -9,6 +9,7 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from peft_gradinit import EvaConfig, LoraGAConfig, calibrate
 from peft_gradinit.recipes import CalibrationSection, ModelSection, empty_model
 from peft_gradinit.recipes.estimate import estimate
+from peft_gradinit.recipes.speed import speed_of
 from peft_gradinit.starts import planned_targets
 from tests.helpers import pico_gpt2, pico_llama, quiet, token_batches
 
@@ -123,3 +124,21 @@ def test_experts_hold_what_was_said():
     assert costs.n_targets == len(result.fingerprint.targets) == 4 + 1 + 2 * 8
     assert not result.failures
     assert costs.statistic_bytes == result.facts.state_bytes
+
+
+def simulated(flops, launch=8e-6, wait=40e-6):
+    """A device that is asked for products, computes them one after the other, and is waited for."""
+
+    def run(size, n):
+        asked = computed = 0.0
+        for _ in range(n):
+            asked += launch
+            computed = max(computed, asked) + 2 * size**3 / flops
+        return max(asked, computed) + wait
+
+    return run
+
+
+@pytest.mark.parametrize("teraflops", [0.02, 0.5, 10, 60, 600, 2500])
+def test_the_speed_is_that_of_the_products_not_of_asking_for_them(teraflops):
+    assert speed_of(simulated(teraflops * 1e12)) == pytest.approx(teraflops * 1e12, rel=0.03)

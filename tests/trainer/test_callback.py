@@ -160,6 +160,21 @@ def test_budget_and_seed_are_those_of_the_callback(tmp_path):
     assert model.base_model.init_report["default"].facts.stopped_by == "max_tokens"
 
 
+def test_batches_of_data_parallel_are_those_of_one_device(tmp_path):
+    """Without a launcher, `Trainer` splits a batch of all devices; the pass runs on one of them."""
+    trainer = trainer_of(tmp_path, per_device_train_batch_size=2)
+    trainer.args._n_gpu = 3
+    trainer._train_batch_size = trainer.args.train_batch_size
+    assert trainer._train_batch_size == 6
+    got = begin(trainer)
+    assert trainer.args.n_gpu == 3
+    assert trainer.args.train_batch_size == trainer._train_batch_size == 6
+    want = begin(trainer_of(tmp_path, per_device_train_batch_size=2))
+    assert same_factors(anchors(got), anchors(want))
+    facts = [m.base_model.init_report["default"].facts for m in (got, want)]
+    assert facts[0].n_batches == facts[1].n_batches == 12
+
+
 def test_only_deferred_adapters_start(tmp_path):
     model = adapted(pico_llama(), lora_ga())
     model.add_adapter("second", lora_ga(calibration="deferred"))

@@ -102,7 +102,7 @@ class Product:
         """Rows and their experts, where the first dimension counts blocks."""
         blocks, device = self.experts, tensors[0].device
         if not isinstance(blocks, Tensor):
-            blocks = torch.arange(len(self.parameter.names))
+            blocks = torch.arange(len(self.parameter.names), device=device)
         tensors = [t if t.dim() == 3 else t.expand(len(blocks), *t.shape) for t in tensors]
         experts = blocks.to(device).repeat_interleave(tensors[0].shape[1])
         rows = [t.reshape(-1, t.shape[-1]) for t in tensors]

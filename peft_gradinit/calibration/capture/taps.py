@@ -90,7 +90,8 @@ def capture(modules: Mapping[str, Measurable], sinks: Mapping[str, Sink]) -> Ite
 
     Sinks have the names of the modules; one call for each use of the module in a backward.
     """
-    seen = Capture(torch.zeros((), requires_grad=True), set(), set())
+    anchor = torch.zeros((), dtype=torch.float32, device="cpu", requires_grad=True)
+    seen = Capture(anchor, set(), set())
     sinks = {name: _of_own_backward(name, sink, seen) for name, sink in sinks.items()}
     experts = {n: m for n, m in modules.items() if isinstance(m, ExpertWeight)}
     handles = []

@@ -12,7 +12,6 @@ from itertools import islice
 from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -22,7 +21,7 @@ from ..spec import Calibration
 from .budget import Budget, Step
 from .copying import kept_sample, own_copy
 from .separable import is_sliceable, sliced
-from .tokens import IGNORE_INDEX, has_tokens, n_input_tokens, n_sequences, sequence_tokens
+from .tokens import IGNORE_INDEX, has_tokens, n_sequences, sequence_tokens
 
 FIRST_ORIENTATION = 8
 """Sequences before the first orientation of the sketches; later ones after 3, 9, … times as many.
@@ -57,6 +56,7 @@ def budgeted(
         return
     for batch in islice(batches, budget.n_resumed, None):
         budget.n_batches += 1
+        tokens = sequence_tokens(batch).tolist()  # before it is moved: reading there waits
         rest = _placed(batch, device)
         may_be_cut = separable and is_sliceable(rest)
         while rest is not None and not budget.tokens_spent():
@@ -65,10 +65,14 @@ def budgeted(
                 orientation *= ORIENTATION_GROWTH
             budget.orientation = orientation
             part, rest = rest, None
-            room = orientation - budget.n_sequences
-            if may_be_cut and (cut := _cut(part, room, budget)):
-                part, rest = sliced(part, 0, cut), sliced(part, cut, None)
-            n, n_tokens = n_sequences(part), n_input_tokens(part)
+            room = min(
+                orientation - budget.n_sequences, budget.room(tokens, of_tokens=has_tokens(part))
+            )
+            now, tokens = tokens, []
+            if may_be_cut and room < len(now):
+                now, tokens = now[:room], now[room:]
+                part, rest = sliced(part, 0, room), sliced(part, room, None)
+            n, n_tokens = n_sequences(part), sum(now)
             step = Step(
                 part,
                 n,
@@ -122,14 +126,7 @@ def _placed(batch: Any, device: torch.device) -> Any:
     """A copy on the device, out of reach of the user's iterator and of its inference mode."""
     if isinstance(batch, Mapping):
         batch = copy.copy(batch)  # BatchEncoding.to changes its object
-    return own_copy(send_to_device(batch, device))
-
-
-def _cut(batch: Any, room: int, budget: Budget) -> int | None:
-    """Where to cut a sliceable batch: at the next orientation, or where the token budget is reached."""
-    tokens = sequence_tokens(batch).tolist()
-    cut = min(room, budget.room(tokens, of_tokens=has_tokens(batch)))
-    return cut if cut < n_sequences(batch) else None
+    return own_copy(batch, device)
 
 
 def read(calibration: Calibration, model: nn.Module) -> Iterator[Any]:

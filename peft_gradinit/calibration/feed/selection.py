@@ -21,15 +21,22 @@ class TokenSelection:
 
     def __init__(self, model: nn.Module, batch: Any, *, use_labels: bool) -> None:
         masks = _masks(model, batch, use_labels) if isinstance(batch, Mapping) else []
-        self.n_tokens = int(masks[-1].sum()) if masks else n_sequences(batch)
         kept: dict[tuple[int, ...], Tensor] = {}
         for mask in masks:  # an encoder and a decoder of equal length: what either keeps
             shape = tuple(mask.shape)
             kept[shape] = mask | kept[shape] if shape in kept else mask
+        # One wait for the device for each shape, which gives the number as well.
+        index = {shape: mask.flatten().nonzero().squeeze(1) for shape, mask in kept.items()}
         self._index = {
-            shape: None if mask.all() else mask.flatten().nonzero().squeeze(1)
-            for shape, mask in kept.items()
+            shape: None if len(rows) == kept[shape].numel() else rows
+            for shape, rows in index.items()
         }
+        if not masks:
+            self.n_tokens = n_sequences(batch)
+        elif len(masks) == len(kept):
+            self.n_tokens = len(index[tuple(masks[-1].shape)])
+        else:
+            self.n_tokens = int(masks[-1].sum())
 
     def rows(self, x: Tensor) -> Tensor:
         """Select the inputs that count from `(*batch, in)`; `x` itself if there is nothing to drop.

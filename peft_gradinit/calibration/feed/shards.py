@@ -23,6 +23,7 @@ from ...layouts import Processes
 from ..guards import generators
 from ..spec import Calibration
 from .budget import Step
+from .copying import fields_of
 from .separable import sliced
 
 
@@ -146,6 +147,8 @@ def digest(batch: Any) -> str:
 
 
 def _update(hashed: Any, value: Any) -> None:
+    if (fields := fields_of(value)) is not None:
+        value = fields
     if isinstance(value, Tensor):
         value = value.detach().cpu().contiguous()
         hashed.update(f"{value.dtype}{tuple(value.shape)}".encode())

@@ -42,13 +42,17 @@ def sequence_tokens(batch: Any) -> Tensor:
         sides = [batch.get(key) for key in ("prompt_mask", "completion_mask")]
         masks = [mask for mask in sides if isinstance(mask, Tensor) and mask.dim() == 2]
         if len(masks) == len(sides):
-            return sum(((mask != 0).sum(1) for mask in masks), start=torch.tensor(0))
+            return torch.stack([(mask != 0).sum(1) for mask in masks]).sum(0)
         for key in ("input_ids", "inputs_embeds"):
             if isinstance(tokens := batch.get(key), Tensor) and tokens.dim() >= 2:
-                return torch.full(tokens.shape[:1], tokens.shape[1])
+                return _equally_long(tokens)
     elif (tokens := _ids(batch)) is not None:
-        return torch.full(tokens.shape[:1], tokens.shape[1])
-    return torch.ones(n_sequences(batch), dtype=torch.long)
+        return _equally_long(tokens)
+    return torch.ones(n_sequences(batch), dtype=torch.long, device="cpu")
+
+
+def _equally_long(tokens: Tensor) -> Tensor:
+    return torch.full(tokens.shape[:1], tokens.shape[1], dtype=torch.long, device="cpu")
 
 
 def has_tokens(batch: Any) -> bool:

@@ -46,30 +46,30 @@ class GradientRecorder(Recorder):
     def add(self, step: Step) -> None:  # noqa: D102
         self._seen.tapped.clear()
         self._seen.untapped.clear()
-        if not self.runs_all and not self._may_count(step):
+        if not self.runs_all and not step.counts:
             return
-        loss, weight = loss_and_weight(self.model, step.batch, self.calibration)
+        own = self.calibration.loss_fn is None
+        known = loss_weight(self.model, step.batch) if own else None
+        if not self.runs_all and known == 0:
+            return
+        loss, weight = loss_and_weight(self.model, step.batch, self.calibration, known)
         counts = step.counts and weight > 0
         if not counts and not self.runs_all:
             return
         self._seen.check()
         if not counts and isinstance(loss, Tensor):
             loss, weight = torch.nan_to_num(loss), 0.0
-        self._check_loss(loss, step.n_batch)
+        value = self._checked(loss, step.n_batch)
         self._keep_probe(step.batch)
         self._step_weight = weight
+        self.memory.sample()  # the graph holds what the backward needs
         self._seen.backward(loss * self._scale)
         for statistic in self.layers.distinct():
             statistic.count(weight)
         self.weight += weight
-        self.loss_sum = (self.loss_sum or 0.0) + weight * loss.item()
+        self.loss_sum = (self.loss_sum or 0.0) + weight * value
         if self.on_batch is not None:
-            self.on_batch(step.batch, loss.item(), weight)
-
-    def _may_count(self, step: Step) -> bool:
-        if not step.counts:
-            return False
-        return self.calibration.loss_fn is not None or loss_weight(self.model, step.batch) > 0
+            self.on_batch(step.batch, value, weight)
 
     def nothing_counted(self, n_sequences: int) -> str:  # noqa: D102
         return (
@@ -77,7 +77,8 @@ class GradientRecorder(Recorder):
             "0), so none of their tokens carries loss; check the prompt masking and the truncation."
         )
 
-    def _check_loss(self, loss: Any, n_batch: int) -> None:
+    def _checked(self, loss: Any, n_batch: int) -> float:
+        """The value of a loss that can be differentiated."""
         source = "loss_fn" if self.calibration.loss_fn else type(self.model).__name__
         where = f"in calibration batch {n_batch}"
         if not isinstance(loss, Tensor) or loss.numel() != 1:
@@ -97,6 +98,7 @@ class GradientRecorder(Recorder):
                 "computed under torch.no_grad(), or does not depend on any targeted module; return "
                 "the loss that training would differentiate."
             )
+        return value
 
 
 def _is_in_float16(model: nn.Module, calibration: Calibration) -> bool:

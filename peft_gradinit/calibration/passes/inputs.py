@@ -42,6 +42,7 @@ class InputRecorder(Recorder):
         self._selection = selection if counts else None
         try:
             self._forward(step.batch)
+            self.memory.sample()
         except RuntimeError as error:
             if not differentiates(error):
                 raise

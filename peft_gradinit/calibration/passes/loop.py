@@ -21,7 +21,7 @@ from ..resume import Resume
 from ..spec import Calibration
 from .gradients import GradientRecorder
 from .inputs import InputRecorder
-from .progress import peak_bytes, progress
+from .progress import progress
 from .recorder import Recorder
 from .reduction import shared_out
 from .sharing import LayerStatistics
@@ -120,7 +120,7 @@ def run_pass(
     world, calibration, budget = recorder.world, recorder.calibration, feed.budget
     with world.together():
         recorder.check_model()
-    started, peak = time.perf_counter(), peak_bytes()
+    started = time.perf_counter()
     if saved := resume.load():
         tensors, numbers = saved
         tensors = {key: tensor.to(recorder.device) for key, tensor in tensors.items()}
@@ -159,7 +159,7 @@ def run_pass(
         loss=None if loss is None else loss / recorder.weight,
         seconds=time.perf_counter() - started,
         state_bytes=sum(s.n_bytes() for s in recorder.layers.distinct()),
-        peak_bytes=max(0, peak_bytes() - peak),
+        peak_bytes=recorder.memory.growth(),
     )
 
 

@@ -6,7 +6,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from ...errors import CalibrationError, DataError
@@ -37,7 +36,7 @@ def mean_loss(model: nn.Module, replay: Replay, calibration: Calibration) -> flo
             runs = max(world.gather(runs))
         with world.together(), left_as_found(model, None, calibration.seed), torch.no_grad():
             for i in range(runs):
-                batch = send_to_device(replay.batches[min(i, len(replay.batches) - 1)], device)
+                batch = own_copy(replay.batches[min(i, len(replay.batches) - 1)], device)
                 loss = _loss_without_graph(model, batch, calibration)
                 if i < len(replay.batches) and replay.weights[i]:
                     loss_sum += float(loss) * replay.weights[i]
@@ -65,12 +64,18 @@ def _processes_of(model: nn.Module, replay: Replay) -> AbstractContextManager[Pr
     return processes(model) if replay.of_one_process else nullcontext(Processes())
 
 
-def loss_and_weight(model: nn.Module, batch: Any, calibration: Calibration) -> tuple[Any, float]:
-    """The loss of a batch, unchecked, and the number of terms that it is the mean of."""
+def loss_and_weight(
+    model: nn.Module, batch: Any, calibration: Calibration, known: float | None = None
+) -> tuple[Any, float]:
+    """The loss of a batch, unchecked, and the number of terms that it is the mean of.
+
+    `known` is that number for the model's own loss, which takes time to count.
+    """
     accelerator = calibration.accelerator
     with accelerator.autocast() if accelerator else nullcontext():
         if calibration.loss_fn is None:
-            return _model_loss(model, batch), loss_weight(model, batch)
+            weight = loss_weight(model, batch) if known is None else known
+            return _model_loss(model, batch), weight
         result = calibration.loss_fn(model, own_copy(batch))  # which it may change
     if isinstance(result, tuple):
         return result[0], _checked_weight(result)

@@ -1,32 +1,13 @@
-"""The progress bar of a pass, and the memory that it used."""
+"""The progress bar of a pass."""
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import torch
 from tqdm.auto import tqdm
 
 from ...layouts import Processes
 from ..feed import Budget, n_batches
 from ..spec import Calibration
-
-
-def peak_bytes() -> int:
-    """Peak memory so far, in bytes; 0 where the system keeps no count (Windows without CUDA).
-
-    With CUDA it is the memory that torch allocated on the current device since the start of the
-    process or the user's last reset; a model on several devices uses more. Without CUDA it is the
-    resident memory of the whole process, the interpreter and the model included.
-    """
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    if sys.platform == "win32":
-        return 0  # no such count there
-    import resource  # does not exist on Windows
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 @contextmanager

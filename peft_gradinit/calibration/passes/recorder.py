@@ -12,6 +12,7 @@ from ...layouts import Processes, check_loaded, execution_device
 from ..capture import Measurable
 from ..feed import Step, first_sequence
 from ..spec import Calibration
+from .memory import MemoryGauge
 from .reduction import keep_on_first, orient, sum_over
 from .sharing import LayerStatistics
 
@@ -45,6 +46,7 @@ class Recorder(ABC):
         self.targets = targets
         self.runs_all = world.size > 1 and calibration.must_run_equally(model)
         self.device = execution_device(model)
+        self.memory = MemoryGauge(model)
         self.weight = 0.0
         self.loss_sum: float | None = 0.0 if self.computes_loss else None
         self.on_batch: Callable[[Any, float, float], None] | None = None

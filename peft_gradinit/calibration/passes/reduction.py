@@ -1,6 +1,7 @@
 """Adds up the statistics of all processes, and gives all of them the same factors."""
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,12 +57,12 @@ def shared_out(
         mine = {name: dict(readouts_of(name)) for name in names[world.rank :: world.size]}
     if world.size == 1:
         return mine
-    device = next((t.device for of in mine.values() for t in of.values()), torch.device("cpu"))
     shapes = world.gather({n: {k: tuple(t.shape) for k, t in of.items()} for n, of in mine.items()})
     found: dict[str, dict[str, Tensor]] = {}
     for owner, theirs in enumerate(shapes):
         for name, sizes in theirs.items():
-            empty = {part: torch.empty(size, device=device) for part, size in sizes.items()}
+            options: Any = {"dtype": torch.float32, "device": world.device}
+            empty = {part: torch.empty(size, **options) for part, size in sizes.items()}
             found[name] = mine[name] if owner == world.rank else empty
         world.broadcast_([t for name in theirs for t in found[name].values()], owner)
     return {name: found[name] for name in names}

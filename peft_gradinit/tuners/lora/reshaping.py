@@ -197,7 +197,7 @@ def _owner(linear: Any) -> tuple[Any, str]:
 def _draw(linear: Any) -> None:
     """Draw `A` as PEFT does, for experts that get no start; the same in every process."""
     weight = getattr(*_owner(linear))
-    values = torch.empty(weight.shape)
+    values = torch.empty(weight.shape, dtype=torch.float32, device="cpu")
     generator = torch.Generator().manual_seed(weight.shape[0])
     nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=generator)
     weight.copy_(values)

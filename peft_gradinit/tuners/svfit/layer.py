@@ -50,9 +50,10 @@ class SVFitLinear(nn.Module, BaseTunerLayer):
         device = execution_device(self.get_base_layer())
         shapes = {"svfit_U": (self.out_features, r), "svfit_Vh": (r, self.in_features)}
         for name, shape in shapes.items():
-            value = torch.zeros(shape, device=device)
+            value = torch.zeros(shape, dtype=torch.float32, device=device)
             getattr(self, name)[adapter_name] = nn.Parameter(value, requires_grad=False)
-        self.svfit_delta[adapter_name] = nn.Parameter(torch.zeros(r, device=device))
+        delta = torch.zeros(r, dtype=torch.float32, device=device)
+        self.svfit_delta[adapter_name] = nn.Parameter(delta)
 
     @torch.no_grad()
     def fill(self, adapter_name: str, U: Tensor, Vh: Tensor) -> None:

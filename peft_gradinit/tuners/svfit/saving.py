@@ -60,7 +60,7 @@ def compact_form(
         digest = bytes.fromhex(layers[stem.removeprefix(PREFIX)].weight_hash[adapter_name])
         values = {
             _DELTA: parts[1],
-            _HASH: torch.tensor(list(digest), dtype=torch.uint8),
+            _HASH: torch.tensor(list(digest), dtype=torch.uint8, device="cpu"),
             _PROBE: _probe(parts),
         }
         saved |= {f"{stem}{key}.{adapter_name}": value for key, value in values.items()}
@@ -183,6 +183,10 @@ def _probe(parts: Parts) -> Tensor:
     """`L U diag(delta) Vh x`, `(8,)`, for a fixed random `L` and `x`; each is of size `|delta|`."""
     U, delta, Vh = (part.float() for part in parts)
     generator = torch.Generator().manual_seed(0)
-    right = torch.randn(Vh.shape[1], generator=generator).to(Vh)
-    left = torch.randn(_N_PROBES, U.shape[0], generator=generator).to(U)
+    right = _normal(Vh.shape[1], generator=generator).to(Vh)
+    left = _normal(_N_PROBES, U.shape[0], generator=generator).to(U)
     return left @ (U @ (delta * (Vh @ right)))
+
+
+def _normal(*size: int, generator: torch.Generator) -> Tensor:
+    return torch.randn(size, generator=generator, dtype=torch.float32, device="cpu")
