@@ -21,7 +21,10 @@ def folder(tmp_path_factory):
     section = ModelSection(name="embedded:pico-llama")
     load_model(section).save_pretrained(place / "model")
     load_processor(section).save_pretrained(place / "model")
-    sums = [{"instruction": f"What is {i} + {i}?", "output": f"It is {2 * i}."} for i in range(32)]
+    sums = [
+        {"instruction": f"What is {i} + {i}?", "input": "", "output": f"It is {2 * i}."}
+        for i in range(32)
+    ]
     (place / "sums.json").write_text(json.dumps(sums))
     (place / "dataset_info.json").write_text(json.dumps({"sums": {"file_name": "sums.json"}}))
     return place

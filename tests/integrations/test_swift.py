@@ -41,6 +41,7 @@ def swift_trainer(model, folder, callbacks_map, names):
             super().__init__(model, args, callbacks=made, **options)
 
     like = trainer_of(model, folder)
+    like.args.max_epochs = None  # an argument of swift's own, which its patched Trainer reads
     options = {"train_dataset": like.train_dataset, "data_collator": like.data_collator}
     return SwiftTrainer(model, like.args, **options)
 
