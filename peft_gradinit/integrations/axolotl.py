@@ -34,6 +34,8 @@ _NAMES = {
 }
 """Names that PEFT has for axolotl's keys."""
 
+_KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel")
+
 _TASKS = {"SequenceClassification": "SEQ_CLS", "TokenClassification": "TOKEN_CLS"}
 
 
@@ -61,19 +63,26 @@ class GradInitPlugin(BasePlugin):
         return [AdapterCapabilities(name=name, lora_like=True) for name in METHOD_CONFIGS]
 
     def pre_model_load(self, cfg: Any) -> None:
-        """Refuse a quantised base, which axolotl would load unquantised for adapters not its own.
+        """Refuse what axolotl does for its own adapters alone, or behind their layers' back.
 
         Args:
             cfg: axolotl's config.
 
         Raises:
-            ConfigError: if the base is to be quantised.
+            ConfigError: if the base is to be quantised, or kernels are to compute the adapter.
         """
-        if cfg.adapter in METHOD_CONFIGS and (cfg.load_in_4bit or cfg.load_in_8bit):
+        if cfg.adapter not in METHOD_CONFIGS:
+            return
+        if cfg.load_in_4bit or cfg.load_in_8bit:
             raise ConfigError(
                 f"axolotl quantises the base for the adapters 'lora' and 'qlora' alone, got "
                 f"{cfg.adapter!r}; make a start by `peft-gradinit start --quantization 4bit`, and "
                 "train it with adapter: qlora and lora_model_dir."
+            )
+        if kernels := [name for name in _KERNELS if cfg.get(name)]:
+            raise ConfigError(
+                f"{', '.join(kernels)} would compute the adapter without calling the layers that a "
+                f"calibration listens to; leave them out with adapter: {cfg.adapter}."
             )
 
     def load_adapter(

@@ -1,11 +1,15 @@
 """`peft-gradinit start`: a plain adapter that other frameworks continue from, in the same run."""
 
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
 
 from peft_gradinit import METHODS, GradInitConfig
 from peft_gradinit.recipes import ModelSection, load_model
@@ -15,6 +19,7 @@ from peft_gradinit_cli.work.arguments import job_of
 from peft_gradinit_cli.work.start import CONTINUED
 from tests.helpers import logits, pico_llama, token_batches, train_steps
 
+ROOT = Path(__file__).parents[2]
 MODEL, DATA = "embedded:pico-llama", "embedded:docstrings"
 SIZES = {"r": 4, "max_length": 48, "max_tokens": 1024}
 OPTIONS = [f"--{name.replace('_', '-')}={value}" for name, value in SIZES.items()]
@@ -33,18 +38,28 @@ def test_methods_are_those_that_fix_nothing():
     assert sorted(plain) == sorted(PLAIN)
 
 
-@pytest.mark.parametrize("method", PLAIN)
-def test_plain_peft_continues_the_same_run(method, run, tmp_path):
-    done = run("start", MODEL, DATA, tmp_path / "start", "--method", method, *OPTIONS)
+ALLOCATED = ["rank_allocation=gradient_energy", "rho=4", "min_rank=0", "lora_dropout=0.1"]
+
+
+@pytest.mark.parametrize(
+    ("method", "more"), [("lora_one", []), ("lora_one", ALLOCATED), ("eva", []), ("eva", ["rho=1"])]
+)
+def test_plain_peft_continues_the_same_run(method, more, run, tmp_path):
+    options = [word for option in more for word in ("--option", option)]
+    done = run("start", MODEL, DATA, tmp_path / "start", "--method", method, *OPTIONS, *options)
     assert done.code == 0, done.err
-    job = job_of(**Measured(**SIZES).sections(MODEL, DATA, method))
+    job = job_of(**Measured(**SIZES, option=more).sections(MODEL, DATA, method))
     live = job.start(torch.device("cpu"), progress=False)
     plain = PeftModel.from_pretrained(fresh(), tmp_path / "start", is_trainable=True)
     assert plain.peft_config["default"].peft_type.value == "LORA"
     assert live.peft_config["default"].peft_type.value == method.upper()
     start = logits(plain)
     assert torch.equal(logits(live), start)
-    assert train_steps(live, 3) == train_steps(plain, 3)
+    losses = []
+    for model in (live, plain):
+        torch.manual_seed(0)
+        losses.append(train_steps(model.train(), 3))
+    assert losses[0] == losses[1]
     assert (logits(plain) - start).abs().max() > 1e-3
     one, two = trained(live), trained(plain)
     assert one.keys() == two.keys()
@@ -107,3 +122,20 @@ def test_what_is_there_is_told_before_the_work(run, tmp_path):
         assert done.code == 1
         assert "notes.txt" in done.err
     assert run("start", MODEL, DATA).code == 2
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_start_of_one(run, tmp_path):
+    assert run("start", MODEL, DATA, tmp_path / "one", *OPTIONS).code == 0
+    # `accelerate launch --cpu` starts one process where there is no MPI.
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "--")
+    command = ("peft_gradinit_cli", "start", MODEL, DATA, str(tmp_path / "two"), *OPTIONS, "--json")
+    done = subprocess.run(
+        [sys.executable, *launch, *command], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count('"learning_rate"') == 1  # one process speaks for both
+    one, two = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("one", "two"))
+    for name in (key.replace("lora_A", "lora_B") for key in one if "lora_A" in key):
+        first, second = (f[name] @ f[name.replace("lora_B", "lora_A")] for f in (one, two))
+        assert torch.linalg.norm(first - second) < 1e-3 * torch.linalg.norm(first), name

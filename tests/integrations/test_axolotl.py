@@ -91,8 +91,10 @@ def test_what_cannot_work_is_told(plugin):
         plugin.load_adapter(pico_llama(), cfg(gradinit={"stable_gama": 3}))
     with pytest.raises(ConfigError, match="quantises the base for the adapters 'lora' and 'qlora'"):
         plugin.pre_model_load(cfg(load_in_4bit=True))
+    with pytest.raises(ConfigError, match=r"lora_qkv_kernel would compute .* adapter: lora_ga"):
+        plugin.pre_model_load(cfg(lora_qkv_kernel=True, lora_o_kernel=False))
     plugin.pre_model_load(cfg())
-    plugin.pre_model_load(cfg("qlora", load_in_4bit=True))
+    plugin.pre_model_load(cfg("qlora", load_in_4bit=True, lora_mlp_kernel=True))
 
 
 def test_the_key_of_the_yaml_has_a_schema(plugin):
