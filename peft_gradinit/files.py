@@ -108,7 +108,7 @@ def whole_folder(
     target = Path(os.path.abspath(folder))  # noqa: PTH100 `resolve` would follow a link
     with _errors_explained(target):
         _remove_left_overs(target)
-    _check_replaceable(target, overwrite, is_ours)
+    check_replaceable(target, overwrite, is_ours)
     with _errors_explained(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         with _work_folder(target) as work:
@@ -117,8 +117,8 @@ def whole_folder(
             yield new
             for path in [*new.rglob("*"), new]:
                 _flush(path)
-            _check_replaceable(target, overwrite, is_ours)
-            _put_in_place(new, target, lambda: _check_replaceable(target, overwrite, is_ours))
+            check_replaceable(target, overwrite, is_ours)
+            _put_in_place(new, target, lambda: check_replaceable(target, overwrite, is_ours))
             _flush(target.parent)
 
 
@@ -248,7 +248,8 @@ def _discard(work: Path, target: Path) -> None:
     shutil.rmtree(work, ignore_errors=True)
 
 
-def _check_replaceable(target: Path, overwrite: bool, is_ours: Callable[[str], bool]) -> None:
+def check_replaceable(target: Path, overwrite: bool, is_ours: Callable[[str], bool]) -> None:
+    """Refuse a place that `whole_folder` would refuse (`ExportError`), before there is content."""
     try:
         kind = target.lstat().st_mode  # once, as another export may be replacing it
     except (FileNotFoundError, NotADirectoryError):

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .commands import calibrate, compare, convert, doctor, export, inspect, train
+from .commands import calibrate, compare, convert, doctor, export, inspect, start, train
 from .output import errors
 
 FAILED = 1
@@ -20,7 +20,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (calibrate, inspect, compare, convert, export, train, doctor):
+for command in (calibrate, start, inspect, compare, convert, export, train, doctor):
     app.command(no_args_is_help=command is not doctor)(command)
 
 
@@ -38,7 +38,8 @@ def _peft_gradinit(
 ) -> None:
     """Starts for LoRA adapters, computed from a model and data.
 
-    **Before training**: `calibrate` measures what a method needs, `inspect` shows it.
+    **Before training**: `calibrate` measures what a method needs, `inspect` shows it, `start` saves
+    an adapter that other frameworks continue from.
     **Training**: `train` runs a recipe.
     **After training**: `inspect` and `compare` look at adapters, `convert` frees those whose start
     wrote into the base model, `export` writes the form that is needed. `doctor` says what works here.

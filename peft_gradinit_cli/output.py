@@ -77,11 +77,22 @@ class Listing:
         if self.rows:
             for line in self._table():
                 console.print(line)
+        for name, text in self.told():
+            console.print(f"[bold]{name}[/]: ", end="")
+            console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def told(self) -> list[tuple[str, str]]:
+        """The facts as people read them, by name; what has nothing to say is left out."""
+        told = []
         for name, value in self.facts.items():
             text = value.text if isinstance(value, Said) else _text(value, "")
             if text or not isinstance(value, Said):
-                console.print(f"[bold]{name}[/]: ", end="")
-                console.print(text, markup=False, highlight=False, soft_wrap=True)
+                told.append((name, text))
+        return told
+
+    def cells(self, row: dict[str, Any]) -> list[str]:
+        """The texts of a row, one a column."""
+        return [_text(row.get(column.key), column.style) for column in self.columns]
 
     def content(self) -> dict[str, Any]:
         """What JSON has of it."""
@@ -90,7 +101,8 @@ class Listing:
 
     def _table(self) -> list[Table | str]:
         """The table, and what had to be left out of it."""
-        cells = {c.key: [_text(row.get(c.key), c.style) for row in self.rows] for c in self.columns}
+        texts = zip(*map(self.cells, self.rows), strict=True)
+        cells = {c.key: list(column) for c, column in zip(self.columns, texts, strict=True)}
         first, notes = self.columns[0], []
         shown = list(self.columns)
         if _width(shown, cells) > console.width and (prefix := _common_prefix(cells[first.key])):

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from peft_gradinit.recipes import ModelSection, load_model, load_processor
 from peft_gradinit.recipes.embedded import smollm2_folder
 from tests.smollm2.marks import needs_smollm2
 
@@ -23,6 +25,7 @@ NOTEBOOK = EXAMPLES / "calibration_to_hub.ipynb"
 FILES = sorted(EXAMPLES.glob("*.py"))
 CELLS = json.loads(NOTEBOOK.read_text())["cells"]
 TWO = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2")
+PUBLIC = {"peft_gradinit", "peft_gradinit.integrations", "peft_gradinit.recipes.embedded"}
 CODE = [cell for cell in CELLS if cell["cell_type"] == "code"]
 
 
@@ -60,12 +63,12 @@ def test_an_example_is_short_and_uses_public_names(file):
     assert len(source.splitlines()) <= 60
     imports = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.ImportFrom)]
     ours = {n.module for n in imports if n.module.startswith("peft_gradinit")}
-    assert "peft_gradinit" in ours
-    assert ours <= {"peft_gradinit", "peft_gradinit.recipes.embedded"}
+    assert ours & {"peft_gradinit", "peft_gradinit.integrations"}
+    assert ours <= PUBLIC
 
 
 def test_readme_lists_every_example():
-    assert len(FILES) == 6
+    assert len(FILES) == 7
     readme = (EXAMPLES / "README.md").read_text()
     rows = re.findall(r"^\| \[`(\S+)`\]\((\S+)\) \|", readme, flags=re.MULTILINE)
     assert sorted(rows) == sorted((f.name, f.name) for f in [*FILES, NOTEBOOK])
@@ -138,6 +141,55 @@ def test_the_loss_falls(name, factor, tmp_path):
     assert (config["peft_type"], config["r"]) == ("LORA", 8)
     assert any("lora_A" in key for key in load_file(saved / "adapter_model.safetensors"))
     assert ("generated: ['" in output) == (name == "t5_generate.py")
+
+
+def test_the_script_of_trl_takes_its_options_and_ours(tmp_path):
+    section = ModelSection(name="embedded:pico-llama")
+    load_model(section).save_pretrained(tmp_path / "model")
+    load_processor(section).save_pretrained(tmp_path / "model")
+    rows = [chat(f"What is {i} + {i}?", f"It is {2 * i}.") for i in range(40)]
+    (tmp_path / "data").mkdir()
+    for split in ("train", "test"):
+        lines = "\n".join(map(json.dumps, rows))
+        (tmp_path / "data" / f"{split}.jsonl").write_text(lines)
+    config = """
+        model_name_or_path: model
+        dataset_name: data
+        output_dir: out
+        max_length: 64
+        max_steps: 4
+        logging_steps: 1
+        per_device_train_batch_size: 4
+        eval_strategy: steps
+        eval_steps: 4
+        lora_r: 4
+        lora_alpha: 8
+        use_cpu: true
+        bf16: false
+        report_to: none
+        learning_rate: 1.0e-9
+        options: {max_tokens: 512, stable_gamma: 32}
+    """
+    (tmp_path / "sft.yaml").write_text(textwrap.dedent(config))
+    output = run("trl_sft.py", tmp_path, "--config", "sft.yaml", "--method", "lora_ga")
+    logs = [ast.literal_eval(line) for line in re.findall(r"\{'.*?\}", output)]
+    rate = next(
+        float(log["calibration/learning_rate"]) for log in logs if "calibration/loss" in log
+    )
+    losses = [float(log["loss"]) for log in logs if "loss" in log]
+    assert rate > 1e-4
+    assert losses[-1] < losses[0] - 0.1
+    assert sum("eval_loss" in log for log in logs) == 1
+    facts = json.loads((tmp_path / "out" / "gradinit.json").read_text())
+    assert (facts["method"], facts["config"]["r"]) == ("LoRA-GA", 4)
+    assert facts["config"]["stable_gamma"] == 32
+    saved = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (saved["peft_type"], saved["r"], saved["lora_dropout"]) == ("LORA", 8, 0.05)
+
+
+def chat(question, answer):
+    turns = ("user", question), ("assistant", answer)
+    return {"messages": [{"role": role, "content": content} for role, content in turns]}
 
 
 @needs_smollm2

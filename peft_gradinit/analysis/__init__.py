@@ -10,5 +10,6 @@ from .plots import (
     draw_losses,
     draw_rank_map,
     draw_spectra,
+    place_of,
 )
 from .suggestions import suggested_ranks

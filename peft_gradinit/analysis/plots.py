@@ -37,7 +37,7 @@ def draw_spectra(result: CalibrationResult, path: str | os.PathLike[str]) -> Pat
     """Draw singular values over their statistic's norm, in a panel for each kind of layer."""
     kinds: dict[str, list[str]] = {}
     for name in result.triplets:
-        kinds.setdefault(_place(name)[1], []).append(name)
+        kinds.setdefault(place_of(name)[1], []).append(name)
     figure, panels = _panels(len(kinds), size=(3.0, 2.3), share_y=True)
     colours, deepest = _depth_colours(result.triplets)
     for panel, (kind, names) in zip(panels, kinds.items(), strict=False):
@@ -81,7 +81,7 @@ def draw_drift(drifts: Mapping[str, Mapping[str, float]], path: str | os.PathLik
     for label, layers in drifts.items():
         by_depth: dict[int, list[float]] = {}
         for name, value in layers.items():
-            by_depth.setdefault(_place(name)[0] or 0, []).append(value)
+            by_depth.setdefault(place_of(name)[0] or 0, []).append(value)
         depths = sorted(by_depth)
         means = [100 * sum(by_depth[d]) / len(by_depth[d]) for d in depths]
         panel.plot(depths, means, marker="o", ms=3, label=label)
@@ -142,7 +142,7 @@ def draw_losses(
 
 def _map(values: Mapping[str, float], title: str, style: str) -> "Figure":
     """A heat map by depth and kind of layer; layers without a depth are in the first column."""
-    places = {name: _place(name) for name in values}
+    places = {name: place_of(name) for name in values}
     columns = sorted({depth for depth, _ in places.values()}, key=lambda d: -1 if d is None else d)
     kinds = list(dict.fromkeys(kind for _, kind in places.values()))
     grid = [[math.nan] * len(columns) for _ in kinds]
@@ -174,7 +174,7 @@ def _label_cells(panel: "Axes", grid: list[list[float]], highest: float, style: 
                 panel.text(x, y, text, ha="center", va="center", fontsize=6, color=colour)
 
 
-def _place(name: str) -> tuple[int | None, str]:
+def place_of(name: str) -> tuple[int | None, str]:
     """Depth and kind of a layer."""
     block = BLOCK.search(name)
     if block is None:
@@ -216,7 +216,7 @@ def _pyplot() -> Any:
 
 def _depth_colours(names: Iterable[str]) -> tuple[dict[str, Any], int]:
     """A colour for every layer by its depth, and the largest depth."""
-    depths = {name: _place(name)[0] for name in names}
+    depths = {name: place_of(name)[0] for name in names}
     deepest = max((depth or 0 for depth in depths.values()), default=0)
     colours = _pyplot().get_cmap("viridis")
     return {

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import ExportError
-from ..files import whole_folder, write_json
+from ..files import check_replaceable, check_writable, whole_folder, write_json
 from ..linalg import Factors
 from ..numbers import as_python, is_integer
 from ..records import (
@@ -179,6 +179,12 @@ def export_adapter(
         write_json(part / PROVENANCE_FILE, {"format": EXPORT_FORMAT, **facts})
         saved(part)
     return report
+
+
+def check_directory(directory: str | os.PathLike[str], *, overwrite: bool) -> None:
+    """Refuse a directory that `export_adapter` would refuse, before there is an adapter."""
+    check_replaceable(Path(directory), overwrite, _is_ours)
+    check_writable(Path(directory).parent)
 
 
 def _checked_config(

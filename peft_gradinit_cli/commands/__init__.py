@@ -9,6 +9,7 @@ from .convert import convert
 from .doctor import doctor
 from .export import export
 from .inspect import inspect
+from .start import start
 from .train import train
 
 __all__ = [
@@ -18,5 +19,6 @@ __all__ = [
     "doctor",
     "export",
     "inspect",
+    "start",
     "train",
 ]

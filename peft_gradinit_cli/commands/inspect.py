@@ -1,5 +1,6 @@
 """`peft-gradinit inspect`: what a calibration found, or what an adapter holds."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -19,6 +20,12 @@ def inspect(
         ),
     ] = None,
     plot: options.Plot = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write a page with all of it, which needs no other file.", metavar="FILE"
+        ),
+    ] = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Show a calibration or an adapter layer by layer, and which layers deserve rank.
@@ -31,8 +38,8 @@ def inspect(
     --base, sizes are relative to the weights. With --plot: a map of the ranks and, with --base, of
     how far every layer has moved.
 
-        peft-gradinit inspect out/calibration --plot out/pictures
+        peft-gradinit inspect out/calibration --plot out/pictures --html out/report.html
     """
     from ..work.inspect import run
 
-    run(path, base=base, rank=rank, plot=plot, as_json=as_json)
+    run(path, base=base, rank=rank, plot=plot, html=html, as_json=as_json)

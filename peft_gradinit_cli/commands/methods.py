@@ -13,3 +13,8 @@ CALIBRATED = {
 """Where an adapter starts, and what is measured for it, by the method's name."""
 
 HELP = " ".join(f"{name}: {start}." for name, start in CALIBRATED.items())
+
+PLAIN = ("lora_one", "eva")
+"""Those that a plain LoRA adapter holds as they are trained: nothing is fixed beside it."""
+
+HELP_OF_PLAIN = " ".join(f"{name}: {CALIBRATED[name]}." for name in PLAIN)

@@ -1,41 +1,27 @@
 """What `peft-gradinit calibrate` does."""
 
 import dataclasses
-import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import torch
-import yaml
 
 from peft_gradinit.calibration import CalibrationResult
 from peft_gradinit.errors import ConfigError
 from peft_gradinit.layouts import process_state
 from peft_gradinit.methods import METHODS
-from peft_gradinit.recipes import (
-    CalibrationSection,
-    DataSection,
-    Estimate,
-    MethodSection,
-    ModelSection,
-    section_of,
-)
+from peft_gradinit.recipes import Estimate
 from peft_gradinit.records import LearningRate
 
 from ..output import Listing, console, human_bytes, human_time
-from .jobs import NO_DATA, Job, Place
-
-_Fields = Mapping[str, Any]
+from .arguments import Fields, device_of, job_of
+from .jobs import Job, Place
 
 
 def run(
     *,
-    model: _Fields,
-    data: _Fields,
-    method: _Fields,
-    calibration: _Fields,
-    place: _Fields,
+    model: Fields,
+    data: Fields,
+    method: Fields,
+    calibration: Fields,
+    place: Fields,
     device: str | None,
     processes: int | None,
     dry_run: bool,
@@ -53,31 +39,11 @@ def run(
         processes: that would share the data of a dry run. Default: those that were launched.
         dry_run: say the costs and stop.
         as_json: print JSON.
-
-    Raises:
-        ConfigError: for preferences, whose loss only a trainer has.
     """
     _check(data["path"], place["folder"], method["name"], calibration["estimator"], dry_run)
-    job = Job(
-        section_of(ModelSection, **model),
-        section_of(DataSection, **{**data, "path": data["path"] or NO_DATA}),
-        section_of(
-            MethodSection,
-            **{
-                **method,
-                "target_modules": _names(method["target_modules"]),
-                "options": _options(method["options"]),
-            },
-        ),
-        CalibrationSection(**calibration),
-    )
-    if job.model.task == "PREFERENCE":
-        raise ConfigError(
-            "--task PREFERENCE cannot be calibrated beforehand, since its loss is that of the trainer; "
-            "`peft-gradinit train RECIPE` starts the adapter from it."
-        )
+    job = job_of(model=model, data=data, method=method, calibration=calibration)
     state = process_state()
-    where = _device(device or str(state.device or "cpu"))
+    where = device_of(device or str(state.device or "cpu"))
     if dry_run:
         costs = job.estimate(where, processes or state.num_processes)
         if state.is_main_process:
@@ -167,60 +133,3 @@ def _show_result(
         )
     for line in lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
-
-
-def _names(text: str) -> str | list[str]:
-    """Plain names become a list, in which PEFT looks for suffixes; else it is one regular expression."""
-    if text == "all-linear" or not re.fullmatch(r"[\w.,]+", text):
-        return text
-    return text.split(",")
-
-
-def _device(name: str) -> torch.device:
-    """A device by its name.
-
-    Args:
-        name: from the command line.
-
-    Returns:
-        The device.
-
-    Raises:
-        ConfigError: if there is none of that name here.
-    """
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-        reason = str(error).partition("\n")[0]
-        raise ConfigError(
-            f"--device {name!r} cannot be used here ({reason}); `peft-gradinit doctor` lists what "
-            "can."
-        ) from error
-    return device
-
-
-def _options(pairs: list[str]) -> dict[str, Any]:
-    """Parse KEY=VALUE, the value as YAML.
-
-    Args:
-        pairs: from the command line.
-
-    Returns:
-        The values by key.
-
-    Raises:
-        ConfigError: if a pair has no `=`, or a value is not YAML.
-    """
-    return dict(map(_key_and_value, pairs))
-
-
-def _key_and_value(pair: str) -> tuple[str, Any]:
-    key, equals, value = pair.partition("=")
-    if not equals:
-        raise ConfigError(f"--option takes KEY=VALUE, got {pair!r}.")
-    try:
-        return key, yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"--option {pair!r}: the value is not YAML: {reason}.") from error

@@ -8,18 +8,28 @@ from typing import Any
 from peft_gradinit.analysis import draw_drift, draw_rank_map, draw_spectra, suggested_ranks
 from peft_gradinit.calibration import CalibrationResult
 from peft_gradinit.errors import ConfigError, GradInitError
+from peft_gradinit.files import check_writable
 from peft_gradinit.linalg import effective_rank
 from peft_gradinit.records import SavedAdapter, read_adapter, read_provenance, relative_norm
 
 from ..output import Column, Listing, Said
 from .bases import weights_of
 from .kinds import is_calibration
+from .page import write_page
 
 _FULL, _EMPTY = 0.8, 0.3
 """Effective rank over `r` above which a layer could use more, and below which less would do."""
 
 
-def run(path: str, *, base: str | None, rank: int | None, plot: Path | None, as_json: bool) -> None:
+def run(
+    path: str,
+    *,
+    base: str | None,
+    rank: int | None,
+    plot: Path | None,
+    html: Path | None,
+    as_json: bool,
+) -> None:
     """Show a calibration or an adapter layer by layer.
 
     Args:
@@ -28,13 +38,19 @@ def run(path: str, *, base: str | None, rank: int | None, plot: Path | None, as_
         rank: mean rank that the suggestions for a calibration share out. Default: half of the largest
             that it serves.
         plot: folder of the pictures.
+        html: file of a page that has all of it.
         as_json: print JSON.
     """
+    if html is not None:
+        check_writable(html.parent)
     if is_calibration(path):
-        listing = _of_calibration(CalibrationResult.load(path), rank, plot)
+        title, listing = "Calibration", _of_calibration(CalibrationResult.load(path), rank, plot)
     else:
         adapter = read_adapter(path)
-        listing = _of_adapter(adapter, base, plot)
+        title, listing = "Adapter", _of_adapter(adapter, base, plot)
+    if html is not None:
+        write_page(listing, html, title=title, subject=path)
+        listing.facts["page"] = str(html)
     listing.show(as_json)
 
 

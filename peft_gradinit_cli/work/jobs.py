@@ -5,10 +5,11 @@ import functools
 import itertools
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import datasets
 import torch
+from peft import PeftModel, get_peft_model
 from torch import nn
 
 from peft_gradinit import __version__
@@ -128,18 +129,30 @@ class Job:
         Returns:
             The result, and the model that it was measured on.
         """
+        model, data = self._loaded(device, progress=progress, checkpoint=place.checkpoint(self))
+        return run_calibration(model, self.config(), data), model
+
+    def start(self, device: torch.device, *, progress: bool) -> PeftModel:
+        """Compute the start of an adapter.
+
+        Args:
+            device: where the model runs.
+            progress: show a progress bar.
+
+        Returns:
+            The model with the adapter, as training would begin with it.
+        """
+        model, data = self._loaded(device, progress=progress)
+        config = adapter_config(self.method, task_of(self.model), calibration=data)
+        return cast("PeftModel", get_peft_model(model, config))
+
+    def _loaded(self, device: torch.device, **more: Any) -> tuple[Any, Any]:
+        """The model on its device, and the calibration with `more` arguments."""
         rows, reader = self._encoded(), self.reader
-        model = reader.load_model(self.model)
+        model: Any = reader.load_model(self.model)
         if self.model.quantization is None:
             model.to(device)
-        data = calibration_of(
-            rows,
-            self.calibration,
-            reader.processor,
-            progress=progress,
-            checkpoint=place.checkpoint(self),
-        )
-        return run_calibration(model, self.config(), data), model
+        return model, calibration_of(rows, self.calibration, reader.processor, **more)
 
     def learning_rate(self, model: nn.Module, result: CalibrationResult) -> LearningRate | None:
         """What to train at from the start that the result gives; every process has to call it.

@@ -116,6 +116,9 @@ def test_foreign_adapters(run, workshop, tmp_path, line):
         (("calibrate", "BASE", "DATA", "OUT", "--device", "cuda:99"), "--device 'cuda:99' cannot"),
         (("calibrate", "BASE", "DATA", "OUT"), "cannot load the tokenizer"),
         (("calibrate", "embedded:minlm", "DATA", "OUT"), "did you mean 'embedded:minilm'"),
+        (("start", "BASE", "DATA", "OUT", "--method", "lora"), "method must be one of"),
+        (("start", "BASE", "DATA", "OUT"), "cannot load the tokenizer"),
+        (("start", "embedded:minlm", "DATA", "OUT"), "did you mean 'embedded:minilm'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
@@ -202,6 +205,7 @@ def test_results_are_not_overwritten_by_chance(run, calibration, workshop, tmp_p
 
 OUTPUTS = [
     ("calibrate", "embedded:pico-llama", "embedded:docstrings", "OUT", "--max-tokens", "256"),
+    ("start", "embedded:pico-llama", "embedded:docstrings", "OUT", "--max-tokens", "256"),
     ("convert", "PISSA", "OUT", "--base", "BASE"),
     ("export", "LORA", "OUT", "--base", "BASE"),
     ("compare", "LORA", "--base", "BASE", "--mitigate", "OUT"),
@@ -235,7 +239,7 @@ FULL = "No space left on device"
     ],
     ids=["python", "rust"],
 )
-@pytest.mark.parametrize("line", OUTPUTS[:4], ids=lambda line: line[0] + " " + line[-2])
+@pytest.mark.parametrize("line", OUTPUTS[:5], ids=lambda line: line[0] + " " + line[-2])
 def test_a_full_disk_leaves_nothing(run, workshop, tmp_path, line, error, monkeypatch):
     def full(tensors, path, metadata=None):
         Path(path).write_bytes(b"half of it")

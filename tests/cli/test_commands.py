@@ -19,7 +19,7 @@ from tests.cli.conftest import calibrate_arguments, check_snapshot, kinds
 from tests.helpers import adapted, logits, pico_llama, relative_error
 from tests.saved.adapters import logits_on_fresh_base
 
-COMMANDS = ("calibrate", "inspect", "compare", "convert", "export", "doctor")
+COMMANDS = ("calibrate", "start", "inspect", "compare", "convert", "export", "doctor")
 
 
 def pico_classifier():

@@ -13,7 +13,7 @@ from peft_gradinit_cli.commands import compare
 from peft_gradinit_cli.commands.methods import CALIBRATED
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ("calibrate", "inspect", "compare", "convert", "export", "train", "doctor")
+COMMANDS = ("calibrate", "start", "inspect", "compare", "convert", "export", "train", "doctor")
 
 
 def python(*arguments):

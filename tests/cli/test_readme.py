@@ -38,7 +38,7 @@ def test_every_command_of_the_guide_works(run, workshop, tmp_path, monkeypatch):
         assert done.code == 0, (command, done.err)
         assert done.out
         seen.add(command[0])
-    assert seen == {"doctor", "calibrate", "inspect", "compare", "convert", "export"}
+    assert seen == {"doctor", "calibrate", "start", "inspect", "compare", "convert", "export"}
 
 
 def test_every_recipe_of_the_guide_is_valid(run):

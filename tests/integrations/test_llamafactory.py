@@ -1,0 +1,86 @@
+"""LLaMA-Factory trains from a start that was computed on its own model, data and template."""
+
+import json
+
+import pytest
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from peft_gradinit.errors import ConfigError
+from peft_gradinit.recipes import ModelSection, load_model, load_processor
+
+
+@pytest.fixture(autouse=True)
+def without_version_check(monkeypatch):
+    monkeypatch.setenv("DISABLE_VERSION_CHECK", "1")  # theirs, as the guide says
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    place = tmp_path_factory.mktemp("llamafactory")
+    section = ModelSection(name="embedded:pico-llama")
+    load_model(section).save_pretrained(place / "model")
+    load_processor(section).save_pretrained(place / "model")
+    sums = [
+        {"instruction": f"What is {i} + {i}?", "input": "", "output": f"It is {2 * i}."}
+        for i in range(32)
+    ]
+    (place / "sums.json").write_text(json.dumps(sums))
+    (place / "dataset_info.json").write_text(json.dumps({"sums": {"file_name": "sums.json"}}))
+    return place
+
+
+def arguments(folder, output, **more):
+    return {
+        "model_name_or_path": str(folder / "model"),
+        "stage": "sft",
+        "do_train": True,
+        "finetuning_type": "lora",
+        "lora_rank": 4,
+        "lora_target": "all",
+        "dataset": "sums",
+        "dataset_dir": str(folder),
+        "template": "default",
+        "cutoff_len": 128,
+        "output_dir": str(output),
+        "per_device_train_batch_size": 4,
+        "max_steps": 4,
+        "report_to": "none",
+        "use_cpu": True,
+        **more,
+    }
+
+
+@pytest.mark.parametrize(("method", "title"), [("lora_one", "LoRA-One"), ("eva", "EVA")])
+def test_a_run_goes_on_from_the_start(method, title, folder, tmp_path):
+    from peft_gradinit.integrations.llamafactory import train
+
+    options = {"method": method, "max_tokens": 512}
+    train(arguments(folder, tmp_path, learning_rate="suggested", gradinit=options))
+    base = load_model(ModelSection(name="embedded:pico-llama"))
+    start, end = (
+        load_file(p / "adapter_model.safetensors") for p in (tmp_path / "start", tmp_path)
+    )
+    assert start.keys() == end.keys()
+    moved = [(end[key] - start[key]).abs().max() for key in start]
+    lines = json.loads((tmp_path / "start" / "gradinit.json").read_text())["report"]["modules"]
+    assert {line["method"] for line in lines} == {title}
+    # Four steps of AdamW move an entry by about four times the learning rate at most.
+    suggested = sorted(line["learning_rate"] for line in lines)[len(lines) // 2]
+    assert 0.5 * suggested < max(moved) < 8 * suggested
+    config = PeftModel.from_pretrained(base, tmp_path).peft_config["default"]
+    assert (config.peft_type.value, config.lora_alpha) == ("LORA", 8)
+
+
+def test_what_cannot_work_is_told(folder, tmp_path):
+    from peft_gradinit.integrations.llamafactory import train
+
+    for more, part in (
+        ({"gradinit": {"method": "lora_ga"}}, "must be 'lora_one' or 'eva', got 'lora_ga'"),
+        ({"gradinit": {"stable_gama": 3}}, "did you mean 'stable_gamma'"),
+        ({"adapter_name_or_path": "somewhere"}, "is an adapter already"),
+        ({"finetuning_type": "full"}, "finetuning_type: lora, got 'sft' and 'full'"),
+    ):
+        with pytest.raises(ConfigError, match=part):
+            train(arguments(folder, tmp_path / "out", **more))
+    assert not (tmp_path / "out" / "start").exists()
