@@ -200,7 +200,7 @@ METHODS: dict[str, Method] = {
     ),
     "rslora": Method("rsLoRA", plain(), 3.2e-3),
     "loraplus": Method("LoRA+", plain(), 1e-3, loraplus),
-    "riemannian": Method("LoRA, Riemannian", plain(), 3.2e-3, riemannian),
+    "riemannian": Method("rsLoRA, Riemannian", plain(), 3.2e-3, riemannian),
     "pissa": Method("PiSSA", plain(init_lora_weights="pissa"), 1e-3),
     "olora": Method("OLoRA", plain(init_lora_weights="olora"), 1e-3),
     "peft_eva": Method("EVA (PEFT)", peft_eva, 1e-3, reads_data=True),
