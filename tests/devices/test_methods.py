@@ -23,6 +23,8 @@ from tests.devices.models import (
 from tests.helpers import quiet, same_weights, token_batches
 from tests.methods.rows import every_method, with_data, with_gradients
 
+pytestmark = pytest.mark.slow
+
 ROUNDING = 2e-3
 """Relative difference of factors whose statistics were added up in another order. They turn where
 singular values are near each other."""

@@ -11,6 +11,8 @@ from tests.devices.backend import Counts, counted, without
 from tests.devices.models import ONE, OTHER, trained, worst
 from tests.optim.rows import every_row, toy
 
+pytestmark = pytest.mark.slow
+
 STEP = 2e-3
 """Relative difference of factors after some steps. Inverse roots are computed otherwise on a device:
 by products alone, where the CPU decomposes."""

@@ -8,6 +8,8 @@ from tests.devices.models import worst
 from tests.distributed.launch import launch
 from tests.methods.rows import with_data
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def every() -> list[dict]:
