@@ -31,10 +31,8 @@ USUAL = [name for name in METHODS if name not in LEVERS]
 OUT = Path("out/convergence")
 MEASURED = Path(__file__).parent / "convergence" / "measured"
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
-BEGIN, END = (
-    "<!-- convergence: made by bench_convergence.py publish -->",
-    "<!-- convergence: end -->",
-)
+STUDIES = {"numbers": MEASURED / "numbers", "ranks": MEASURED}
+"""Folders of what is published: at equal trained numbers, and the earlier one at equal sums of ranks."""
 
 
 def main() -> None:
@@ -48,9 +46,13 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes side by side")
     parser.add_argument("--device", default="cpu", help="where to train: cpu, cuda, cuda:1, …")
     parser.add_argument("--out", type=Path, default=OUT, help="folder of results and report")
+    parser.add_argument(
+        "--study", choices=STUDIES, default="numbers", help="what is equal in what is published"
+    )
     options = parser.parse_args()
     if options.command == "draw":
-        sys.stdout.write(write_report(load(MEASURED), MEASURED) + "\n")
+        for study in STUDIES:
+            _publish(study)
         return
     studies = [Study(options.out / "results", task) for task in options.tasks]
     prepare_process()
@@ -62,14 +64,32 @@ def main() -> None:
         measure_costs(studies, options.methods, options.jobs, options.device)
     elif tasks := _summaries(studies, options):
         publish = options.command == "publish"
-        out = MEASURED if publish else options.out
-        summaries = out if publish else out / "summaries"
+        summaries = STUDIES[options.study] if publish else options.out / "summaries"
         for task in tasks:
             save(task, summaries)
-        kept = [task for task in load(summaries) if task.task in {t.task for t in tasks}]
-        sys.stdout.write(write_report(kept, out) + "\n")
         if publish:
-            _write_into_page(overview(kept))
+            _publish(options.study)
+        else:
+            kept = [task for task in load(summaries) if task.task in {t.task for t in tasks}]
+            sys.stdout.write(write_report(kept, options.out) + "\n")
+
+
+def _publish(study: str) -> None:
+    """Report and pictures beside the summaries that are kept, and the table into the page."""
+    tasks = load(STUDIES[study])
+    sys.stdout.write(write_report(tasks, STUDIES[study]) + "\n")
+    begin, end = marks(study)
+    before, rest = PAGE.read_text(encoding="utf-8").split(begin)
+    _, after = rest.split(end)
+    PAGE.write_text(f"{before}{begin}\n\n{overview(tasks)}\n\n{end}{after}", encoding="utf-8")
+
+
+def marks(study: str) -> tuple[str, str]:
+    """Where the table of a study begins and ends in the page."""
+    return (
+        f"<!-- equal {study}: made by bench_convergence.py publish -->",
+        f"<!-- equal {study}: end -->",
+    )
 
 
 def _summaries(studies: list[Study], options: argparse.Namespace) -> list[TaskSummary]:
@@ -77,12 +97,6 @@ def _summaries(studies: list[Study], options: argparse.Namespace) -> list[TaskSu
     for name in (n for n, summary in found.items() if summary is None):
         print(f"{name}: the search for LoRA's learning rate is not over.")
     return [summary for summary in found.values() if summary is not None]
-
-
-def _write_into_page(table: str) -> None:
-    before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
-    _, after = rest.split(END)
-    PAGE.write_text(f"{before}{BEGIN}\n\n{table}\n\n{END}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ SCRIPTS = Path(__file__).parents[1] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
 import rate_rule  # noqa: E402
+from bench_convergence import STUDIES, marks  # noqa: E402
 from convergence.methods import METHODS, NOT_PUBLISHED  # noqa: E402
 from convergence.plan import (  # noqa: E402
     MAX_STEPS_FROM_FIRST,
@@ -192,14 +193,23 @@ def test_study_goes_on_where_it_was_and_reports_itself(tmp_path):
 
 
 def test_published_tables_are_those_of_the_published_figures():
-    tasks = load(MEASURED)
-    assert [t.task for t in tasks] == ["digits", "docstrings", "topics"]
-    assert overview(tasks) in PAGE.read_text(encoding="utf-8")
-    report = (MEASURED / "report.md").read_text(encoding="utf-8")
-    assert report == markdown(tasks) + "\n"
-    shown = re.findall(r"!\[[^]]+\]\((.+)\)", report)
-    assert sorted(shown) == sorted(path.name for path in MEASURED.glob("*.png"))
-    assert len(shown) == 2 * len(tasks)
+    assert [t.task for t in load(MEASURED)] == ["digits", "docstrings", "topics"]
+    page = PAGE.read_text(encoding="utf-8")
+    for study, folder in STUDIES.items():
+        tasks = load(folder)
+        begin, end = marks(study)
+        assert page.split(begin)[1].split(end)[0].strip() == overview(tasks)
+        report = (folder / "report.md").read_text(encoding="utf-8")
+        assert report == markdown(tasks) + "\n"
+        shown = re.findall(r"!\[[^]]+\]\((.+)\)", report)
+        assert sorted(shown) == sorted(path.name for path in folder.glob("*.png"))
+
+
+def test_methods_of_the_study_at_equal_numbers_train_no_more_than_lora():
+    for task in load(STUDIES["numbers"]):
+        of_lora = task.methods["lora"].n_trained
+        for method, summary in task.methods.items():
+            assert method == "full" or summary.n_trained <= of_lora, (task.task, method)
 
 
 def test_figures_of_the_readme_are_the_published_ones():

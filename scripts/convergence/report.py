@@ -22,15 +22,24 @@ COLUMNS = (
     "step",
     "memory",
 )
-OVERVIEW_COLUMNS = ("loss", "rate", "range", f"{SHORTER:.0%} of the steps", "suggested rate")
+OVERVIEW_COLUMNS = (
+    "loss",
+    "next to LoRA",
+    "numbers",
+    "rate",
+    "range",
+    f"{SHORTER:.0%} of the steps",
+    "suggested rate",
+)
 
 
-def interval(values: list[float], digits: int = 3) -> str:
+def interval(values: list[float], digits: int = 3, *, signed: bool = False) -> str:
     """Mean and half of its 95 % interval."""
     mean = statistics.mean(values)
+    sign = "+" if signed else ""
     if len(values) < 2 or not all(map(math.isfinite, values)):
-        return f"{mean:.{digits}f}"
-    return f"{mean:.{digits}f} ± {half_interval(values):.{digits}f}"
+        return f"{mean:{sign}.{digits}f}"
+    return f"{mean:{sign}.{digits}f} ± {half_interval(values):.{digits}f}"
 
 
 def table(task: TaskSummary) -> str:
@@ -136,8 +145,13 @@ def _short_cells(task: TaskSummary, summary: Summary) -> list[str]:
     def relative(loss: float | None) -> str:
         return "" if loss is None else f"{loss / task.aim - 1:+.1%}"
 
+    baseline = task.methods[BASELINE]
+    pairs = zip(summary.losses, baseline.losses, strict=True)
+    differences = [loss - of_lora for loss, of_lora in pairs]
     return [
         interval(summary.losses),
+        "" if summary is baseline else interval(differences, signed=True),
+        f"{summary.n_trained / baseline.n_trained:.2f}",
         f"{summary.lr:.1e}",
         f"{summary.breadth:.1f}",
         relative(summary.short_loss),
