@@ -10,6 +10,7 @@ from .plots import (
     draw_losses,
     draw_rank_map,
     draw_spectra,
+    is_available,
     place_of,
 )
 from .suggestions import suggested_ranks

@@ -33,6 +33,15 @@ def check_available() -> None:
     _pyplot()
 
 
+def is_available() -> bool:
+    """Whether pictures can be drawn: matplotlib is an extra."""
+    try:
+        _pyplot()
+    except ConfigError:
+        return False
+    return True
+
+
 def draw_spectra(result: CalibrationResult, path: str | os.PathLike[str]) -> Path:
     """Draw singular values over their statistic's norm, in a panel for each kind of layer."""
     kinds: dict[str, list[str]] = {}

@@ -11,9 +11,9 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from ..analysis import check_available, draw_losses
+from ..analysis import check_available, draw_losses, is_available
 from ..calibration import DEFERRED
-from ..errors import ConfigError
+from ..errors import ConfigError, warn
 from ..export import export_adapter
 from ..files import check_writable, write_json
 from ..layouts import process_state
@@ -44,7 +44,7 @@ def finetune(recipe: Recipe) -> dict[str, Any]:
     """
     output, state = Path(recipe.output), process_state()
     check_writable(output)
-    check_available()
+    draws = _draws(recipe)
     transformers.set_seed(recipe.training.seed)
     baselines = {folder: _baseline(folder) for folder in recipe.baselines}
     recipe, inputs, arguments = _inputs(recipe.model_copy(update={"data": recipe.read_data()}))
@@ -64,7 +64,8 @@ def finetune(recipe: Recipe) -> dict[str, Any]:
     if state.is_main_process:
         trained: Any = trainer.accelerator.unwrap_model(trainer.model)
         _write(trained, recipe, inputs, results)
-        draw_losses(_curves(results, baselines), output / PICTURE)
+        if draws:
+            draw_losses(_curves(results, baselines), output / PICTURE)
         if recipe.push is not None:
             publish(trained, recipe.push, output / "adapter")
     state.wait_for_everyone()
@@ -186,6 +187,20 @@ def _write(model: PeftModel, recipe: Recipe, inputs: Inputs, results: dict[str, 
             rank = recipe.export.rank if target != "merged" else None
             export_adapter(model, output / target, target, rank, overwrite=True)
     write_json(output / RESULTS, results)
+
+
+def _draws(recipe: Recipe) -> bool:
+    """Whether there will be a picture of the losses.
+
+    Raises:
+        ConfigError: if matplotlib is missing, and the recipe asks for the picture by its baselines.
+    """
+    if recipe.baselines:
+        check_available()
+    if available := is_available():
+        return available
+    warn(f"{PICTURE} will not be drawn without matplotlib; pip install 'peft_gradinit[plots]'.")
+    return False
 
 
 def _baseline(folder: str) -> tuple[str, list[tuple[float, float]]]:

@@ -32,7 +32,7 @@ def load_recipe(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> 
     Raises:
         ConfigError: with every fault and, for unknown keys, the nearest known one.
     """
-    values = _read(recipe_path(path))
+    values = {"title": Path(path).stem, **_read(recipe_path(path))}
     faults = [fault for text in overrides if (fault := _override(values, text))]
     try:
         recipe = Recipe.model_validate(values)

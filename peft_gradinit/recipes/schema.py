@@ -250,7 +250,7 @@ class Recipe(Section):
     """One fine-tuning run, from the model to the evaluated adapter."""
 
     version: int = Field(description="Of this schema: 1.")
-    title: str = Field(description="One line.")
+    title: str | None = Field(default=None, description="One line. Default: the name of the file.")
     source: Source | None = Field(default=None, description="Where the settings are from.")
     offline: bool = Field(default=False, description="Runs without a network.")
     output: str = Field(description="Folder of everything that is written.")

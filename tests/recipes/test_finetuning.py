@@ -205,10 +205,25 @@ def test_an_evaluation_without_rows_is_refused(tmp_path):
         run(PICO, tmp_path / "out", *nothing, "evaluation.metrics=[]", "evaluation.steps=1")
 
 
-def test_pictures_that_cannot_be_drawn_are_told_first(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+@pytest.fixture
+def without_matplotlib(monkeypatch):
+    parts = [name for name in sys.modules if name.split(".")[0] == "matplotlib"]
+    for name in {*parts, "matplotlib", "matplotlib.figure"}:
+        monkeypatch.setitem(sys.modules, name, None)
+
+
+@pytest.mark.usefixtures("without_matplotlib")
+def test_pictures_that_cannot_be_drawn_are_told_first(tmp_path):
     with pytest.raises(ConfigError, match="pictures need matplotlib"):
-        run(PICO, tmp_path / "out")
+        run(PICO, tmp_path / "out", "baselines=[out/another]")
+
+
+@pytest.mark.usefixtures("without_matplotlib")
+def test_without_matplotlib_a_run_says_that_it_draws_nothing(tmp_path):
+    with pytest.warns(UserWarning, match=r"loss.png will not be drawn without matplotlib"):
+        run(PICO, tmp_path / "out", "training.max_steps=1")
+    assert (tmp_path / "out" / "results.json").exists()
+    assert not (tmp_path / "out" / "loss.png").exists()
 
 
 @pytest.mark.parametrize(
@@ -261,13 +276,12 @@ def test_metrics_are_those_of_scikit_learn():
     with pytest.raises(ConfigError, match="'acuracy' cannot be loaded"):
         compute(["acuracy"], [1], [1])
     with pytest.raises(ConfigError, match="'accuracy' cannot be computed"):
-        compute(["accuracy"], ["a"], [1])
+        compute(["accuracy"], [1, 2], [1])
 
 
 def small_recipe(folder, data, **sections):
     values = {
         "version": 1,
-        "title": "a test",
         "output": str(folder / "out"),
         "model": {"name": str(folder / "model")},
         "data": {"path": str(folder / "data"), "n_eval": 4, **data},
@@ -275,7 +289,9 @@ def small_recipe(folder, data, **sections):
         **sections,
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(values))
-    return load_recipe(folder / "recipe.yaml")
+    recipe = load_recipe(folder / "recipe.yaml")
+    assert recipe.title == "recipe"  # the file's name
+    return recipe
 
 
 def test_images_are_classified(tmp_path):
