@@ -57,6 +57,7 @@ def test_without_typer_the_command_line_says_what_to_install():
     )
 
 
+@pytest.mark.slow
 def test_without_pydantic_commands_and_recipes_say_what_to_install():
     command = "sys.argv[1:] = ['calibrate', 'embedded:pico-llama', 'embedded:docstrings', 'out/c']"
     done = without("pydantic", f"import peft_gradinit_cli as cli; {command}; cli.main()")

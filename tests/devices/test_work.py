@@ -16,6 +16,8 @@ from tests.devices.models import ONE, measured, wide
 from tests.helpers import pico_llama, token_batches
 from tests.methods.rows import WITH_GRADIENTS, with_data
 
+pytestmark = pytest.mark.slow
+
 N_LINEAR = 7
 """Linear layers of a block."""
 

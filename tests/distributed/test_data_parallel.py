@@ -24,6 +24,7 @@ def check_same(one, other, reference, tolerance):
         assert one[name][1] == other[name][1], name
 
 
+@pytest.mark.slow
 def test_every_kind_of_loader_gives_the_factors_of_one_process():
     (reference,) = values("reference", 1)
     one, other = values("all_loaders")

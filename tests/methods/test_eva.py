@@ -416,6 +416,7 @@ def exact_pca(model, tokenizer, seed):
     return {f"encoder.{n}": found[query[n]] for n in layers}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, *(pytest.param(s, marks=pytest.mark.slow) for s in (1, 2))])
 @pytest.mark.parametrize("rho", [1.0, 2.0])
 def test_minilm_components_are_those_of_an_exact_pca(minilm, rho, seed, record_property):

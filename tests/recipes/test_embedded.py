@@ -62,6 +62,7 @@ def test_a_function_becomes_a_chat_without_its_docstring():
     assert "never negative" not in message["content"]
 
 
+@pytest.mark.slow
 def test_functions_are_split_by_module_and_no_answer_is_there_twice():
     data = {split: functions(split) for split in SPLITS}
     counts = {split: len(rows) for split, rows in data.items()}

@@ -103,6 +103,7 @@ def test_a_recipe_of_preferences_trains_and_is_measured(tmp_path):
     assert relative_error(logits(PeftModel.from_pretrained(base, saved)), before) > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["lora_ga", "lora"])
 def test_a_resumed_run_keeps_its_reference(name, tmp_path):
     more = (
@@ -122,6 +123,7 @@ def test_a_resumed_run_keeps_its_reference(name, tmp_path):
     assert got["metrics"] == pytest.approx(want["metrics"])
 
 
+@pytest.mark.slow
 def test_an_optimiser_of_pairs_trains_preferences(tmp_path):
     results = finetune(recipe_of(tmp_path, "training.optim=lora_muon"))
     other = finetune(recipe_of(tmp_path / "adam"))
