@@ -12,10 +12,10 @@ from .schema import Recipe
 
 _HEAD = """# Recipes
 
-One file is one run: `peft-gradinit train FILE [section.key=value …]`. Those here come with the package: the name is
-enough (`peft-gradinit train offline/pico_llama_docstrings`, `--list`). Several processes: `accelerate launch -m
+One file is one run: `peft-gradinit train FILE [section.key=value …]`. Those here come with the package and are run
+by name: `peft-gradinit train offline/pico_llama_docstrings`. `--list` lists them. Several processes: `accelerate launch -m
 peft_gradinit_cli train FILE`.
-Unknown keys are faults, all faults are shown at once. This page is made from the schema:
+An unknown key is an error, and all errors are shown at once. This page is made from the schema:
 `python -m peft_gradinit.recipes.documentation > configs/README.md`. `shapes/` holds the configs of large models
 without weights, for `peft-gradinit calibrate configs/shapes/NAME --dry-run`.
 """

@@ -45,11 +45,11 @@ class ModelSection(Section):
         description="Hub name, folder, or `embedded:minilm`, `embedded:smollm2`, "
         "`embedded:pico-llama`, which need no network."
     )
-    task: Task | None = Field(default=None, description="Default: told by the model's class.")
+    task: Task | None = Field(default=None, description="Default: as the model's class says.")
     revision: str | None = Field(default=None, description="Commit, tag or branch on the Hub.")
     tokenizer: str | None = Field(default=None, description="Default: that of the model.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        default="auto", description="Of the weights; `auto`: as they were saved."
+        default="auto", description="Type of the weights; `auto`: as they were saved."
     )
     quantization: Literal["4bit", "8bit"] | None = Field(
         default=None, description="Load the weights quantised by bitsandbytes (4bit: NF4)."
@@ -58,7 +58,7 @@ class ModelSection(Section):
         default=None,
         description="Outputs of a new head; default: the classes of the data. 1: regression.",
     )
-    seed: int = Field(default=0, description="Of weights that are drawn, such as a new head.")
+    seed: int = Field(default=0, description="Seed of weights that are drawn, such as a new head.")
 
 
 class DataSection(Section):
@@ -76,7 +76,7 @@ class DataSection(Section):
     )
     name: str | None = Field(default=None, description="Configuration of the Hub's dataset.")
     revision: str | None = Field(default=None, description="Commit, tag or branch on the Hub.")
-    split: str = Field(default="train", description="Trained (or calibrated) on.")
+    split: str = Field(default="train", description="Rows to train or calibrate on.")
     eval_path: str | None = Field(default=None, description="Default: `path`.")
     eval_name: str | None = Field(default=None, description="Default: `name`.")
     eval_split: str | None = Field(
@@ -85,7 +85,7 @@ class DataSection(Section):
     eval_rename: dict[str, str] = Field(
         default={}, description="New names for columns of the evaluation data."
     )
-    n_train: Positive | None = Field(default=None, description="Take that many rows; default: all.")
+    n_train: Positive | None = Field(default=None, description="Take this many rows; default: all.")
     n_eval: Positive | None = Field(
         default=None, description="Evaluate on that many rows; default: all of `eval_split`."
     )
@@ -197,12 +197,14 @@ class CalibrationSection(Section):
         default=None, description="Budget in tokens; default: 65,536 if no other is given."
     )
     max_batches: Positive | None = Field(default=None, description="Budget in batches.")
-    batch_size: Positive = Field(default=8, description="Does not change the result.")
+    batch_size: Positive = Field(
+        default=8, description="Sequences at once; does not change the result."
+    )
     estimator: Literal["sketch", "dense"] = Field(
         default="sketch", description="`dense` keeps exact gradients, for small models."
     )
-    sketch_size: Positive | None = Field(default=None, description="Default: 2 rank + 80.")
-    seed: int = Field(default=0, description="Of the sketches.")
+    sketch_size: Positive | None = Field(default=None, description="Columns; default: 2 rank + 80.")
+    seed: int = Field(default=0, description="Seed of the sketches.")
     result: str | None = Field(
         default=None, description="Take a saved calibration instead of reading data."
     )
@@ -249,7 +251,7 @@ class PushSection(Section):
 class Recipe(Section):
     """One fine-tuning run, from the model to the evaluated adapter."""
 
-    version: int = Field(description="Of this schema: 1.")
+    version: int = Field(description="Version of this schema: 1.")
     title: str | None = Field(default=None, description="One line. Default: the name of the file.")
     source: Source | None = Field(default=None, description="Where the settings are from.")
     offline: bool = Field(default=False, description="Runs without a network.")

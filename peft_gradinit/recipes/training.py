@@ -108,14 +108,14 @@ class TrainingSection(Section):
         default=None, gt=0, description="Ours: of a new head. Default: that of the adapter."
     )
     num_train_epochs: AboveZero = Field(default=1.0, description="Passes over the data.")
-    max_steps: int = Field(default=-1, description="Ends earlier; -1: does not.")
+    max_steps: int = Field(default=-1, description="End after this many steps; -1: no limit.")
     per_device_train_batch_size: Positive = Field(
         default=8, description="Sequences a device and step."
     )
     gradient_accumulation_steps: Positive = Field(default=1, description="Steps between updates.")
     warmup_steps: NotNegative = Field(default=0.0, description="Below 1: the share of all of them.")
-    lr_scheduler_type: str = Field(default="cosine", description="Of the learning rate.")
-    weight_decay: NotNegative = Field(default=0.0, description="Of AdamW.")
+    lr_scheduler_type: str = Field(default="cosine", description="Schedule of the learning rate.")
+    weight_decay: NotNegative = Field(default=0.0, description="Weight decay of AdamW.")
     max_grad_norm: NotNegative = Field(default=1.0, description="Clipping; 0: none.")
     bf16: bool = Field(default=False, description="Compute in bfloat16 (autocast).")
     fp16: bool = Field(default=False, description="Compute in float16 (autocast).")
@@ -130,7 +130,7 @@ class TrainingSection(Section):
     resume_from_checkpoint: bool | str = Field(
         default=False, description="`true`: continue from the last checkpoint; or its folder."
     )
-    seed: int = Field(default=42, description="Of the order of the data, and of dropout.")
+    seed: int = Field(default=42, description="Seed of the order of the data, and of dropout.")
 
     @field_validator("optim")
     @classmethod

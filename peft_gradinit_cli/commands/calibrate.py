@@ -33,7 +33,10 @@ def calibrate(
     ] = False,
     processes: Annotated[
         int | None,
-        typer.Option(min=1, help="That share the data, for --dry-run. Default: those launched."),
+        typer.Option(
+            min=1,
+            help="For --dry-run: how many processes share the data. Default: those launched.",
+        ),
     ] = None,
     save_every: Annotated[
         float,

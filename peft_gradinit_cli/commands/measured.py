@@ -39,7 +39,7 @@ class Measured:
         str | None, typer.Option(help="4bit or 8bit (bitsandbytes).", rich_help_panel=MODEL)
     ] = None
     seed_of_head: Annotated[
-        int, typer.Option(help="Of a new classification head.", rich_help_panel=MODEL)
+        int, typer.Option(help="Seed of a new classification head.", rich_help_panel=MODEL)
     ] = 0
     device: Annotated[
         str | None,
@@ -56,10 +56,10 @@ class Measured:
         str | None, typer.Option(help="Column, or template with {columns}.", rich_help_panel=DATA)
     ] = None
     prompt: Annotated[
-        str | None, typer.Option(help="The same; without loss.", rich_help_panel=DATA)
+        str | None, typer.Option(help="The same, for the part without loss.", rich_help_panel=DATA)
     ] = None
     completion: Annotated[
-        str | None, typer.Option(help="The same; with loss.", rich_help_panel=DATA)
+        str | None, typer.Option(help="The same, for the part with loss.", rich_help_panel=DATA)
     ] = None
     messages: Annotated[
         str | None,
@@ -85,13 +85,15 @@ class Measured:
         ),
     ] = None
     packing: Annotated[bool, typer.Option(help="Fill the sequences.", rich_help_panel=DATA)] = False
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="Budget. Default: 65,536.")] = None
-    max_batches: Annotated[int | None, typer.Option(min=1, help="Budget.")] = None
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Most tokens read. Default: 65,536.")
+    ] = None
+    max_batches: Annotated[int | None, typer.Option(min=1, help="Most batches read.")] = None
     batch_size: Annotated[int, typer.Option(min=1, help="Does not change the result.")] = 8
     estimator: Annotated[
         str, typer.Option(help="sketch, or dense for exact statistics of small models.")
     ] = "sketch"
-    seed: Annotated[int, typer.Option(help="Of the sketches.")] = 0
+    seed: Annotated[int, typer.Option(help="Seed of the sketches.")] = 0
 
     def sections(self, model: str, data: str | None, method: str) -> dict[str, dict[str, Any]]:
         """Fields of the sections of a recipe, by section.

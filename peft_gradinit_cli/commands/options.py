@@ -16,7 +16,7 @@ Base = Annotated[
 Task = Annotated[
     str | None,
     typer.Option(
-        help="CAUSAL_LM, SEQ_2_SEQ_LM, SEQ_CLS or IMAGE_CLS. Default: told by the model's class.",
+        help="CAUSAL_LM, SEQ_2_SEQ_LM, SEQ_CLS or IMAGE_CLS. Default: as the model's class says.",
         rich_help_panel=MODEL,
     ),
 ]

@@ -169,10 +169,10 @@ class Job:
         return start.report(config.method, None, None).learning_rate
 
     def identity(self) -> str:
-        """Tells the sums of this job apart from those of others.
+        """A text that differs between jobs whose unfinished sums must not be mixed.
 
-        Of the model as well: fingerprints are the same for a float32 model and its bfloat16 copy.
-        Of a file that was changed in between, size and time.
+        It holds the model's section, since a float32 model and its bfloat16 copy have the same
+        fingerprint. For a file of data it holds size and time, since the file may have changed.
         """
         path = Path(self.data.path)
         stamp = [path.stat().st_size, path.stat().st_mtime_ns] if path.is_file() else None
