@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import math
+import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, redirect_stdout
 from typing import Any
 
 from rich.console import Console
@@ -16,6 +18,11 @@ errors = Console(stderr=True)
 
 _GAP = 2
 """Spaces between two columns."""
+
+
+def results_alone() -> AbstractContextManager[Any]:
+    """While imports and work run: standard output is for results, and DeepSpeed logs to it."""
+    return redirect_stdout(sys.stderr)
 
 
 @dataclasses.dataclass(frozen=True)

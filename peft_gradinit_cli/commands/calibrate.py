@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from ..output import results_alone
 from . import methods, options
 from .measured import Measured, takes_measured
 
@@ -59,7 +60,8 @@ def calibrate(
 
         peft-gradinit calibrate configs/shapes/llama-3-70b --dry-run --processes 8
     """
-    from ..work.calibrate import run
+    with results_alone():
+        from ..work.calibrate import run
 
     run(
         **measured.sections(model, data, method),

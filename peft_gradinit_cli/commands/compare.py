@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from ..output import results_alone
 from . import options
 
 _INTRUDERS = "Intruder dimensions"
@@ -56,7 +57,8 @@ def compare(
 
         peft-gradinit compare out/lora --base MODEL --mitigate out/mitigated
     """
-    from ..work.compare import run
+    with results_alone():
+        from ..work.compare import run
 
     run(
         first,

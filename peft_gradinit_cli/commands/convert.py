@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from ..output import results_alone
 from . import options
 
 
@@ -41,7 +42,8 @@ def convert(
 
         peft-gradinit convert out/pissa out/plain --base MODEL
     """
-    from ..work.convert import run
+    with results_alone():
+        from ..work.convert import run
 
     run(
         adapter,

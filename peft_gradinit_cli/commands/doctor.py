@@ -2,6 +2,7 @@
 
 import typer
 
+from ..output import results_alone
 from . import options
 
 
@@ -10,7 +11,8 @@ def doctor(as_json: options.AsJson = False) -> None:
 
     Exit code 1 if something that is needed is missing or does not work.
     """
-    from ..work.doctor import run
+    with results_alone():
+        from ..work.doctor import run
 
     if not run(as_json=as_json):
         raise typer.Exit(1)

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from ..output import results_alone
 from . import options
 
 
@@ -31,6 +32,7 @@ def export(
 
         peft-gradinit export out/lora_ga out/serving --base MODEL --target serving --rank 16
     """
-    from ..work.export import run
+    with results_alone():
+        from ..work.export import run
 
     run(adapter, output, base=base, target=target, rank=rank, overwrite=overwrite, as_json=as_json)

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from ..output import results_alone
 from . import options
 
 
@@ -40,6 +41,7 @@ def inspect(
 
         peft-gradinit inspect out/calibration --plot out/pictures --html out/report.html
     """
-    from ..work.inspect import run
+    with results_alone():
+        from ..work.inspect import run
 
     run(path, base=base, rank=rank, plot=plot, html=html, as_json=as_json)

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from ..output import results_alone
 from . import methods, options
 from .measured import Measured, takes_measured
 
@@ -50,7 +51,8 @@ def start(
 
         peft-gradinit start embedded:pico-llama embedded:docstrings out/start --max-tokens 4096
     """
-    from ..work.start import run
+    with results_alone():
+        from ..work.start import run
 
     sections = measured.sections(model, data, method)
     sections["method"] |= {"lora_alpha": lora_alpha, "use_rslora": use_rslora}

@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from ..output import results_alone
 from . import options
 
 
@@ -27,7 +28,8 @@ def train(
         peft-gradinit train --list
         peft-gradinit train offline/pico_llama_docstrings training.max_steps=20 output=out/try
     """
-    from ..work import train as work
+    with results_alone():
+        from ..work import train as work
 
     if names or recipe is None:
         work.names(as_json)

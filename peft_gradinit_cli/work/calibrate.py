@@ -10,7 +10,7 @@ from peft_gradinit.methods import METHODS
 from peft_gradinit.recipes import Estimate
 from peft_gradinit.records import LearningRate
 
-from ..output import Listing, console, human_bytes, human_time
+from ..output import Listing, console, human_bytes, human_time, results_alone
 from .arguments import Fields, device_of, job_of
 from .jobs import Job, Place
 
@@ -45,12 +45,14 @@ def run(
     state = process_state()
     where = device_of(device or str(state.device or "cpu"))
     if dry_run:
-        costs = job.estimate(where, processes or state.num_processes)
+        with results_alone():
+            costs = job.estimate(where, processes or state.num_processes)
         if state.is_main_process:
             _show_estimate(costs, as_json)
         return
     there = Place(**place)
-    result, measured = job.run(where, there, progress=state.is_main_process)
+    with results_alone():
+        result, measured = job.run(where, there, progress=state.is_main_process)
     if state.is_main_process:
         there.write(result, job)
     rate = job.learning_rate(measured, result)

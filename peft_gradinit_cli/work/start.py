@@ -10,7 +10,7 @@ from peft_gradinit.methods import METHODS
 from peft_gradinit.records import InitReport, init_report
 from peft_gradinit.starts import GradInitConfig
 
-from ..output import Listing, console
+from ..output import Listing, console, results_alone
 from .arguments import Fields, device_of, job_of
 
 CONTINUED = {
@@ -59,7 +59,8 @@ def run(
     job = job_of(model=model, data=data, method=method, calibration=calibration)
     state = process_state()
     where = device_of(device or str(state.device or "cpu"))
-    peft_model = job.start(where, progress=state.is_main_process)
+    with results_alone():
+        peft_model = job.start(where, progress=state.is_main_process)
     if state.is_main_process:
         export_adapter(peft_model, folder, overwrite=overwrite)
         _show(cast("InitReport", init_report(peft_model)), folder, as_json)

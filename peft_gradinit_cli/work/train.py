@@ -1,8 +1,6 @@
 """What `peft-gradinit train` does."""
 
-import sys
 from collections.abc import Iterable
-from contextlib import redirect_stdout
 from typing import Any
 
 import datasets
@@ -11,7 +9,7 @@ from peft_gradinit.layouts import process_state
 from peft_gradinit.recipes import finetune, load_recipe
 from peft_gradinit.recipes.shipped import shipped
 
-from ..output import Column, Listing, print_json
+from ..output import Column, Listing, print_json, results_alone
 
 
 def names(as_json: bool) -> None:
@@ -47,7 +45,7 @@ def run(recipe: str, overrides: Iterable[str], *, check: bool, as_json: bool) ->
     if check:
         print_json(wanted.model_dump(mode="json"))
         return
-    with redirect_stdout(sys.stderr):  # DeepSpeed logs to standard output, which is for results
+    with results_alone():
         results = finetune(wanted)
     if process_state().is_main_process:
         Listing("", (), [], _facts(results, wanted.output)).show(as_json)

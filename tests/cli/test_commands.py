@@ -1,7 +1,10 @@
 """Every command does what it says, and prints what is stored of it."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -354,3 +357,33 @@ def test_export(run, workshop, tmp_path, target, adapter):
     else:
         got = logits_on_fresh_base(tmp_path / "out")
     assert relative_error(got, want) < 2e-5
+
+
+LOUD = """
+import sys
+
+class Loud:
+    def find_spec(self, name, path=None, target=None):
+        if name == "trl":
+            print("a library says something")
+
+sys.meta_path.insert(0, Loud())
+"""
+
+
+def test_standard_output_holds_results_alone(tmp_path):
+    """Libraries such as DeepSpeed write to it as soon as they are imported."""
+    (tmp_path / "sitecustomize.py").write_text(LOUD)
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "peft_gradinit_cli", "calibrate", "embedded:pico-llama"),
+            *("embedded:docstrings", str(tmp_path / "out"), "--max-tokens", "256", "--json"),
+        ],
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "a library says something" in done.stderr
+    assert json.loads(done.stdout)["n_tokens"] > 0
