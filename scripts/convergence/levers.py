@@ -9,14 +9,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from peft_gradinit import pairs
-from peft_gradinit.linalg import truncate_product, truncated_svd
+from peft_gradinit.linalg import Factors, truncate_product, truncated_svd
 
-from .method import Method
+from .method import Method, plain
 from .pretraining import Rows
 from .tasks import Task
 
@@ -39,17 +38,8 @@ class Statistics:
     outputs: Tensor
 
 
-def plain_lora(model: PreTrainedModel, task: Task, times: int = 1) -> nn.Module:
-    """PEFT's LoRA with the task's scaling, and a rank some times as high."""
-    adapter = task.settings.adapter
-    ranks = {"r": adapter["r"] * times, "lora_alpha": adapter["lora_alpha"] * times}
-    return get_peft_model(model, LoraConfig(**ranks, **task.adapter))
-
-
-def usual(model: PreTrainedModel, task: Task, batches: list[Rows]) -> nn.Module:
-    """PEFT's LoRA."""
-    del batches
-    return plain_lora(model, task)
+USUAL = plain(use_rslora=False)
+"""PEFT's LoRA."""
 
 
 def measured(model: nn.Module, batches: list[Rows]) -> dict[str, Statistics]:
@@ -135,7 +125,7 @@ def stepped(steps_of: Callable, alike: bool) -> Callable:
     """
 
     def start(model: PreTrainedModel, task: Task, batches: list[Rows]) -> nn.Module:
-        adapted = plain_lora(model, task)
+        adapted = USUAL(model, task, batches)
         n = max(1, len(batches) // HELD_OUT)
         steps = steps_of(measured(adapted, batches[:-n]), task.settings.adapter["r"])
         if not alike:
@@ -151,7 +141,7 @@ def stepped(steps_of: Callable, alike: bool) -> Callable:
 
 
 def _of_norm_one(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    norm = torch.linalg.svdvals(torch.linalg.qr(B).R @ torch.linalg.qr(A.T).R.T)[0]
+    norm = Factors(A, B).svd().S[0]
     return A / norm.sqrt(), B / norm.sqrt()
 
 
@@ -165,7 +155,7 @@ def _write(model: nn.Module, steps: dict[str, tuple[Tensor, Tensor]], length: fl
 
 def short_where_strong(model: PreTrainedModel, task: Task, batches: list[Rows]) -> nn.Module:
     """Rows of `A` along the gradient, as long as a random row that moves the loss as much; `B = 0`."""
-    adapted = plain_lora(model, task)
+    adapted = USUAL(model, task, batches)
     found = measured(adapted, batches)
     with torch.no_grad():
         for pair in pairs(adapted):
@@ -178,8 +168,9 @@ def short_where_strong(model: PreTrainedModel, task: Task, batches: list[Rows]) 
 
 def doubled(model: PreTrainedModel, task: Task, batches: list[Rows]) -> nn.Module:
     """Twice the rank, for `halve` to cut."""
-    del batches
-    return plain_lora(model, task, times=2)
+    adapter = task.settings.adapter
+    ranks = {name: 2 * adapter[name] for name in ("r", "lora_alpha")}
+    return plain(use_rslora=False, **ranks)(model, task, batches)
 
 
 def halve(model: nn.Module, optimizer: torch.optim.Optimizer, task: Task, _: list[Rows]) -> None:
@@ -201,7 +192,7 @@ def recalibrate(
     model.train()
     for pair in pairs(model):
         A, B = steps[pair.name]
-        norm = torch.linalg.matrix_norm(pair.B.detach() @ pair.A.detach(), 2)
+        norm = Factors(pair.A.detach(), pair.B.detach()).svd().S[0]
         both_B = torch.cat([pair.B.detach(), 0.1 * norm * B], 1)
         cut = truncate_product(both_B, torch.cat([pair.A.detach(), A]), r)
         _renew(pair, optimizer, cut.A, cut.B)
@@ -221,7 +212,7 @@ def square_core(of_gradient: bool) -> Callable:
     """
 
     def start(model: PreTrainedModel, task: Task, batches: list[Rows]) -> nn.Module:
-        adapted = plain_lora(model, task)
+        adapted = USUAL(model, task, batches)
         found = measured(adapted, batches) if of_gradient else {}
         r = task.settings.adapter["r"]
         for pair in list(pairs(adapted)):
@@ -273,7 +264,7 @@ LEVERS: dict[str, Method] = {
     "annealed": Method("twice the rank for a quarter of the steps", doubled, 3.2e-3, change=halve),
     "recalibrated": Method(
         "LoRA, turned to the gradient after a quarter of the steps",
-        usual,
+        USUAL,
         3.2e-3,
         reads_data=True,
         change=recalibrate,

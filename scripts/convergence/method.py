@@ -2,8 +2,10 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -29,6 +31,21 @@ def head_and_rest(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Paramet
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     head = [p for n, p in trained if "classifier" in n or "score" in n]
     return head, [p for n, p in trained if not ("classifier" in n or "score" in n)]
+
+
+def adapter_of(task: Task, **options: Any) -> dict[str, Any]:
+    """Options of PEFT's configs: those of the task, and scaled as rsLoRA does unless `options` say otherwise."""
+    return {**task.settings.adapter, **task.adapter, "use_rslora": True, **options}
+
+
+def plain(**options: Any) -> Start:
+    """PEFT's LoRA; `options` are those of `LoraConfig`."""
+
+    def start(model: PreTrainedModel, task: Task, batches: list[Rows]) -> nn.Module:
+        del batches
+        return get_peft_model(model, LoraConfig(**adapter_of(task, **options)))
+
+    return start
 
 
 @dataclass(frozen=True)

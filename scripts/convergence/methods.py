@@ -19,7 +19,7 @@ from peft_gradinit import Calibration, EvaConfig, LoraGAConfig, LoraOneConfig, S
 from peft_gradinit.optim import OPTIMIZERS, optimizer
 
 from .levers import LEVERS
-from .method import Method, Start, Steps, head_and_rest
+from .method import Method, Start, Steps, adapter_of, head_and_rest, plain
 from .pretraining import Rows
 from .tasks import Task
 
@@ -64,24 +64,10 @@ def _with_head(optimizer, model: nn.Module, head_lr: float) -> torch.optim.Optim
     return optimizer
 
 
-def _adapter(task: Task, **options: Any) -> dict[str, Any]:
-    return {**task.settings.adapter, **task.adapter, "use_rslora": True, **options}
-
-
 def full(model: PreTrainedModel, task: Task, batches: list[Rows]) -> nn.Module:
     """All weights."""
     del task, batches
     return model
-
-
-def plain(**options: Any) -> Start:
-    """PEFT's LoRA; `options` are those of `LoraConfig`."""
-
-    def start(model: PreTrainedModel, task: Task, batches: list[Rows]) -> nn.Module:
-        del batches
-        return get_peft_model(model, LoraConfig(**_adapter(task, **options)))
-
-    return start
 
 
 def calibrated(config: type[PeftConfig], **options: Any) -> Start:
@@ -89,7 +75,7 @@ def calibrated(config: type[PeftConfig], **options: Any) -> Start:
 
     def start(model: PreTrainedModel, task: Task, batches: list[Rows]) -> nn.Module:
         calibration = Calibration(batches, progress=False, max_tokens=None)
-        return get_peft_model(model, config(**_adapter(task, **options), calibration=calibration))
+        return get_peft_model(model, config(**adapter_of(task, **options), calibration=calibration))
 
     return start
 
@@ -142,7 +128,7 @@ def peft_eva(model: PreTrainedModel, task: Task, batches: list[Rows]) -> nn.Modu
     """PEFT's own EVA, told what its defaults for language models get wrong elsewhere."""
     labels_of_tokens = batches[0]["labels"].ndim == 2
     eva_config = peft.EvaConfig(rho=2.0, use_label_mask=labels_of_tokens)
-    config = LoraConfig(**_adapter(task), init_lora_weights="eva", eva_config=eva_config)
+    config = LoraConfig(**adapter_of(task), init_lora_weights="eva", eva_config=eva_config)
     adapted = get_peft_model(model, config)
     has_tokens = "input_ids" in batches[0]
     repeated = batches * 50  # its loop has no budget of its own, and needs many forwards
@@ -174,7 +160,7 @@ OF_IMAGES = {"prepare_model_inputs_fn": None, "prepare_layer_inputs_fn": _all_po
 
 def peft_lora_ga(model: PreTrainedModel, task: Task, batches: list[Rows]) -> nn.Module:
     """PEFT's own LoRA-GA, with its defaults; it does not know `"all-linear"`."""
-    named = _adapter(task)
+    named = adapter_of(task)
     if named["target_modules"] == "all-linear":
         layers = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
         heads = ("classifier", "score", "lm_head")
