@@ -33,6 +33,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import peft
+import smollm2_chats
 import torch
 import transformers
 from peft import (
@@ -43,13 +44,10 @@ from peft import (
 )
 from rich.console import Console
 from rich.table import Table
-from torch.utils.data import DataLoader
-from transformers import DataCollatorForSeq2Seq, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_gradinit import Calibration, EvaConfig, LoraGAConfig
-from peft_gradinit.recipes import encode, load_processor, load_rows
 from peft_gradinit.recipes.embedded import smollm2_folder
-from peft_gradinit.recipes.schema import DataSection, ModelSection
 
 ADAPTER = {"r": 8, "lora_alpha": 16, "use_rslora": True, "task_type": "CAUSAL_LM"}
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -83,12 +81,8 @@ def random_llama(options: argparse.Namespace) -> LlamaForCausalLM:
 def make_batches(options: argparse.Namespace) -> list[dict[str, torch.Tensor]]:
     """Random tokens, every one of which carries loss; for SmolLM2, functions as chats."""
     if options.model == "smollm2":
-        section = DataSection(path="embedded:functions", max_length=192)
-        tokenizer = load_processor(ModelSection(name="embedded:smollm2"))
         n = options.batches * options.batch_size
-        rows = encode(load_rows(section).select(range(n)), section, "CAUSAL_LM", tokenizer)
-        loader = DataLoader(rows, options.batch_size, collate_fn=DataCollatorForSeq2Seq(tokenizer))
-        return [dict(batch) for batch in loader]
+        return list(smollm2_chats.batches(n, options.batch_size))
     generator = torch.Generator().manual_seed(1)
     shape = (options.batch_size, options.length)
     rows = [

@@ -17,11 +17,13 @@ import statistics
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import datasets
+import smollm2_chats
 import torch
 import transformers
 from minilm_task import load_model, load_task, load_tokenizer
@@ -29,16 +31,14 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding
+from transformers import DataCollatorWithPadding
 
 from peft_gradinit import Calibration
 from peft_gradinit.calibration import Feed, GradientRecorder, Gradients, LayerStatistics, run_pass
 from peft_gradinit.calibration.feed import batches
 from peft_gradinit.calibration.resume import Resume
 from peft_gradinit.layouts import Processes
-from peft_gradinit.recipes import encode, load_processor, load_rows
 from peft_gradinit.recipes import load_model as load_model_of
-from peft_gradinit.recipes.schema import DataSection, ModelSection
 from peft_gradinit.statistics import DenseGradient, SketchedGradient, TestMatrixPool
 
 RANK = 16
@@ -83,12 +83,8 @@ def minilm(n: int) -> Bench:
 
 def smollm2(n: int) -> Bench:
     """The language model on functions as chats."""
-    section = DataSection(path="embedded:functions", max_length=192)
-    model = ModelSection(name="embedded:smollm2", dtype="float32")
-    tokenizer = load_processor(model)
-    rows = encode(load_rows(section).select(range(n)), section, "CAUSAL_LM", tokenizer)
-    loader = DataLoader(rows, batch_size=4, collate_fn=DataCollatorForSeq2Seq(tokenizer))
-    return Bench(lambda: load_model_of(model), "model.layers", loader)
+    load = partial(load_model_of, smollm2_chats.MODEL)
+    return Bench(load, "model.layers", smollm2_chats.loader(n, batch_size=4))
 
 
 def fill(kind: str, width: int, seed: int, bench: Bench) -> dict:

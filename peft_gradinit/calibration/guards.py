@@ -20,7 +20,7 @@ the following for the pass and restores it in reverse order:
 import functools
 import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -47,17 +47,18 @@ def left_as_found(model: nn.Module, data: Any, seed: int) -> Iterator[None]:
 
     `seed` is for everything random in the block; generators inside a `DataLoader` are restored too.
     """
+    modules = list(model.modules())
     with (
         _ONE_PASS,
         torch.inference_mode(False),
         torch.enable_grad(),
         torch.compiler.set_stance("force_eager"),
         _slow_path(),
-        _recurrent(model),
+        _recurrent(modules),
         _randomness(data, seed),
-        _modes(model),
-        _unpacked(model),
-        _attributes(model),
+        _modes(model, modules),
+        _unpacked(modules),
+        _attributes(modules),
         runnable(model),
         resharded(model),
     ):
@@ -77,9 +78,9 @@ def _slow_path() -> Iterator[None]:
 
 
 @contextmanager
-def _recurrent(model: nn.Module) -> Iterator[None]:
+def _recurrent(modules: Sequence[nn.Module]) -> Iterator[None]:
     # Torch's own kernels give the same gradients, in both modes.
-    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+    recurrent = any(isinstance(module, nn.RNNBase) for module in modules)
     enabled = torch.backends.cudnn.enabled
     torch.backends.cudnn.enabled = enabled and not recurrent
     try:
@@ -132,9 +133,9 @@ def generators(loader: Any) -> list[torch.Generator]:
 
 
 @contextmanager
-def _modes(model: nn.Module) -> Iterator[None]:
+def _modes(model: nn.Module, modules: Sequence[nn.Module]) -> Iterator[None]:
     """Set eval mode, but train mode for modules that checkpoint."""
-    modes = [(module, module.training) for module in model.modules()]
+    modes = [(module, module.training) for module in modules]
     try:
         model.eval()
         for module, _ in modes:
@@ -147,11 +148,11 @@ def _modes(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _unpacked(model: nn.Module) -> Iterator[None]:
+def _unpacked(modules: Sequence[nn.Module]) -> Iterator[None]:
     """Unpack packed 4-bit weights; afterwards the packed ones are back, bit for bit."""
     packed = []
     try:
-        for module in model.modules():
+        for module in modules:
             state = _state_of_4bit(module)
             if getattr(state, "packing_format_for_cpu", False):
                 packed.append((module.weight, module.weight.data, state, dict(vars(state))))
@@ -171,11 +172,11 @@ def _state_of_4bit(module: nn.Module) -> Any:
 
 
 @contextmanager
-def _attributes(model: nn.Module) -> Iterator[None]:
+def _attributes(modules: Sequence[nn.Module]) -> Iterator[None]:
     """Set plain attributes for the pass and put the old values back."""
     changed = []
     try:
-        for holder, name, value in _temporary_values(model):
+        for holder, name, value in _temporary_values(modules):
             changed.append((holder, name, getattr(holder, name)))
             setattr(holder, name, value)
         yield
@@ -184,12 +185,12 @@ def _attributes(model: nn.Module) -> Iterator[None]:
             setattr(holder, name, value)
 
 
-def _temporary_values(model: nn.Module) -> list[tuple[Any, str, Any]]:
-    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+def _temporary_values(modules: Sequence[nn.Module]) -> list[tuple[Any, str, Any]]:
+    configs = {id(c): c for m in modules if (c := getattr(m, "config", None)) is not None}
     values: list[tuple[Any, str, Any]] = [
         (c, "use_cache", False) for c in configs.values() if getattr(c, "use_cache", False) is True
     ]
-    for module in model.modules():
+    for module in modules:
         # With this flag bitsandbytes packs 4-bit weights when they are evaluated.
         if getattr(module, "support_avx512bf16_for_cpu", False):
             values.append((module, "support_avx512bf16_for_cpu", False))

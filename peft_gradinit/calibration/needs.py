@@ -8,7 +8,7 @@ need, so that the pass, the allocation of ranks, the file and the report are the
 import dataclasses
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
@@ -132,6 +132,10 @@ class Measured(Need, ABC):
     def read(self, statistic: Any, size: int) -> dict[str, Tensor]:
         """The readouts that the result keeps of a filled accumulator."""
 
+    def read_alike(self, statistics: Sequence[Any], size: int) -> list[dict[str, Tensor]]:
+        """The readouts of accumulators of one kind."""
+        return [self.read(statistic, size) for statistic in statistics]
+
     def energy(self, statistic: Any, readouts: Readouts) -> float:
         """The energy of a filled accumulator; its readouts may make the estimate more exact."""
         del readouts
@@ -201,6 +205,11 @@ class Gradients(_Triplets):
 
     def read(self, statistic: GradientStatistic, size: int) -> dict[str, Tensor]:  # noqa: D102
         return statistic.triplets(size)._asdict()
+
+    def read_alike(  # noqa: D102
+        self, statistics: Sequence[GradientStatistic], size: int
+    ) -> list[dict[str, Tensor]]:
+        return [svd._asdict() for svd in statistics[0].triplets_alike(statistics, size)]
 
     def energy(self, statistic: GradientStatistic, readouts: Readouts) -> float:  # noqa: D102
         return statistic.energy(triplets_of(readouts))

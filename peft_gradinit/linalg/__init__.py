@@ -1,6 +1,7 @@
 """Pure torch linear algebra: matrices in, matrices out."""
 
 from .factors import Factors, inner_product, joined, negated
+from .gram import gram_svd
 from .nystrom import Components, eigenpairs, explained_share, nystrom
 from .precision import double, eigh, exact_products, inverse, qr, singular_values, svd
 from .product import frobenius_of_product, pad_rank, truncate_product
@@ -18,3 +19,4 @@ from .svd import (
     svd_of_product,
     truncated_svd,
 )
+from .threads import on_all_threads

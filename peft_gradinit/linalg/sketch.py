@@ -28,8 +28,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .precision import eigh, exact_products, qr, svd
-from .svd import TruncatedSVD, svd_of_product
+from .gram import completed, left_and_right
+from .precision import double, eigh, exact_products
+from .svd import TruncatedSVD, check_rank
 from .threads import one_thread
 
 
@@ -55,59 +56,71 @@ def draw_test_matrix(
     return (drawn / dimension**0.5).to(device)
 
 
-def orient_test_matrices(seen: TruncatedSVD, random: TestMatrices, n_oriented: int) -> TestMatrices:
-    """Replace the first `n_oriented` columns of `random` by the singular vectors of `seen`."""
+def orient_test_matrices(
+    U: Float[Tensor, "out n"], V: Float[Tensor, "in n"], random: TestMatrices
+) -> TestMatrices:
+    """Replace the first columns of `random` by singular vectors of what was seen so far."""
+    n = U.shape[1]
     return TestMatrices(
-        torch.cat([seen.Vh[:n_oriented].T, random.Omega[:, n_oriented:]], dim=1),
-        torch.cat([seen.U[:, :n_oriented], random.Psi[:, n_oriented:]], dim=1),
+        torch.cat([V, random.Omega[:, n:]], dim=1), torch.cat([U, random.Psi[:, n:]], dim=1)
     )
 
 
 def reconstruct(
-    Y: Float[Tensor, "out width"],
-    Z: Float[Tensor, "in width"],
+    Y: Float[Tensor, "*batch out width"],
+    Z: Float[Tensor, "*batch in width"],
     test: TestMatrices,
     rank: int,
     core: int | None = None,
 ) -> TruncatedSVD:
     """Estimate the leading triplets of `G` from `Y = G Omega` and `Z = G^T Psi`.
 
+    All arguments may have leading dimensions: the sketches of several matrices of one shape.
+
+    Tall matrices are only multiplied. What is factored is `(width, width)` or smaller, is symmetric
+    and is in float64, where a Gram matrix keeps the digits that float32 sketches have. Accelerators
+    factor a stack of such matrices at once, which they do not do for singular values.
+
     Args:
-        Y: `(out, width)` sketch of the columns.
-        Z: `(in, width)` sketch of the rows.
-        test: the test matrices that made them.
+        Y: `(*, out, width)` sketch of the columns.
+        Z: `(*, in, width)` sketch of the rows.
+        test: the test matrices that made them, with the same leading dimensions.
         rank: triplets to return, `rank <= core`.
         core: dimension of the two bases. Default: the larger of `rank` and half the width, at
             which both least-squares systems have twice as many equations as unknowns.
 
     Returns:
         Triplets with canonical signs; finite for zero and for rank-deficient sketches.
+
+    Raises:
+        ShapeError: if the sketches cannot carry `rank` triplets.
     """
-    scale = Y.abs().amax().clamp_min(torch.finfo(Y.dtype).tiny)
+    core = core or max(rank, Y.shape[-1] // 2)
+    check_rank(rank, (Y.shape[-2], Z.shape[-2], min(core, Y.shape[-1])))
+    scale = Y.abs().amax((-2, -1), keepdim=True).clamp_min(torch.finfo(Y.dtype).tiny)
     Y, Z = Y / scale, Z / scale
-    core = core or max(rank, Y.shape[1] // 2)
     with one_thread(), exact_products(Y.device):
         Q, P = _leading_basis(Y, core), _leading_basis(Z, core)
-        C = _core(Q, P, Y, Z, test)
-        U, S, Vh = svd_of_product(Q @ C, P, rank)
-    return TruncatedSVD(U, S * scale, Vh)
+        U, S, V = left_and_right(_core(Q, P, Y, Z, test), rank)
+        svd = completed(Q @ U.to(Q), S.to(Q), P @ V.to(P))
+    return svd._replace(S=svd.S * scale[..., 0])
 
 
 def _leading_basis(sketch: Tensor, dimension: int) -> Tensor:
-    """Left singular vectors, through a QR that makes the SVD small."""
-    Q, R = qr(sketch)
-    return Q @ svd(R)[0][:, :dimension]
+    """Left singular vectors; zeros in place of those whose singular value is zero."""
+    return left_and_right(double(sketch), dimension)[0].to(sketch)
 
 
 def _core(Q: Tensor, P: Tensor, Y: Tensor, Z: Tensor, test: TestMatrices) -> Tensor:
-    """Minimise `|C (P^T Omega) - Q^T Y|^2 + |(Psi^T Q) C - Z^T P|^2` over `C`.
+    """Minimise `|C (P^T Omega) - Q^T Y|^2 + |(Psi^T Q) C - Z^T P|^2` over `C`, in float64.
 
     The normal equations read `C a + b C = d` with symmetric `a = (P^T Omega)(P^T Omega)^T` and
     `b = (Psi^T Q)^T (Psi^T Q)`: diagonalise both and divide.
     """
-    right, left = P.T @ test.Omega, test.Psi.T @ Q
-    d = Q.T @ Y @ right.T + left.T @ (Z.T @ P)
-    a_values, a_vectors = eigh(right @ right.T)
-    b_values, b_vectors = eigh(left.T @ left)
-    divisor = (b_values[:, None] + a_values[None, :]).clamp_min(torch.finfo(d.dtype).eps)
-    return b_vectors @ (b_vectors.T @ d @ a_vectors / divisor) @ a_vectors.T
+    right, left = double(P.mT @ test.Omega), double(test.Psi.mT @ Q)
+    d = double(Q.mT @ Y) @ right.mT + left.mT @ double(Z.mT @ P)
+    a_values, a_vectors = eigh(right @ right.mT)
+    b_values, b_vectors = eigh(left.mT @ left)
+    divisor = b_values[..., :, None] + a_values[..., None, :]
+    divisor = divisor.clamp_min(torch.finfo(torch.float32).eps)
+    return b_vectors @ (b_vectors.mT @ d @ a_vectors / divisor) @ a_vectors.mT

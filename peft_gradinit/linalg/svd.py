@@ -43,15 +43,15 @@ class TruncatedSVD(NamedTuple):
 
 def fix_signs(svd: TruncatedSVD) -> TruncatedSVD:
     """Flip pairs `(u_i, v_i)` so that the entry of `u_i` largest in magnitude is positive."""
-    largest = svd.U.abs().argmax(dim=0, keepdim=True)
-    signs = torch.where(svd.U.gather(0, largest) < 0, -1.0, 1.0).to(svd.U.dtype)
-    return TruncatedSVD(svd.U * signs, svd.S, svd.Vh * signs.T)
+    largest = svd.U.abs().argmax(dim=-2, keepdim=True)
+    signs = torch.where(svd.U.gather(-2, largest) < 0, -1.0, 1.0).to(svd.U.dtype)
+    return TruncatedSVD(svd.U * signs, svd.S, svd.Vh * signs.mT)
 
 
 def truncated_svd(matrix: Float[Tensor, "out in"], rank: int) -> TruncatedSVD:
     """Compute the leading `rank` singular triplets exactly, in float32 (float64 for float64)."""
-    _check_rank(rank, matrix.shape)
-    U, S, Vh = svd(_at_least_float32(matrix))
+    check_rank(rank, matrix.shape)
+    U, S, Vh = svd(at_least_float32(matrix))
     return fix_signs(TruncatedSVD(U, S, Vh).truncate(rank))
 
 
@@ -83,8 +83,8 @@ def randomized_svd(
     Source:
         Halko, Martinsson & Tropp (2011), Algorithms 4.4 and 5.1, https://arxiv.org/abs/0909.4061.
     """
-    _check_rank(rank, matrix.shape)
-    matrix = _at_least_float32(matrix)
+    check_rank(rank, matrix.shape)
+    matrix = at_least_float32(matrix)
     width = min(rank + oversampling, *matrix.shape)
     size = (matrix.shape[1], width)
     test = torch.randn(size, generator=generator, dtype=torch.float32, device="cpu").to(matrix)
@@ -128,15 +128,16 @@ def svd_of_product(
     left: Float[Tensor, "out inner"], right: Float[Tensor, "in inner"], rank: int
 ) -> TruncatedSVD:
     """Compute the leading triplets of `left @ right.T`; the product is never formed."""
-    _check_rank(rank, (left.shape[0], right.shape[0], left.shape[1]))
-    Q_left, R_left = qr(_at_least_float32(left))
-    Q_right, R_right = qr(_at_least_float32(right))
+    check_rank(rank, (left.shape[0], right.shape[0], left.shape[1]))
+    Q_left, R_left = qr(at_least_float32(left))
+    Q_right, R_right = qr(at_least_float32(right))
     with exact_products(left.device):
         U, S, Vh = svd(R_left @ R_right.T)
         return fix_signs(TruncatedSVD(Q_left @ U, S, Vh @ Q_right.T).truncate(rank))
 
 
-def _check_rank(rank: int, dimensions: tuple[int, ...]) -> None:
+def check_rank(rank: int, dimensions: tuple[int, ...]) -> None:
+    """Refuse to truncate to a rank that a matrix does not have (`ShapeError`)."""
     if not 1 <= rank <= min(dimensions):
         raise ShapeError(
             f"a truncated SVD of a matrix with dimensions {tuple(dimensions)} has between 1 and "
@@ -144,5 +145,6 @@ def _check_rank(rank: int, dimensions: tuple[int, ...]) -> None:
         )
 
 
-def _at_least_float32(matrix: Tensor) -> Tensor:
+def at_least_float32(matrix: Tensor) -> Tensor:
+    """The matrix in float32, or in float64 if it is so."""
     return matrix if matrix.dtype == torch.float64 else matrix.float()

@@ -39,8 +39,12 @@ def adapter_alone(model: nn.Module, adapter_name: str) -> Iterator[None]:
 
 
 def _adapted_layers(model: nn.Module) -> list[Any]:
-    kinds = BaseTunerLayer | AuxiliaryTrainingWrapper
-    return [module for module in model.modules() if isinstance(module, kinds)]
+    return [module for module in model.modules() if _is_adapted(type(module))]
+
+
+def _is_adapted(kind: type) -> bool:
+    # Not `issubclass`: for abstract classes, as PEFT's are, it asks all of their children.
+    return BaseTunerLayer in kind.__mro__ or AuxiliaryTrainingWrapper in kind.__mro__
 
 
 def _adapters_of(layer: Any) -> set[str]:

@@ -3,6 +3,7 @@
 from .base import Statistic
 from .gradient import DenseGradient, GradientStatistic
 from .gradient_sketch import SketchedGradient, TestMatrixPool, gradient_statistic
+from .groups import in_groups
 from .input_sketch import SketchedInputs, input_statistic
 from .inputs import DenseInputs, InputStatistic
 from .products import product_dtype

@@ -7,7 +7,7 @@ can be added only if they share those.
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -65,6 +65,11 @@ class Statistic(ABC):
             }
         return [self._held[name] for name in shapes]
 
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors are; the CPU before there are any."""
+        return next((t.device for t in self._held.values()), torch.device("cpu"))
+
     def move(self, device: torch.device) -> None:
         """Continue on the device where the layer runs; elsewhere are sums of other processes or runs."""
         if any(tensor.device != device for tensor in self._held.values()):
@@ -72,6 +77,11 @@ class Statistic(ABC):
 
     def orient(self) -> None:  # noqa: B027 optional for children
         """Adapt the test matrices to the data seen so far. Does nothing where there are none."""
+
+    def orient_alike(self: S, group: Sequence[S]) -> None:
+        """Orient statistics of one kind: this one is among them."""
+        for statistic in group:
+            statistic.orient()
 
     def oriented(self) -> list[Tensor]:
         """The test matrices that `orient` computed. Accumulators must share them before a merge."""

@@ -6,15 +6,18 @@ answer does not depend on how the samples were batched.
 """
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..linalg import TruncatedSVD, double, truncated_svd
+from ..linalg import TruncatedSVD, double, gram_svd
 from .base import Statistic
 from .products import add_product, product_dtype
+
+G = TypeVar("G", bound="GradientStatistic")
 
 
 class GradientStatistic(Statistic):
@@ -53,6 +56,10 @@ class GradientStatistic(Statistic):
     def triplets(self, rank: int) -> TruncatedSVD:
         """Estimate the leading triplets of the mean gradient, `(sum w G) / (sum w)`."""
 
+    def triplets_alike(self: G, group: Sequence[G], rank: int) -> list[TruncatedSVD]:
+        """Triplets of statistics of one kind: this one is among them."""
+        return [statistic.triplets(rank) for statistic in group]
+
     @abstractmethod
     def energy(self, triplets: TruncatedSVD | None = None) -> float:
         """Squared Frobenius norm of the mean gradient; `triplets` improve a sketch's estimate."""
@@ -87,7 +94,13 @@ class DenseGradient(GradientStatistic):
         )
 
     def triplets(self, rank: int) -> TruncatedSVD:  # noqa: D102
-        return truncated_svd(self.mean(), rank)
+        return self.triplets_alike([self], rank)[0]
+
+    def triplets_alike(self, group: Sequence["DenseGradient"], rank: int) -> list[TruncatedSVD]:  # noqa: D102
+        if len(group) == 1:
+            return [gram_svd(self.mean(), rank)]
+        stacked = gram_svd(torch.stack([statistic.mean() for statistic in group]), rank)
+        return [TruncatedSVD(*parts) for parts in zip(*stacked, strict=True)]
 
     def energy(self, triplets: TruncatedSVD | None = None) -> float:  # noqa: D102
         return double(self.mean()).square().sum().item()

@@ -1,6 +1,6 @@
 """The gradient of a linear layer, sketched from both sides, and the choice between estimators."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -67,26 +67,55 @@ class SketchedGradient(GradientStatistic):
 
     def orient(self) -> None:
         """Turn the test matrices towards the gradient seen so far and move the sums to them."""
+        self.orient_alike([self])
+
+    def orient_alike(self, group: Sequence["SketchedGradient"]) -> None:  # noqa: D102
         if not self.has_sums:
             return
+        n = self.n_oriented
+        for sketch, seen in zip(group, self._reconstructed(group, n, core=n), strict=True):
+            sketch._turn(seen)
+
+    def triplets(self, rank: int) -> TruncatedSVD:  # noqa: D102
+        return self.triplets_alike([self], rank)[0]
+
+    def triplets_alike(self, group: Sequence["SketchedGradient"], rank: int) -> list[TruncatedSVD]:  # noqa: D102
+        seen = self._reconstructed(group, rank)
+        return [
+            svd._replace(S=svd.S / (sketch.weight or 1.0))
+            for sketch, svd in zip(group, seen, strict=True)
+        ]
+
+    def _reconstructed(
+        self, group: Sequence["SketchedGradient"], rank: int, core: int | None = None
+    ) -> list[TruncatedSVD]:
+        """Triplets of the sums of sketches of one kind."""
+        device = self.device
+        sums = [sketch._sums_or_zeros() for sketch in group]
+        if len(group) == 1:
+            return [reconstruct(*sums[0], self._test(device), rank, core)]
+        Y, Z = (torch.stack(part) for part in zip(*sums, strict=True))
+        tests = [sketch._test(device) for sketch in group]
+        test = TestMatrices(*(torch.stack(part) for part in zip(*tests, strict=True)))
+        stacked = reconstruct(Y, Z, test, rank, core)
+        return [TruncatedSVD(*parts) for parts in zip(*stacked, strict=True)]
+
+    def _sums_or_zeros(self) -> tuple[Tensor, Tensor]:
+        if self.has_sums:
+            return self._held["Y"], self._held["Z"]
+        sizes = self.sum_shapes().values()
+        Y, Z = (torch.zeros(size, dtype=torch.float32, device="cpu") for size in sizes)
+        return Y, Z
+
+    def _turn(self, seen: TruncatedSVD) -> None:
         Y, Z, n = self._held["Y"], self._held["Z"], self.n_oriented
-        seen = reconstruct(Y, Z, self._test(Y.device), n, core=n)
-        test = orient_test_matrices(seen, self._random(Y.device), n)
         self._held = {
             # The Gaussian columns keep their exact sums; the oriented ones are U S and V S.
             "Y": torch.cat([seen.U * seen.S, Y[:, n:]], dim=1),
             "Z": torch.cat([seen.Vh.T * seen.S, Z[:, n:]], dim=1),
-            "V": test.Omega[:, :n].contiguous(),
-            "U": test.Psi[:, :n].contiguous(),
+            "V": seen.Vh.T.contiguous(),
+            "U": seen.U.contiguous(),
         }
-
-    def triplets(self, rank: int) -> TruncatedSVD:  # noqa: D102
-        if self.has_sums:
-            Y, Z = self._mean("Y"), self._mean("Z")
-        else:
-            sizes = self.sum_shapes().values()
-            Y, Z = (torch.zeros(size, dtype=torch.float32, device="cpu") for size in sizes)
-        return reconstruct(Y, Z, self._test(Y.device), rank)
 
     def energy(self, triplets: TruncatedSVD | None = None) -> float:
         """Estimate `|G|_F^2` from the Gaussian columns: `E |G omega|^2 = |G|_F^2 / in`.
@@ -125,11 +154,7 @@ class SketchedGradient(GradientStatistic):
         random = self._random(device)
         if not self.oriented():
             return random
-        n = self.n_oriented
-        return TestMatrices(
-            torch.cat([self._held["V"], random.Omega[:, n:]], dim=1),
-            torch.cat([self._held["U"], random.Psi[:, n:]], dim=1),
-        )
+        return orient_test_matrices(self._held["U"], self._held["V"], random)
 
     def _random(self, device: torch.device | str) -> TestMatrices:
         out_features, in_features = self.shape

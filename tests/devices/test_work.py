@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from peft_gradinit.statistics import SketchedGradient, TestMatrixPool, in_groups
 from tests.devices.backend import Counts, counted
 from tests.devices.models import ONE, measured, wide
 from tests.helpers import pico_llama, token_batches
@@ -113,3 +114,24 @@ def test_reading_a_layer_costs_few_waits(method):
         return counts.waits
 
     assert (waits(3) - waits(1)) / 2 / N_LINEAR <= 5
+
+
+def test_layers_of_one_shape_are_factored_together():
+    def kernels(n_layers: int) -> int:
+        sketches = [
+            SketchedGradient(300, 260, width=64, seed=0, pool=TestMatrixPool())
+            for _ in range(n_layers)
+        ]
+        for sketch in sketches:
+            sketch.add(torch.randn(90, 260, device=ONE), torch.randn(90, 300, device=ONE))
+            sketch.count(90)
+        with counted() as counts:
+            in_groups(sketches, lambda sketch: sketch, lambda group, _: turned(group))
+        return counts.kernels
+
+    def turned(group: list[SketchedGradient]) -> list[SketchedGradient]:
+        group[0].orient_alike(group)
+        return group
+
+    few, many = kernels(2), kernels(10)
+    assert many - few <= 8 * 8  # what each layer keeps; a reconstruction has 50 kernels

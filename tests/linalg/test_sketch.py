@@ -55,7 +55,7 @@ def error_over_best(G, svd, rank=RANK):
 def oriented(G_seen, n_oriented=32):
     test = random_test()
     seen = reconstructed(G_seen, test, rank=n_oriented, core=n_oriented)
-    return orient_test_matrices(seen, test, n_oriented)
+    return orient_test_matrices(seen.U, seen.Vh.T, test)
 
 
 @pytest.mark.parametrize("matrix_rank", [1, 8, 24])
@@ -169,6 +169,24 @@ def test_a_rank_deficient_matrix_is_reconstructed_with_finite_surplus_triplets()
     torch.testing.assert_close(svd.U.T @ svd.U, torch.eye(RANK), atol=1e-5, rtol=0)
 
 
+def test_a_stack_of_sketches_has_the_reconstructions_of_each():
+    kinds = [FAST, SLOW, torch.tensor([2.0, 1.0]), torch.zeros(1)]
+    matrices = [matrix(spectrum, seed) for seed, spectrum in enumerate(kinds)]
+    tests = [random_test(seed) for seed in range(len(kinds))]
+    alone = [reconstructed(G, test) for G, test in zip(matrices, tests, strict=True)]
+
+    sketches = [sketch(G, test) for G, test in zip(matrices, tests, strict=True)]
+    Y, Z = (torch.stack(side) for side in zip(*sketches, strict=True))
+    test = TestMatrices(*(torch.stack(side) for side in zip(*tests, strict=True)))
+    stacked = reconstruct(Y, Z, test, RANK)
+
+    for got, want in zip(zip(*stacked, strict=True), alone, strict=True):
+        svd = TruncatedSVD(*got)
+        torch.testing.assert_close(svd.matrix(), want.matrix(), atol=1e-5, rtol=0)
+        torch.testing.assert_close(svd.U.T @ svd.U, torch.eye(RANK), atol=1e-5, rtol=0)
+        torch.testing.assert_close(svd.Vh @ svd.Vh.T, torch.eye(RANK), atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize(("rank", "core"), [(9, 8), (WIDTH + 1, None), (0, None)])
 def test_a_rank_that_the_sketches_cannot_carry_raises_with_the_value(rank, core):
     with pytest.raises(ShapeError, match=f"rank={rank} "):
@@ -190,7 +208,7 @@ def test_orientation_by_a_part_of_the_stream_improves_the_error(seed):
 def test_orientation_replaces_the_leading_columns_only():
     test, seen = random_test(), truncated_svd(matrix(FAST), 40)
 
-    turned = orient_test_matrices(seen, test, 32)
+    turned = orient_test_matrices(seen.U[:, :32], seen.Vh[:32].T, test)
 
     assert turned.Omega.shape == test.Omega.shape
     assert turned.Psi.shape == test.Psi.shape
@@ -205,7 +223,7 @@ def test_orientation_does_not_depend_on_the_signs_of_the_triplets():
     flipped = TruncatedSVD(-seen.U, seen.S, -seen.Vh)
 
     plain, other = (
-        reconstructed(G, orient_test_matrices(svd, test, 32)) for svd in (seen, flipped)
+        reconstructed(G, orient_test_matrices(svd.U, svd.Vh.T, test)) for svd in (seen, flipped)
     )
 
     assert relative_error(other.matrix(), plain.matrix()) < EXACT

@@ -7,6 +7,7 @@ from peft_gradinit.errors import ShapeError
 from peft_gradinit.linalg import (
     TruncatedSVD,
     fix_signs,
+    gram_svd,
     randomized_svd,
     svd_of_product,
     truncated_svd,
@@ -37,7 +38,7 @@ def of_product(matrix, rank):
     return svd_of_product(matrix, torch.eye(matrix.shape[1], dtype=matrix.dtype), rank)
 
 
-EVERY_SVD = pytest.mark.parametrize("svd_of", [exact, randomized, of_product])
+EVERY_SVD = pytest.mark.parametrize("svd_of", [exact, randomized, of_product, gram_svd])
 
 
 def matrix(out=60, in_=40, spectrum=FAST):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ...errors import CalibrationError
 from ...layouts import whole_features
 from ...linalg import Components, explained_share
+from ...statistics import in_groups
 from ..capture import ExpertWeight, Measurable, Product, Rows, check_is_linear, watched
 from ..feed import Step, TokenSelection, is_encoder_decoder, own_copy
 from .losses import differentiates, output_of
@@ -69,12 +70,9 @@ class InputRecorder(Recorder):
         share of the current variance. Angles are not compared: components of almost equal variance
         keep turning into each other as long as there are data, which changes nothing that matters.
         """
-        known: dict[int, Components] = {}
-        now: dict[str, Components] = {}
-        for group in self.layers.groups():
-            statistic = self.layers[group[0]]
-            components = known.setdefault(id(statistic), statistic.components(statistic.width))
-            now |= dict.fromkeys(group, components)
+        groups = self.layers.groups()
+        components = in_groups(groups, lambda group: self.layers[group[0]], self._components)
+        now = {name: of for group, of in zip(groups, components, strict=True) for name in group}
         before = self._before
         self._before = {n: c.Vh[: self.targets[n][2]].clone() for n, c in now.items()}
         return bool(before) and all(
@@ -82,6 +80,10 @@ class InputRecorder(Recorder):
             and explained_share(before[name], now[name]) >= self.need.settle
             for name in now
         )
+
+    def _components(self, groups: list[list[str]], _: int) -> list[Components]:
+        statistics = [self.layers[group[0]] for group in groups]
+        return [statistic.components(statistic.width) for statistic in statistics]
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:  # noqa: D102
         tensors, numbers = super().state()

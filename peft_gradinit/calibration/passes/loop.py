@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ...errors import DataError, GradInitError
 from ...layouts import Processes, processes
-from ...statistics import Fingerprint, Statistic
+from ...statistics import Fingerprint, Statistic, in_groups
 from ..capture import Measurable, why_unreached
 from ..feed import Feed
 from ..guards import left_as_found
@@ -200,12 +200,21 @@ class _Reader:
         self._layers = layers
         self._need = need
         self._targets = fingerprint.targets
-        self._known: dict[int, dict[str, Tensor]] = {}
 
-    def __call__(self, name: str) -> dict[str, Tensor]:
-        statistic, is_last = self._layers.pop(name)  # its memory goes before the next one is read
-        if id(statistic) not in self._known:
-            self._known[id(statistic)] = self._need.read(statistic, self._targets[name][2])
-        readouts = self._known.pop(id(statistic)) if is_last else self._known[id(statistic)]
-        self.energy[name] = self._need.energy(statistic, readouts)
-        return readouts
+    def __call__(self, names: Sequence[str]) -> dict[str, dict[str, Tensor]]:
+        sharing: dict[int, list[str]] = {}
+        for name in names:
+            sharing.setdefault(id(self._layers[name]), []).append(name)
+        groups = list(sharing.values())
+        sizes = [self._targets[group[0]][2] for group in groups]
+        found = in_groups(groups, lambda group: self._layers[group[0]], self._read, sizes)
+        of_name = {name: of for group, of in zip(groups, found, strict=True) for name in group}
+        return {name: of_name[name] for name in names}
+
+    def _read(self, groups: list[list[str]], size: int) -> list[dict[str, Tensor]]:
+        # A statistic leaves the layers here, so that its memory goes before others are read.
+        statistics = [self._layers.pop(group) for group in groups]
+        found = self._need.read_alike(statistics, size)
+        for group, statistic, readouts in zip(groups, statistics, found, strict=True):
+            self.energy |= dict.fromkeys(group, self._need.energy(statistic, readouts))
+        return found

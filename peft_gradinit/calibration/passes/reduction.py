@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ...layouts import Processes
-from ...statistics import Statistic
+from ...statistics import Statistic, in_groups
 
 
 def sum_over(statistics: Sequence[Statistic], device: torch.device, world: Processes) -> None:
@@ -36,10 +36,14 @@ def orient(statistics: Sequence[Statistic], device: torch.device, world: Process
     """Orient sketches by the data of all processes so far; the sums stay on all of them."""
     if world.size > 1:
         sum_over(statistics, device, world)
-    for statistic in statistics:
-        statistic.orient()
+    in_groups(statistics, lambda statistic: statistic, _oriented)
     # The first process's values: those of other devices may round differently.
     world.broadcast_([t for s in statistics for t in s.oriented()], 0)
+
+
+def _oriented(group: list[Statistic], _: int) -> list[Statistic]:
+    group[0].orient_alike(group)
+    return group
 
 
 def keep_on_first(statistics: Sequence[Statistic], world: Processes) -> None:
@@ -50,11 +54,13 @@ def keep_on_first(statistics: Sequence[Statistic], world: Processes) -> None:
 
 
 def shared_out(
-    names: Sequence[str], readouts_of: Callable[[str], Mapping[str, Tensor]], world: Processes
+    names: Sequence[str],
+    read: Callable[[Sequence[str]], Mapping[str, Mapping[str, Tensor]]],
+    world: Processes,
 ) -> dict[str, dict[str, Tensor]]:
     """Read each layer on one process, in turn, and give all of them the same bits."""
     with world.together():
-        mine = {name: dict(readouts_of(name)) for name in names[world.rank :: world.size]}
+        mine = {name: dict(of) for name, of in read(names[world.rank :: world.size]).items()}
     if world.size == 1:
         return mine
     shapes = world.gather({n: {k: tuple(t.shape) for k, t in of.items()} for n, of in mine.items()})

@@ -11,7 +11,7 @@ separated for good when they were not.
 """
 
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -46,14 +46,13 @@ class LayerStatistics:
         """The statistic of a layer."""
         return self._of[name]
 
-    def pop(self, name: str) -> tuple[Any, bool]:
-        """Remove and return a layer's statistic, and say whether no other layer has it.
-
-        Its memory is freed with the last layer that has it.
-        """
-        statistic = self._of.pop(name)
-        self._users[id(statistic)] -= 1
-        return statistic, not self._users[id(statistic)]
+    def pop(self, names: Sequence[str]) -> Any:
+        """Remove layers that share a statistic, and return it; it is freed with the last of them."""
+        statistic = self[names[0]]
+        for name in names:
+            del self._of[name]
+        self._users[id(statistic)] -= len(names)
+        return statistic
 
     def distinct(self) -> list[Any]:
         """Every statistic once."""
