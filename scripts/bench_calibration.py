@@ -2,13 +2,15 @@
 
     python scripts/bench_calibration.py [--hidden 1536 --layers 3 --repetitions 5]
     python scripts/bench_calibration.py --model smollm2
+    python scripts/bench_calibration.py --device cuda --json figures.json
 
 One Llama-shaped model with random weights and tokens, or SmolLM2 with functions as chats; the same
 batches for all:
 
 (a) floor: forward and input-gradient backward alone, the least that any gradient method can do;
 (b) ours: calibration pass, factorisation, injection (`get_peft_model`) of LoRA-GA;
-(c) peft: PEFT's own LoRA-GA, `preprocess_loraga` and `get_peft_model`;
+(c) peft: PEFT's own LoRA-GA, `preprocess_loraga` and `get_peft_model`; not on 4-bit weights, which
+    it cannot rewrite;
 
 and with SmolLM2 also
 
@@ -16,12 +18,17 @@ and with SmolLM2 also
 (e) our EVA;
 (f) PEFT's EVA: `get_peft_model` and `initialize_lora_eva_weights`, until it has converged.
 
+On an accelerator the shapes of a model of one billion and of one of seven billion parameters run in
+bfloat16 and in 4 bits, unless `--model` says otherwise. Times there wait for the device, memory is
+what torch allocated, and the kernels of a linear layer in a batch are counted, next to the floor's.
+
 Every figure comes from a process of its own, so that peak memory is that of one candidate;
 candidates take turns within a repetition. Prints medians with their range and the ratios pair by
 pair; `--json FILE` keeps the figures.
 """
 
 import argparse
+import copy
 import json
 import resource
 import statistics
@@ -29,11 +36,12 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import bench_models
 import peft
-import smollm2_chats
 import torch
 import transformers
 from peft import (
@@ -44,51 +52,28 @@ from peft import (
 )
 from rich.console import Console
 from rich.table import Table
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from peft_gradinit import Calibration, EvaConfig, LoraGAConfig
-from peft_gradinit.recipes.embedded import smollm2_folder
 
 ADAPTER = {"r": 8, "lora_alpha": 16, "use_rslora": True, "task_type": "CAUSAL_LM"}
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-VOCABULARY = 4096  # small, so that the head does not hide the cost of the layers
 N_TIMED_STEPS = 4
 console = Console()
 
 
 def make_model(options: argparse.Namespace) -> LlamaForCausalLM:
-    """Llama-shaped, float32, frozen weights as `from_pretrained` leaves them."""
-    if options.model == "smollm2":
-        return LlamaForCausalLM.from_pretrained(smollm2_folder(), dtype=torch.float32)
-    return random_llama(options)
-
-
-def random_llama(options: argparse.Namespace) -> LlamaForCausalLM:
-    """Random weights, of `options.hidden` and `options.layers`."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=options.hidden,
-        intermediate_size=options.hidden * 8 // 3 // 64 * 64,
-        num_hidden_layers=options.layers,
-        num_attention_heads=options.hidden // 64,
-        num_key_value_heads=options.hidden // 64,
-        use_cache=False,
-    )
-    return LlamaForCausalLM(config)
+    """The model of these options, frozen."""
+    size = {"hidden": options.hidden, "layers": options.layers}
+    of = {"device": options.device, "dtype": options.dtype, "bits": options.bits}
+    return bench_models.make_model(options.model, **of, **size)
 
 
 def make_batches(options: argparse.Namespace) -> list[dict[str, torch.Tensor]]:
-    """Random tokens, every one of which carries loss; for SmolLM2, functions as chats."""
-    if options.model == "smollm2":
-        n = options.batches * options.batch_size
-        return list(smollm2_chats.batches(n, options.batch_size))
-    generator = torch.Generator().manual_seed(1)
-    shape = (options.batch_size, options.length)
-    rows = [
-        torch.randint(0, VOCABULARY, shape, generator=generator) for _ in range(options.batches)
-    ]
-    return [{"input_ids": ids, "labels": ids} for ids in rows]
+    """Its data."""
+    shape = bench_models.SHAPES.get(options.model, {"vocab_size": bench_models.VOCABULARY})
+    size = (options.batches, options.batch_size, options.length)
+    return bench_models.batches(options.model, *size, options.device, shape["vocab_size"])
 
 
 def floor(model: LlamaForCausalLM, batches: list) -> None:
@@ -156,9 +141,10 @@ CANDIDATES = {**GRADIENTS, **INPUTS}
 
 def time_step(model: torch.nn.Module, batch: dict) -> float:
     """Seconds of one training step without the optimiser."""
-    started = time.perf_counter()
+    device = batch["input_ids"].device
+    started = finished(device)
     model(**batch).loss.backward()
-    seconds = time.perf_counter() - started
+    seconds = finished(device) - started
     for parameter in model.parameters():
         parameter.grad = None
     return seconds
@@ -167,10 +153,13 @@ def time_step(model: torch.nn.Module, batch: dict) -> float:
 def measure_steps(options: argparse.Namespace) -> dict[str, list[float]]:
     """Training steps of plain LoRA and of the anchored adapter, in turns, in this process."""
     batches = make_batches(options)
-    lora = get_peft_model(make_model(options), LoraConfig(**ADAPTER, target_modules=PROJECTIONS))
+    base = make_model(options)
     calibration = Calibration(batches[:1], progress=False, max_batches=1)
     config = LoraGAConfig(**ADAPTER, target_modules=PROJECTIONS, calibration=calibration)
-    models = {"lora": lora.train(), "anchored": get_peft_model(make_model(options), config).train()}
+    plain = LoraConfig(**ADAPTER, target_modules=PROJECTIONS)
+    # The same weights for both: two models of seven billion parameters may not fit.
+    models = {"lora": get_peft_model(sharing_weights(base), plain).train()}
+    models["anchored"] = get_peft_model(base, config).train()
     times: dict[str, list[float]] = {name: [] for name in models}
     for _ in range(N_TIMED_STEPS + 1):
         for name, model in models.items():
@@ -178,19 +167,54 @@ def measure_steps(options: argparse.Namespace) -> dict[str, list[float]]:
     return {name: values[1:] for name, values in times.items()}
 
 
+def sharing_weights(model: LlamaForCausalLM) -> LlamaForCausalLM:
+    """Another model with the same tensors."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
 def measure_candidate(name: str, options: argparse.Namespace) -> dict[str, float]:
-    """Seconds and extra peak memory of one candidate, in this process."""
+    """Seconds, extra peak memory and kernels of one candidate, in this process."""
     model, batches = make_model(options), make_batches(options)
+    device = torch.device(options.device)
     model(**batches[0])  # warm-up: pages and kernels
-    before = peak_bytes()
-    started = time.perf_counter()
-    CANDIDATES[name](model, batches)
-    return {"seconds": time.perf_counter() - started, "bytes": peak_bytes() - before}
+    before = peak_bytes(device)
+    started = finished(device)
+    with kernels_counted(device) as kernels:
+        CANDIDATES[name](model, batches)
+    seconds = finished(device) - started
+    n_calls = len(batches) * model.config.num_hidden_layers * len(PROJECTIONS)
+    found = {"seconds": seconds, "bytes": peak_bytes(device) - before}
+    return found | ({"kernels": kernels[0] / n_calls} if kernels else {})
 
 
-def peak_bytes() -> int:
-    """Peak resident memory of the process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def finished(device: torch.device) -> float:
+    """The time once the device has done what it was told to."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+    return time.perf_counter()
+
+
+@contextmanager
+def kernels_counted(device: torch.device) -> Iterator[list[int]]:
+    """Count the kernels of CUDA; other devices leave the list empty."""
+    count: list[int] = []
+    if device.type != "cuda":
+        yield count
+        return
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        yield count
+        torch.accelerator.synchronize()
+    names = [e.name for e in profile.events() if e.device_type.name == "CUDA"]
+    count.append(sum(not name.startswith(("Memcpy", "Memset")) for name in names))
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Peak memory so far: of the process, or on a device what torch allocated."""
+    if device.type == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return torch.accelerator.max_memory_allocated()
 
 
 def in_new_process(arguments: list[str]) -> dict:
@@ -206,64 +230,100 @@ def spread(values: list[float], unit: str = "", digits: int = 2) -> str:
     return f"{middle:.{digits}f}{unit} ({low:.{digits}f} to {high:.{digits}f})"
 
 
-def compare(options: argparse.Namespace, passed_on: list[str]) -> dict:
-    """All repetitions, printed as a table."""
+def compare(options: argparse.Namespace) -> dict:
+    """All repetitions of one model, printed as a table."""
     real = options.model == "smollm2"
-    names = CANDIDATES if real else GRADIENTS
+    names = [n for n in (CANDIDATES if real else GRADIENTS) if n != "peft" or options.bits is None]
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     steps: list[float] = []
     for repetition in range(options.repetitions):
         for name in names:
-            runs[name].append(in_new_process([*passed_on, "--candidate", name]))
-        times = in_new_process([*passed_on, "--steps"])
+            runs[name].append(in_new_process([*as_arguments(options), "--candidate", name]))
+        times = in_new_process([*as_arguments(options), "--steps"])
         steps.append(statistics.median(times["anchored"]) / statistics.median(times["lora"]))
         console.print(f"repetition {repetition + 1} of {options.repetitions} done")
+    print_table(options, runs)
+    figures = ratios(runs) | {"training step, anchored / LoRA": steps}
+    for name, values in figures.items():
+        console.print(f"{name}: {spread(values)}")
+    kept = {k: v for k, v in vars(options).items() if k in MODEL_OPTIONS or type(v) is int}
+    return {"options": kept, "runs": runs, "ratios": figures}
+
+
+def print_table(options: argparse.Namespace, runs: dict[str, list[dict[str, float]]]) -> None:
+    """Times, memory and kernels of all candidates."""
     sizes = f"hidden {options.hidden}, {options.layers} layers"
-    tokens = f"{sum(b['input_ids'].numel() for b in make_batches(options)):,} tokens"
-    table = Table(title=f"{'SmolLM2-135M' if real else sizes}, r 8, {tokens}")
-    for column in ("", "seconds", "extra peak memory, MiB"):
+    title = sizes if options.model == "random" else options.model
+    weights = options.dtype if options.bits is None else f"{options.bits} bits"
+    n_tokens = sum(b["input_ids"].numel() for b in make_batches(options))
+    table = Table(title=f"{title}, {weights}, r 8, {n_tokens:,} tokens, {options.device}")
+    kernels = ["kernels of a layer and batch"] if "kernels" in runs["floor"][0] else []
+    for column in ("", "seconds", "extra peak memory, MiB", *kernels):
         table.add_column(column, justify="left" if not column else "right")
     for name, values in runs.items():
         seconds = spread([v["seconds"] for v in values])
-        table.add_row(name, seconds, spread([v["bytes"] / 2**20 for v in values], digits=0))
+        memory = spread([v["bytes"] / 2**20 for v in values], digits=0)
+        table.add_row(name, seconds, memory, *[f"{values[0]['kernels']:.2f}" for _ in kernels])
     console.print(table)
 
-    def ratio(over: str, under: str, key: str) -> list[float]:
-        return [a[key] / max(1, b[key]) for a, b in zip(runs[over], runs[under], strict=True)]
 
-    floor_bytes = [v["bytes"] for v in runs["floor"]]
-    extra = [
-        max(0, a["bytes"] - f) / max(1, b["bytes"] - f)
-        for a, b, f in zip(runs["ours"], runs["peft"], floor_bytes, strict=True)
-    ]
-    ratios = {
-        "ours / floor, time": ratio("ours", "floor", "seconds"),
-        "PEFT / ours, time": ratio("peft", "ours", "seconds"),
-        "ours / PEFT, memory above the floor's": extra,
-        "training step, anchored / LoRA": steps,
-    }
-    if real:
-        ratios["our EVA / forward, time"] = ratio("our EVA", "forward", "seconds")
-        ratios["PEFT's EVA / ours, time"] = ratio("PEFT's EVA", "our EVA", "seconds")
-    for name, values in ratios.items():
-        console.print(f"{name}: {spread(values)}")
-    kept = {k: v for k, v in vars(options).items() if type(v) is int}  # flags are bools
-    return {"options": kept, "runs": runs, "ratios": ratios}
+def ratios(runs: dict[str, list[dict[str, float]]]) -> dict[str, list[float]]:
+    """What is compared, pair by pair."""
+
+    def ratio(over: str, under: str) -> list[float]:
+        pairs = zip(runs[over], runs[under], strict=True)
+        return [a["seconds"] / b["seconds"] for a, b in pairs]
+
+    figures = {"ours / floor, time": ratio("ours", "floor")}
+    if "peft" in runs:
+        figures["PEFT / ours, time"] = ratio("peft", "ours")
+        figures["ours / PEFT, memory above the floor's"] = [
+            max(0, a["bytes"] - f["bytes"]) / max(1, b["bytes"] - f["bytes"])
+            for a, b, f in zip(runs["ours"], runs["peft"], runs["floor"], strict=True)
+        ]
+    if "our EVA" in runs:
+        figures["our EVA / forward, time"] = ratio("our EVA", "forward")
+        figures["PEFT's EVA / ours, time"] = ratio("PEFT's EVA", "our EVA")
+    return figures
+
+
+MODEL_OPTIONS = ("model", "device", "dtype", "bits")
+SIZES = {
+    "hidden": 1536,
+    "layers": 3,
+    "repetitions": 5,
+    "batches": 8,
+    "batch-size": 2,
+    "length": 512,
+}
+
+
+def as_arguments(options: argparse.Namespace) -> list[str]:
+    """The command line of these options."""
+    names = [*MODEL_OPTIONS, *(name.replace("-", "_") for name in SIZES)]
+    values = {name: getattr(options, name) for name in names}
+    given = {name: value for name, value in values.items() if value is not None}
+    return [part for name, v in given.items() for part in (f"--{name.replace('_', '-')}", str(v))]
+
+
+def models(options: argparse.Namespace) -> list[argparse.Namespace]:
+    """What one command runs: one model, or on an accelerator the published shapes."""
+    if options.device == "cpu" or options.model is not None:
+        own = {"model": options.model or "random", "dtype": options.dtype or "float32"}
+        return [argparse.Namespace(**vars(options) | own)]
+    found = [{"model": name, "bits": bits} for name in bench_models.SHAPES for bits in (None, 4)]
+    return [argparse.Namespace(**vars(options) | of | {"dtype": "bfloat16"}) for of in found]
 
 
 def main() -> None:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, default in (
-        ("hidden", 1536),
-        ("layers", 3),
-        ("repetitions", 5),
-        ("batches", 8),
-        ("batch-size", 2),
-        ("length", 512),
-    ):
+    for name, default in SIZES.items():
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--model", choices=("random", "smollm2"), default="random")
+    parser.add_argument("--model", choices=("random", "smollm2", *bench_models.SHAPES))
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--bits", type=int, choices=(4,), help="quantise the layers")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     parser.add_argument("--candidate", choices=list(CANDIDATES), help=argparse.SUPPRESS)
     parser.add_argument("--steps", action="store_true", help=argparse.SUPPRESS)
@@ -275,7 +335,7 @@ def main() -> None:
     elif options.steps:
         print(json.dumps(measure_steps(options)))
     else:
-        figures = compare(options, sys.argv[1:])
+        figures = [compare(of) for of in models(options)]
         if options.json:
             options.json.write_text(json.dumps(figures, indent=1))
 

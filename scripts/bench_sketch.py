@@ -2,6 +2,7 @@
 
     python scripts/bench_sketch.py [--sequences 64 --widths 64 80 96 112 128 --seeds 2]
     python scripts/bench_sketch.py --model smollm2 --widths 112 --seeds 1
+    python scripts/bench_sketch.py --rank 8 --widths 64 72 80 96
 
 Error of the rank-16 reconstruction of each of MiniLM's encoder layers over the best possible
 rank-16 error, on 64 docstrings: median and worst layer. Or of the 210 linear layers of SmolLM2's
@@ -40,8 +41,8 @@ from peft_gradinit.calibration.resume import Resume
 from peft_gradinit.layouts import Processes
 from peft_gradinit.recipes import load_model as load_model_of
 from peft_gradinit.statistics import DenseGradient, SketchedGradient, TestMatrixPool
+from peft_gradinit.statistics.gradient_sketch import default_width
 
-RANK = 16
 FIRST_ORIENTATIONS = {"none": 10**9, "after 8": 8, "after 8 and 24": 8}
 
 
@@ -106,14 +107,14 @@ def fill(kind: str, width: int, seed: int, bench: Bench) -> dict:
     return filled
 
 
-def errors(filled: dict, exact: dict[str, Tensor]) -> list[tuple[float, float]]:
+def errors(filled: dict, exact: dict[str, Tensor], rank: int) -> list[tuple[float, float]]:
     """Error over the best possible error, and energy captured over the most possible, by layer."""
     ratios = []
     for name, G in exact.items():
         squares = torch.linalg.svdvals(G).square()
-        found = filled[name].triplets(RANK)
-        error = (G - found.matrix()).norm() / squares[RANK:].sum().sqrt()
-        energy = (found.U.mT @ G @ found.Vh.mT).square().sum() / squares[:RANK].sum()
+        found = filled[name].triplets(rank)
+        error = (G - found.matrix()).norm() / squares[rank:].sum().sqrt()
+        energy = (found.U.mT @ G @ found.Vh.mT).square().sum() / squares[:rank].sum()
         ratios.append((error.item(), energy.item()))
     return ratios
 
@@ -131,6 +132,7 @@ def main() -> None:
     parser.add_argument("--model", choices=("minilm", "smollm2"), default="minilm")
     parser.add_argument("--sequences", type=int, default=64)
     parser.add_argument("--widths", type=int, nargs="+", default=[64, 80, 96, 112, 128])
+    parser.add_argument("--rank", type=int, default=16, help="triplets that are read")
     parser.add_argument("--seeds", type=int, default=2, help="how many")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -149,9 +151,10 @@ def main() -> None:
         for width in options.widths:
             filled = [fill(kind, width, seed, bench) for seed in range(options.seeds)]
             ratios, energies = zip(
-                *(r for sketches in filled for r in errors(sketches, exact)), strict=True
+                *(r for sketches in filled for r in errors(sketches, exact, options.rank)),
+                strict=True,
             )
-            star = " *" if (width, kind) == (2 * RANK + 80, "after 8 and 24") else ""
+            star = " *" if (width, kind) == (default_width(options.rank), "after 8 and 24") else ""
             held = sum(s.n_bytes() for s in filled[0].values()) / 2**20
             table.add_row(
                 f"{width}{star}",

@@ -58,17 +58,24 @@ def test_matrix_sensing_prints_a_row_for_each_start(tmp_path):
         assert all(re.fullmatch(r"\de-\d\d", cell.split("(")[1][:5]) for cell in cells)
 
 
-def test_bench_calibration_writes_times_memory_and_ratios(tmp_path):
+@pytest.mark.parametrize(
+    ("weights", "candidates"),
+    [
+        ({}, {"floor", "ours", "peft"}),
+        ({"dtype": "bfloat16", "bits": 4}, {"floor", "ours"}),
+    ],
+)
+def test_bench_calibration_writes_times_memory_and_ratios(tmp_path, weights, candidates):
     sizes = {"hidden": 64, "layers": 1, "repetitions": 1, "batches": 1, "batch-size": 1}
-    arguments = [a for name, n in {**sizes, "length": 16}.items() for a in (f"--{name}", n)]
+    sizes |= {"length": 16, **weights}
+    arguments = [a for name, n in sizes.items() for a in (f"--{name}", n)]
     output = run("bench_calibration.py", *arguments, "--json", "figures.json", cwd=tmp_path)
-    assert {"floor", "ours", "peft"} <= rows_of(output).keys()
-    figures = json.loads((tmp_path / "figures.json").read_text())
-    assert figures["options"] == {
-        **{k.replace("-", "_"): n for k, n in sizes.items()},
-        "length": 16,
-    }
-    assert figures["runs"].keys() == {"floor", "ours", "peft"}
+    assert candidates <= rows_of(output).keys()
+    (figures,) = json.loads((tmp_path / "figures.json").read_text())
+    of_model = {"model": "random", "device": "cpu", "dtype": "float32", "bits": None}
+    asked = {k.replace("-", "_"): n for k, n in sizes.items()}
+    assert figures["options"] == of_model | asked
+    assert figures["runs"].keys() == candidates
     for runs in figures["runs"].values():
         assert len(runs) == 1
         assert all(r["seconds"] > 0 and r["bytes"] >= 0 for r in runs)
@@ -243,6 +250,6 @@ def test_bench_calibration_of_a_language_model_has_the_candidates_of_eva(tmp_pat
     output = run("bench_calibration.py", *arguments, "--json", "figures.json", cwd=tmp_path)
     candidates = {"floor", "ours", "peft", "forward", "our EVA", "PEFT's EVA"}
     assert candidates <= rows_of(output).keys()
-    figures = json.loads((tmp_path / "figures.json").read_text())
+    (figures,) = json.loads((tmp_path / "figures.json").read_text())
     assert figures["runs"].keys() == candidates
     assert {"our EVA / forward, time", "PEFT's EVA / ours, time"} <= figures["ratios"].keys()

@@ -192,6 +192,11 @@ class TestMatrixPool:
         return sum(t.numel() * t.element_size() for t in self._drawn.values())
 
 
+def default_width(rank: int) -> int:
+    """Columns at which the error of a rank-`rank` reconstruction is near the best possible one."""
+    return max(min(2 * rank + 80, 5 * rank + 32), N_RANDOM_COLUMNS + 8)
+
+
 def gradient_statistic(
     shape: tuple[int, int],
     *,
