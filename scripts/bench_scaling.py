@@ -33,6 +33,7 @@ from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_gradinit import Calibration, LoraGAConfig, calibrate
+from peft_gradinit.statistics.gradient_sketch import default_width
 
 SHAPES = Path(__file__).parents[1] / "configs" / "shapes"
 VOCABULARY = 256  # small, so that the head does not hide the layers
@@ -140,8 +141,8 @@ def exponents(rows: list[dict], key: str) -> dict[str, float]:
     middle = {axis: most_common([row[axis] for row in rows]) for axis in AXES}
     for axis in AXES:
         on = [r for r in rows if all(r[a] == middle[a] for a in AXES if a != axis)]
-        # Of the rank, what counts is the number of columns: 2 * (2 r) + 80.
-        xs = [math.log(4 * r[axis] + 80 if axis == "rank" else r[axis]) for r in on]
+        # Of the rank, what counts is the number of columns, for two triplets of each.
+        xs = [math.log(default_width(2 * r[axis]) if axis == "rank" else r[axis]) for r in on]
         ys = [math.log(r[key]) for r in on]
         if len(on) > 1:
             mx, my = sum(xs) / len(xs), sum(ys) / len(ys)

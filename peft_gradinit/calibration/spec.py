@@ -47,10 +47,10 @@ class Calibration:
         estimator: `"sketch"` (default) keeps `O(sketch_size (out + in))` floats a layer, or the exact
             statistic where that is smaller; `"dense"` always keeps the exact one, `(out, in)` floats
             for gradients and `(in, in)` for inputs: for small models, or to check a sketch.
-        sketch_size: columns of the sketches; unused by `"dense"`. Default: `2 * rank + 80`, with
-            `rank` the triplets that the method needs of a layer. On MiniLM the error is then 1.04
-            times that of the exact rank-16 gradient, 1.06 in the worst layer; more columns cost
-            memory and time in proportion.
+        sketch_size: columns of the sketches; unused by `"dense"`. Default: `2 * n + 80` for
+            `n` triplets that the method needs of a layer, for gradients at most `4 * n + 48`. On
+            MiniLM the error is then 1.04 times that of the exact rank-16 gradient, 1.06 in the worst
+            layer; more columns cost memory and time in proportion.
         loss_fn: `loss_fn(model, batch)` returns a scalar loss, or `(loss, weight)` with the number
             of tokens (or pairs, …) that it is the mean of. Default: `model(**batch).loss`, weighted
             by the labels that are not -100.

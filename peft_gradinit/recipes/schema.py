@@ -203,7 +203,7 @@ class CalibrationSection(Section):
     estimator: Literal["sketch", "dense"] = Field(
         default="sketch", description="`dense` keeps exact gradients, for small models."
     )
-    sketch_size: Positive | None = Field(default=None, description="Columns; default: 2 rank + 80.")
+    sketch_size: Positive | None = Field(default=None, description="Columns; default: by the rank.")
     seed: int = Field(default=0, description="Seed of the sketches.")
     result: str | None = Field(
         default=None, description="Take a saved calibration instead of reading data."

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from peft_gradinit.calibration.capture.experts import Parameter, Product
 from peft_gradinit.statistics import SketchedGradient, TestMatrixPool, in_groups
 from tests.devices.backend import Counts, counted
 from tests.devices.models import ONE, measured, wide
@@ -135,3 +136,31 @@ def test_layers_of_one_shape_are_factored_together():
 
     few, many = kernels(2), kernels(10)
     assert many - few <= 8 * 8  # what each layer keeps; a reconstruction has 50 kernels
+
+
+def of_experts(**options) -> Product:
+    """A product of token rows with four experts."""
+    names = {index: f"experts[{index}]" for index in range(4)}
+    parameter = Parameter(nn.Module(), "experts", False, "experts", names)
+    return Product(parameter, torch.empty(0, device=ONE), **options)
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "waits"),
+    [
+        ((12, 5), {"experts": None, "ends": [2, 2, 9, 12]}, 1),  # sorted rows, as grouped kernels
+        ((3, 4, 5), {"experts": [3, 0, 3]}, 1),  # blocks of rows, each with its expert
+        ((4, 3, 5), {"experts": None}, 2),  # a block for each expert; zeros were routed elsewhere
+        ((12, 5), {"experts": 2}, 0),
+    ],
+)
+def test_rows_are_split_by_expert_with_few_waits(rows, options, waits):
+    given = {
+        name: torch.tensor(value, device=ONE) if isinstance(value, list) else value
+        for name, value in options.items()
+    }
+    x, dy = torch.randn(rows, device=ONE), torch.randn(rows, device=ONE)
+    with counted() as counts:
+        parts = list(of_experts(**given).parts(x, dy))
+    assert counts.waits == waits
+    assert sum(len(part) for _, (part, _) in parts) == 12

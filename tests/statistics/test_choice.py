@@ -40,10 +40,15 @@ def add(kind, statistic, shape, n=2):
     statistic.add(*((x, dy) if kind == "gradient" else (x,)))
 
 
-@every_kind
-@pytest.mark.parametrize("rank", [2, 8, 16, 64])
-def test_the_default_width_is_twice_the_rank_plus_80_and_another_can_be_chosen(kind, rank):
-    assert chosen(kind, (4096, 4096), rank=rank).width == 2 * rank + 80
+@pytest.mark.parametrize(
+    ("kind", "rank", "width"),
+    [
+        *[("gradient", rank, width) for rank, width in ((1, 52), (4, 64), (16, 112), (64, 208))],
+        *[("inputs", rank, 2 * rank + 80) for rank in (2, 8, 64)],
+    ],
+)
+def test_the_default_width_grows_with_the_rank_and_another_can_be_chosen(kind, rank, width):
+    assert chosen(kind, (4096, 4096), rank=rank).width == width
     assert chosen(kind, (4096, 4096), rank=rank, sketch_size=106).width == 106
 
 
@@ -55,9 +60,9 @@ def test_dense_can_be_asked_for_and_needs_no_width(kind):
 @pytest.mark.parametrize(
     ("kind", "shape", "dense"),
     [
-        # Rank 8: width 96, of which 56 are oriented, is 152 (out + in) floats.
-        ("gradient", (304, 304), True),
-        ("gradient", (305, 305), False),
+        # Rank 8: width 80, of which 40 are oriented, is 120 (out + in) floats.
+        ("gradient", (240, 240), True),
+        ("gradient", (241, 241), False),
         ("gradient", (16, 100_000), True),
         # Width 96, of which 72 are oriented, is 168 in floats.
         ("inputs", (16, 168), True),
@@ -80,15 +85,17 @@ def test_what_is_chosen_never_holds_more_than_the_whole_matrix(kind, shape):
 
 
 LEAST = [("gradient", 4, 48), ("gradient", 16, 48), ("gradient", 64, 72), ("inputs", 8, 32)]
+DEFAULTS = {("gradient", 4): 64, ("gradient", 16): 112, ("gradient", 64): 208, ("inputs", 8): 96}
 
 
 @pytest.mark.parametrize(("kind", "rank", "least"), LEAST)
 def test_a_sketch_size_too_small_for_the_rank_raises_with_the_least_and_the_default(
     kind, rank, least
 ):
+    default = DEFAULTS[kind, rank]
     what = {"gradient": "triplets", "inputs": "components"}[kind]
     for size in (8, least - 1):
-        message = rf"sketch_size={size} .* {rank} {what}.* {least}, and {2 * rank + 80} is"
+        message = rf"sketch_size={size} .* {rank} {what}.* {least}, and {default} is"
         with pytest.raises(ShapeError, match=message):
             chosen(kind, (4096, 4096), rank=rank, sketch_size=size)
 
@@ -141,7 +148,7 @@ def test_layers_of_a_pass_share_their_test_matrices():
     for shape in [(512, 384), (512, 384), (640, 384)]:
         add("gradient", chosen("gradient", shape, pool=pool), shape)
     # One input width; two output widths.
-    assert pool.n_bytes() == 4 * 96 * (384 + 512 + 640)
+    assert pool.n_bytes() == 4 * 80 * (384 + 512 + 640)
 
 
 def test_a_pool_gives_the_same_tensor_for_the_same_request_and_another_for_another():

@@ -85,13 +85,22 @@ class Product:
             if len(rows[0]):
                 yield names[self.experts], rows
             return
-        rows, experts = self._of_blocks(turned) if self.ends is None else _cut(turned, self.ends)
+        rows, ends = self._sorted(turned)
+        start = 0
+        for index, end in enumerate(ends.tolist()):  # the only value that is asked of the device
+            if end > start:
+                yield names[index], [t[start:end] for t in rows]
+            start = end
+
+    def _sorted(self, tensors: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+        """Rows in the order of their experts, and where the rows of each expert end."""
+        if self.ends is not None:
+            return tensors, self.ends
+        rows, experts = self._of_blocks(tensors)
         order = experts.argsort(stable=True)
-        counts = experts.bincount(minlength=len(names)).tolist()
-        split = [t[order].split(counts) for t in rows]
-        for index, count in enumerate(counts):
-            if count:
-                yield names[index], [t[index] for t in split]
+        every = torch.arange(len(self.parameter.names), device=experts.device)
+        ends = torch.searchsorted(experts[order], every, right=True)
+        return [t[order] for t in rows], ends
 
     def _turned(self, tensor: Tensor) -> Tensor:
         if not self.columns:
@@ -104,19 +113,12 @@ class Product:
         if not isinstance(blocks, Tensor):
             blocks = torch.arange(len(self.parameter.names), device=device)
         tensors = [t if t.dim() == 3 else t.expand(len(blocks), *t.shape) for t in tensors]
-        experts = blocks.to(device).repeat_interleave(tensors[0].shape[1])
+        experts = blocks.to(device)[:, None].expand(-1, tensors[0].shape[1]).flatten()
         rows = [t.reshape(-1, t.shape[-1]) for t in tensors]
         if self.experts is not None:
             return rows, experts
-        routed = rows[0].ne(0).any(dim=1)
+        routed = rows[0].ne(0).any(dim=1).nonzero()[:, 0]
         return [t[routed] for t in rows], experts[routed]
-
-
-def _cut(tensors: list[Tensor], ends: Tensor) -> tuple[list[Tensor], Tensor]:
-    """Rows and their experts, where blocks follow each other; rows after the last are unused."""
-    counts = ends.long().diff(prepend=ends.new_zeros(1).long())
-    experts = torch.arange(len(ends), device=ends.device).repeat_interleave(counts)
-    return [t[: len(experts)] for t in tensors], experts
 
 
 def parameters_of(weights: Mapping[str, ExpertWeight]) -> list[Parameter]:
