@@ -19,31 +19,29 @@ and with SmolLM2 also
 (f) PEFT's EVA: `get_peft_model` and `initialize_lora_eva_weights`, until it has converged.
 
 On an accelerator the shapes of a model of one billion and of one of seven billion parameters run in
-bfloat16 and in 4 bits, unless `--model` says otherwise. Times there wait for the device, memory is
-what torch allocated, and the kernels of a linear layer in a batch are counted, next to the floor's.
+bfloat16 and in 4 bits, unless `--model` says otherwise. Times there wait for the device, and the
+kernels of a linear layer in a batch are counted, next to the floor's.
 
-Every figure comes from a process of its own, so that peak memory is that of one candidate;
-candidates take turns within a repetition. Prints medians with their range and the ratios pair by
+Every figure comes from a process of its own; candidates take turns within a repetition. Memory is
+the most that torch holds in tensors at once, besides model and data. Prints medians with their range and the ratios pair by
 pair; `--json FILE` keeps the figures.
 """
 
 import argparse
 import copy
 import json
-import resource
 import statistics
 import subprocess
 import sys
-import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import bench_models
 import peft
 import torch
 import transformers
+from bench_gauges import finished, kernels_counted, memory_held
 from peft import (
     LoraConfig,
     get_peft_model,
@@ -174,47 +172,28 @@ def sharing_weights(model: LlamaForCausalLM) -> LlamaForCausalLM:
 
 
 def measure_candidate(name: str, options: argparse.Namespace) -> dict[str, float]:
-    """Seconds, extra peak memory and kernels of one candidate, in this process."""
+    """Seconds of one candidate, in this process; on a device also its memory and kernels."""
     model, batches = make_model(options), make_batches(options)
     device = torch.device(options.device)
     model(**batches[0])  # warm-up: pages and kernels
-    before = peak_bytes(device)
+    on_device = device.type != "cpu"
+    before = torch.accelerator.max_memory_allocated() if on_device else 0
     started = finished(device)
     with kernels_counted(device) as kernels:
         CANDIDATES[name](model, batches)
-    seconds = finished(device) - started
+    found = {"seconds": finished(device) - started}
     n_calls = len(batches) * model.config.num_hidden_layers * len(PROJECTIONS)
-    found = {"seconds": seconds, "bytes": peak_bytes(device) - before}
+    if on_device:
+        found["bytes"] = torch.accelerator.max_memory_allocated() - before
     return found | ({"kernels": kernels[0] / n_calls} if kernels else {})
 
 
-def finished(device: torch.device) -> float:
-    """The time once the device has done what it was told to."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize()
-    return time.perf_counter()
-
-
-@contextmanager
-def kernels_counted(device: torch.device) -> Iterator[list[int]]:
-    """Count the kernels of CUDA; other devices leave the list empty."""
-    count: list[int] = []
-    if device.type != "cuda":
-        yield count
-        return
-    activities = [torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profile:
-        yield count
-        torch.accelerator.synchronize()
-    names = [e.name for e in profile.events() if e.device_type.name == "CUDA"]
-    count.append(sum(not name.startswith(("Memcpy", "Memset")) for name in names))
-
-
-def peak_bytes(device: torch.device) -> int:
-    """Peak memory so far: of the process, or on a device what torch allocated."""
-    if device.type == "cpu":
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return torch.accelerator.max_memory_allocated()
+def measure_memory(name: str, options: argparse.Namespace) -> dict[str, float]:
+    """The most that one candidate holds in tensors at once on the CPU, besides model and data."""
+    model, batches = make_model(options), make_batches(options)
+    with memory_held() as peak:
+        CANDIDATES[name](model, batches)
+    return {"bytes": peak[0]}
 
 
 def in_new_process(arguments: list[str]) -> dict:
@@ -236,9 +215,14 @@ def compare(options: argparse.Namespace) -> dict:
     names = [n for n in (CANDIDATES if real else GRADIENTS) if n != "peft" or options.bits is None]
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     steps: list[float] = []
+    memory: dict[str, dict[str, float]] = {name: {} for name in names}
+    if options.device == "cpu":  # always the same, so once
+        of = ["--memory", *as_arguments(options), "--candidate"]
+        memory = {name: in_new_process([*of, name]) for name in names}
     for repetition in range(options.repetitions):
         for name in names:
-            runs[name].append(in_new_process([*as_arguments(options), "--candidate", name]))
+            found = in_new_process([*as_arguments(options), "--candidate", name])
+            runs[name].append(memory[name] | found)
         times = in_new_process([*as_arguments(options), "--steps"])
         steps.append(statistics.median(times["anchored"]) / statistics.median(times["lora"]))
         console.print(f"repetition {repetition + 1} of {options.repetitions} done")
@@ -258,7 +242,7 @@ def print_table(options: argparse.Namespace, runs: dict[str, list[dict[str, floa
     n_tokens = sum(b["input_ids"].numel() for b in make_batches(options))
     table = Table(title=f"{title}, {weights}, r 8, {n_tokens:,} tokens, {options.device}")
     kernels = ["kernels of a layer and batch"] if "kernels" in runs["floor"][0] else []
-    for column in ("", "seconds", "extra peak memory, MiB", *kernels):
+    for column in ("", "seconds", "peak memory, MiB", *kernels):
         table.add_column(column, justify="left" if not column else "right")
     for name, values in runs.items():
         seconds = spread([v["seconds"] for v in values])
@@ -326,12 +310,14 @@ def main() -> None:
     parser.add_argument("--bits", type=int, choices=(4,), help="quantise the layers")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     parser.add_argument("--candidate", choices=list(CANDIDATES), help=argparse.SUPPRESS)
+    parser.add_argument("--memory", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--steps", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     if options.candidate:
-        print(json.dumps(measure_candidate(options.candidate, options)))
+        measure = measure_memory if options.memory else measure_candidate
+        print(json.dumps(measure(options.candidate, options)))
     elif options.steps:
         print(json.dumps(measure_steps(options)))
     else:
