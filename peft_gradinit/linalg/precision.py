@@ -15,22 +15,31 @@ from torch import Tensor
 
 @contextmanager
 def exact_products(device: torch.device) -> Iterator[None]:
-    """Without TF32 and without autocast, for the length of the block.
+    """Without TF32, bfloat16 and autocast in float32 products, for the length of the block.
 
-    TF32 keeps three digits: a Gram matrix in it has eigenvalues below zero.
+    TF32 keeps three digits: a Gram matrix in it has eigenvalues below zero. So does what
+    `torch.set_float32_matmul_precision("medium")` allows on CPUs, which keeps two.
     """
-    matmul: Any = torch.backends.cuda.matmul
-    option, exact = ("fp32_precision", "ieee")
-    if not hasattr(matmul, option):  # before torch 2.9
-        option, exact = ("allow_tf32", False)
-    before = getattr(matmul, option)
-    setattr(matmul, option, exact)
+    settings = _settings()
+    before = [getattr(backend, option) for backend, option, _ in settings]
+    for backend, option, exact in settings:
+        setattr(backend, option, exact)
     known = torch.amp.is_autocast_available(device.type)
     try:
         with torch.autocast(device.type, enabled=False) if known else nullcontext():
             yield
     finally:
-        setattr(matmul, option, before)
+        for (backend, option, _), users in zip(settings, before, strict=True):
+            setattr(backend, option, users)
+
+
+def _settings() -> list[tuple[Any, str, Any]]:
+    """Where torch keeps what float32 products may be rounded to, and the value of no rounding."""
+    gpu: Any = torch.backends.cuda.matmul
+    cpu: Any = getattr(torch.backends.mkldnn, "matmul", None)
+    if not hasattr(gpu, "fp32_precision"):  # before torch 2.9
+        return [(gpu, "allow_tf32", False)]
+    return [(backend, "fp32_precision", "ieee") for backend in (gpu, cpu) if backend is not None]
 
 
 def double(tensor: Tensor) -> Tensor:

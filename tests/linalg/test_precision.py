@@ -7,6 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from peft_gradinit.linalg import (
     TestMatrices,
     draw_test_matrix,
+    exact_products,
     nystrom,
     randomized_svd,
     reconstruct,
@@ -20,6 +21,9 @@ OPTION, FAST, EXACT = (
     if hasattr(matmul, "fp32_precision")
     else ("allow_tf32", True, False)
 )
+
+
+cpu = getattr(torch.backends.mkldnn, "matmul", None)
 
 
 class Precisions(TorchDispatchMode):
@@ -63,3 +67,20 @@ def test_tf32_is_off_in_factorisations_and_on_again_afterwards(case):
     first = 2 if case == "reconstruct" else 0  # the products of the case itself
     assert len(precisions.seen) > first
     assert set(precisions.seen[first:]) == {EXACT}
+
+
+@pytest.mark.skipif(not hasattr(cpu, "fp32_precision"), reason="this torch has no such setting")
+def test_medium_precision_on_the_cpu_is_left_for_factorisations():
+    """Where a CPU can, it multiplies float32 matrices in bfloat16."""
+    before = torch.get_float32_matmul_precision(), cpu.fp32_precision, matmul.fp32_precision
+    torch.set_float32_matmul_precision("medium")
+    try:
+        users = cpu.fp32_precision
+        assert users == "bf16"
+        with exact_products(torch.device("cpu")):
+            assert cpu.fp32_precision == "ieee"
+        assert cpu.fp32_precision == users
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        cpu.fp32_precision, matmul.fp32_precision = before[1:]
