@@ -78,7 +78,7 @@ class Statistic(ABC):
     def orient(self) -> None:  # noqa: B027 optional for children
         """Adapt the test matrices to the data seen so far. Does nothing where there are none."""
 
-    def orient_alike(self: S, group: Sequence[S]) -> None:
+    def orient_alike(self, group: Sequence[Any]) -> None:
         """Orient statistics of one kind: this one is among them."""
         for statistic in group:
             statistic.orient()

@@ -7,7 +7,7 @@ answer does not depend on how the samples were batched.
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TypeVar
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -16,8 +16,6 @@ from torch import Tensor
 from ..linalg import TruncatedSVD, double, gram_svd
 from .base import Statistic
 from .products import add_product, product_dtype
-
-G = TypeVar("G", bound="GradientStatistic")
 
 
 class GradientStatistic(Statistic):
@@ -56,7 +54,7 @@ class GradientStatistic(Statistic):
     def triplets(self, rank: int) -> TruncatedSVD:
         """Estimate the leading triplets of the mean gradient, `(sum w G) / (sum w)`."""
 
-    def triplets_alike(self: G, group: Sequence[G], rank: int) -> list[TruncatedSVD]:
+    def triplets_alike(self, group: Sequence[Any], rank: int) -> list[TruncatedSVD]:
         """Triplets of statistics of one kind: this one is among them."""
         return [statistic.triplets(rank) for statistic in group]
 
@@ -96,7 +94,7 @@ class DenseGradient(GradientStatistic):
     def triplets(self, rank: int) -> TruncatedSVD:  # noqa: D102
         return self.triplets_alike([self], rank)[0]
 
-    def triplets_alike(self, group: Sequence["DenseGradient"], rank: int) -> list[TruncatedSVD]:  # noqa: D102
+    def triplets_alike(self, group: Sequence[Any], rank: int) -> list[TruncatedSVD]:  # noqa: D102
         if len(group) == 1:
             return [gram_svd(self.mean(), rank)]
         stacked = gram_svd(torch.stack([statistic.mean() for statistic in group]), rank)

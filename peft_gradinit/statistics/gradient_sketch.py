@@ -1,6 +1,7 @@
 """The gradient of a linear layer, sketched from both sides, and the choice between estimators."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,7 +70,7 @@ class SketchedGradient(GradientStatistic):
         """Turn the test matrices towards the gradient seen so far and move the sums to them."""
         self.orient_alike([self])
 
-    def orient_alike(self, group: Sequence["SketchedGradient"]) -> None:  # noqa: D102
+    def orient_alike(self, group: Sequence[Any]) -> None:  # noqa: D102
         if not self.has_sums:
             return
         n = self.n_oriented
@@ -79,7 +80,7 @@ class SketchedGradient(GradientStatistic):
     def triplets(self, rank: int) -> TruncatedSVD:  # noqa: D102
         return self.triplets_alike([self], rank)[0]
 
-    def triplets_alike(self, group: Sequence["SketchedGradient"], rank: int) -> list[TruncatedSVD]:  # noqa: D102
+    def triplets_alike(self, group: Sequence[Any], rank: int) -> list[TruncatedSVD]:  # noqa: D102
         seen = self._reconstructed(group, rank)
         return [
             svd._replace(S=svd.S / (sketch.weight or 1.0))
@@ -87,7 +88,7 @@ class SketchedGradient(GradientStatistic):
         ]
 
     def _reconstructed(
-        self, group: Sequence["SketchedGradient"], rank: int, core: int | None = None
+        self, group: Sequence[Any], rank: int, core: int | None = None
     ) -> list[TruncatedSVD]:
         """Triplets of the sums of sketches of one kind."""
         device = self.device

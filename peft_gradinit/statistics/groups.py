@@ -4,8 +4,10 @@ A small factorisation keeps one core busy, and a GPU hardly at all. So the CPU m
 as there are threads. An accelerator makes one of a stack of layers that have the same shape.
 """
 
+import itertools
+import operator
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -17,14 +19,6 @@ R = TypeVar("R")
 
 STACKED_BYTES = 2**27
 """Memory of the sums in one stack, at most: a dozen layers of 4096 x 4096 at rank 8."""
-
-
-class Kind(NamedTuple):
-    """What can be stacked with each other."""
-
-    device: torch.device
-    description: str
-    size: int
 
 
 def in_groups(
@@ -45,35 +39,30 @@ def in_groups(
     Returns:
         A result for each item, in their order.
     """
-    kinds = [
-        Kind(statistic.device, statistic.describe(), size)
-        for statistic, size in zip(map(statistic_of, items), sizes or [0] * len(items), strict=True)
-    ]
-    groups = _groups(kinds, [statistic_of(item).n_bytes() for item in items])
+    statistics = [statistic_of(item) for item in items]
+    sizes = sizes or [0] * len(items)
+    on_cpu = all(statistic.device.type == "cpu" for statistic in statistics)
+    groups = [[i] for i in range(len(items))] if on_cpu else _groups(statistics, sizes)
+    del statistics  # work may free them one after the other
 
     def run(group: list[int]) -> Sequence[R]:
-        return work([items[i] for i in group], kinds[group[0]].size)
+        return work([items[i] for i in group], sizes[group[0]])
 
-    on_cpu = all(kind.device.type == "cpu" for kind in kinds)
     results = on_all_threads(run, groups) if on_cpu else [run(group) for group in groups]
-    by_item = {
-        i: r
-        for group, of in zip(groups, results, strict=True)
-        for i, r in zip(group, of, strict=True)
-    }
-    return [by_item[i] for i in range(len(items))]
+    pairs = zip(itertools.chain(*groups), itertools.chain(*results), strict=True)
+    return [result for _, result in sorted(pairs, key=operator.itemgetter(0))]
 
 
-def _groups(kinds: Sequence[Kind], n_bytes: Sequence[int]) -> list[list[int]]:
+def _groups(statistics: Sequence[Statistic], sizes: Sequence[int]) -> list[list[int]]:
     """Indices of each group, in the order of its first item."""
     groups: list[list[int]] = []
-    last: dict[Kind, list[int]] = {}
-    for i, kind in enumerate(kinds):
-        group = last.get(kind)
-        room = kind.device.type != "cpu" and group is not None
-        if room and sum(n_bytes[j] for j in group) + n_bytes[i] <= STACKED_BYTES:
-            group.append(i)
-        else:
-            groups.append([i])
-            last[kind] = groups[-1]
+    open_groups: dict[tuple[torch.device, str, int], list[int]] = {}
+    for i, (statistic, size) in enumerate(zip(statistics, sizes, strict=True)):
+        kind = (statistic.device, statistic.describe(), size)
+        group = open_groups.get(kind)
+        full = group is not None and (len(group) + 1) * statistic.n_bytes() > STACKED_BYTES
+        if group is None or full or statistic.device.type == "cpu":
+            group = open_groups[kind] = []
+            groups.append(group)
+        group.append(i)
     return groups
