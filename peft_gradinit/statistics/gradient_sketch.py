@@ -92,9 +92,10 @@ class SketchedGradient(GradientStatistic):
     ) -> list[TruncatedSVD]:
         """Triplets of the sums of sketches of one kind."""
         device = self.device
-        sums = [sketch._sums_or_zeros() for sketch in group]
         if len(group) == 1:
-            return [reconstruct(*sums[0], self._test(device), rank, core)]
+            Y, Z = self._sums_or_zeros()
+            return [reconstruct(Y, Z, self._test(device), rank, core)]
+        sums = [sketch._sums_or_zeros() for sketch in group]
         Y, Z = (torch.stack(part) for part in zip(*sums, strict=True))
         tests = [sketch._test(device) for sketch in group]
         test = TestMatrices(*(torch.stack(part) for part in zip(*tests, strict=True)))
