@@ -12,14 +12,14 @@ the figures.
 import argparse
 import json
 import statistics
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import bench_models
 import torch
-from bench_calibration import VOCABULARY, random_llama
+from bench_gauges import finished
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from rich.table import Table
@@ -43,7 +43,9 @@ CANDIDATES: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
 def make_model(options: argparse.Namespace) -> nn.Module:
     """The shape of `bench_calibration`, with a LoRA."""
     lora = LoraConfig(r=options.rank, lora_alpha=2 * options.rank, target_modules="all-linear")
-    return get_peft_model(random_llama(options), lora).train().to(options.device)
+    size = {"hidden": options.hidden, "layers": options.layers}
+    base = bench_models.make_model("random", device=options.device, **size)
+    return get_peft_model(base, lora).train()
 
 
 def adamw(model: nn.Module) -> torch.optim.Optimizer:
@@ -52,22 +54,15 @@ def adamw(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=1e-5, weight_decay=0.0, foreach=True)
 
 
-def now(device: str) -> float:
-    """Seconds, after all work on the device."""
-    if device != "cpu":
-        torch.accelerator.synchronize()
-    return time.perf_counter()
-
-
 def time_step(
     model: nn.Module, optimizer: torch.optim.Optimizer, batch: Any, device: str
 ) -> tuple[float, float]:
     """Seconds of a training step, and of the optimiser's part."""
-    started = now(device)
+    started = finished(torch.device(device))
     model(**batch).loss.backward()
-    ready = now(device)
+    ready = finished(torch.device(device))
     optimizer.step()
-    ended = now(device)
+    ended = finished(torch.device(device))
     optimizer.zero_grad()
     return ended - started, ended - ready
 
@@ -83,7 +78,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     model = make_model(options)
     generator = torch.Generator().manual_seed(1)
     shape = (options.batch_size, options.length)
-    ids = torch.randint(0, VOCABULARY, shape, generator=generator).to(options.device)
+    ids = torch.randint(0, bench_models.VOCABULARY, shape, generator=generator).to(options.device)
     batch = {"input_ids": ids, "labels": ids}
     optimizers = {"AdamW": adamw(model)}
     optimizers |= {name: make(model) for name, make in CANDIDATES.items()}
