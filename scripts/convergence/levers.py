@@ -126,6 +126,8 @@ def stepped(steps_of: Callable, alike: bool) -> Callable:
 
     def start(model: PreTrainedModel, task: Task, batches: list[Rows]) -> nn.Module:
         adapted = USUAL(model, task, batches)
+        if len(batches) < HELD_OUT:
+            batches = [part for batch in batches for part in parts_of(batch)]
         n = max(1, len(batches) // HELD_OUT)
         steps = steps_of(measured(adapted, batches[:-n]), task.settings.adapter["r"])
         if not alike:
@@ -138,6 +140,12 @@ def stepped(steps_of: Callable, alike: bool) -> Callable:
         return adapted
 
     return start
+
+
+def parts_of(batch: Rows) -> list[Rows]:
+    """A batch, cut into `HELD_OUT` parts."""
+    columns = [column.chunk(HELD_OUT) for column in batch.values()]
+    return [dict(zip(batch, part, strict=True)) for part in zip(*columns, strict=True)]
 
 
 def _of_norm_one(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
