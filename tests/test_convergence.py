@@ -312,3 +312,21 @@ def test_curvature_is_that_of_a_known_loss():
     assert found["along"] == pytest.approx(2.0, rel=1e-2)
     # d2/db2 = 4, and B and A are coupled by -(6, 2): the largest root of x^2 - 4 x - 40
     assert found["largest"] == pytest.approx(2 + 44**0.5, rel=0.05)
+
+
+def test_the_page_has_the_figures_of_the_rules():
+    conditions = rate_rule.load()
+    page = SCRIPTS.parent / "docs" / "explanations" / "learning-rate.md"
+    shown = re.findall(
+        r"^\| (.+) \| (\S+) times \| (\S+) times \|$", page.read_text("utf-8"), flags=re.MULTILINE
+    )
+    found = [
+        rate_rule.factors_off(rate_rule.left_out(conditions, rule))
+        for rule in rate_rule.RULES.values()
+    ]
+    assert len(shown) >= 5
+    for title, *factors in shown:
+        assert any(
+            all(math.isclose(float(a), b, rel_tol=0.05) for a, b in zip(factors, of, strict=True))
+            for of in found
+        ), title
