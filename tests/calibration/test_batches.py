@@ -288,8 +288,8 @@ def test_first_sequence_is_a_batch_of_one_or_the_whole():
 def test_first_sequence_of_long_texts_is_cut_to_a_few_tokens():
     long = {"input_ids": torch.ones(2, 500), "labels": torch.ones(2, 500)}
     assert {k: v.shape for k, v in first_sequence(long).items()} == {
-        "input_ids": (1, 64),
-        "labels": (1, 64),
+        "input_ids": (1, 16),
+        "labels": (1, 16),
     }
     classes = {"input_ids": torch.ones(2, 500), "labels": torch.ones(2)}
     assert first_sequence(classes)["labels"].shape == (1,)
