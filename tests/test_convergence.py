@@ -23,6 +23,7 @@ sys.path.insert(0, str(SCRIPTS))
 
 import rate_rule  # noqa: E402
 from bench_convergence import STUDIES, marks  # noqa: E402
+from convergence.levers import LEVERS  # noqa: E402
 from convergence.methods import METHODS, NOT_PUBLISHED  # noqa: E402
 from convergence.plan import (  # noqa: E402
     MAX_STEPS_FROM_FIRST,
@@ -34,8 +35,11 @@ from convergence.plan import (  # noqa: E402
     usable_range,
 )
 from convergence.report import COLUMNS, interval, markdown, overview  # noqa: E402
+from convergence.settings import load_settings  # noqa: E402
 from convergence.study import REFERENCES  # noqa: E402
 from convergence.summary import load, save  # noqa: E402
+from convergence.tasks import TASKS  # noqa: E402
+from convergence.training import Key, run  # noqa: E402
 from rate_rule import RULES, Condition, factors_off, interpolated, left_out, table  # noqa: E402
 
 PAGE = SCRIPTS.parent / "docs" / "benchmarks.md"
@@ -190,6 +194,19 @@ def test_study_goes_on_where_it_was_and_reports_itself(tmp_path):
     assert {len(summary.suggested_losses) for summary in kept.methods.values()} == {3}
     for name in ("rates_digits.png", "curves_digits.png"):
         assert (tmp_path / "out/convergence" / name).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lever", LEVERS)
+def test_every_lever_trains(lever, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where the pretrained model goes
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+    task = TASKS["digits"](load_settings("tiny.yaml"))
+
+    before, *_, after = run(Key("digits", lever, 1e-2, 0, 8), task)["curve"]
+
+    assert after[0] == 8
+    assert after[1] < before[1]
 
 
 def test_published_tables_are_those_of_the_published_figures():

@@ -124,6 +124,7 @@ def train(model: nn.Module, optimizer, task: Task, order: torch.Tensor, change: 
         schedule.step()
         optimizer.zero_grad()
         losses.append(loss.item())
+        del loss  # its graph remembers the shapes of the factors, which a change may cut
         if not math.isfinite(losses[-1]):
             curve.append([n_steps, math.inf, 0.0])
             break
