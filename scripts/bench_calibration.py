@@ -23,8 +23,8 @@ bfloat16 and in 4 bits, unless `--model` says otherwise. Times there wait for th
 kernels of a linear layer in a batch are counted, next to the floor's.
 
 Every figure comes from a process of its own; candidates take turns within a repetition. Memory is
-the most that torch holds in tensors at once, besides model and data. Prints medians with their range and the ratios pair by
-pair; `--json FILE` keeps the figures.
+the most that torch holds in tensors at once, besides model and data. Prints medians with their range
+and the ratios pair by pair; `--json FILE` keeps the figures.
 """
 
 import argparse
@@ -295,8 +295,10 @@ def models(options: argparse.Namespace) -> list[argparse.Namespace]:
     if options.device == "cpu" or options.model is not None:
         own = {"model": options.model or "random", "dtype": options.dtype or "float32"}
         return [argparse.Namespace(**vars(options) | own)]
-    found = [{"model": name, "bits": bits} for name in bench_models.SHAPES for bits in (None, 4)]
-    return [argparse.Namespace(**vars(options) | of | {"dtype": "bfloat16"}) for of in found]
+    every = (None, 4) if options.bits is None else (options.bits,)
+    found = [{"model": name, "bits": bits} for name in bench_models.SHAPES for bits in every]
+    dtype = {"dtype": options.dtype or "bfloat16"}
+    return [argparse.Namespace(**vars(options) | of | dtype) for of in found]
 
 
 def main() -> None:

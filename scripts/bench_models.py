@@ -41,7 +41,7 @@ INIT_STD = 0.02
 def make_model(
     name: str, *, device: str = "cpu", dtype: str = "float32", bits: int | None = None, **size: int
 ) -> LlamaForCausalLM:
-    """Make a frozen model in eval mode, as `from_pretrained` leaves it.
+    """Make a frozen model in eval mode.
 
     Args:
         name: `"smollm2"`, one of `SHAPES`, or `"random"` with `hidden` and `layers`.
@@ -55,7 +55,7 @@ def make_model(
     """
     if name == "smollm2":
         of_file = LlamaForCausalLM.from_pretrained(smollm2_folder(), dtype=getattr(torch, dtype))
-        return of_file.to(device)
+        return of_file.to(device).requires_grad_(False)
     shape = SHAPES[name] if name in SHAPES else _shape(**size)
     torch.manual_seed(0)
     before = torch.get_default_dtype()
@@ -75,7 +75,7 @@ def make_model(
 def batches(name: str, n: int, size: int, length: int, device: str, vocabulary: int) -> list[dict]:
     """Random tokens, every one of which carries loss; for SmolLM2, functions as chats."""
     if name == "smollm2":
-        chats = smollm2_chats.batches(n * size, size)
+        chats = smollm2_chats.loader(n * size, size)
         return [{k: v.to(device) for k, v in batch.items()} for batch in chats]
     generator = torch.Generator().manual_seed(1)
     rows = [torch.randint(0, vocabulary, (size, length), generator=generator) for _ in range(n)]

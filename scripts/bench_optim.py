@@ -55,14 +55,15 @@ def adamw(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def time_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, batch: Any, device: str
+    model: nn.Module, optimizer: torch.optim.Optimizer, batch: Any
 ) -> tuple[float, float]:
     """Seconds of a training step, and of the optimiser's part."""
-    started = finished(torch.device(device))
+    device = batch["input_ids"].device
+    started = finished(device)
     model(**batch).loss.backward()
-    ready = finished(torch.device(device))
+    ready = finished(device)
     optimizer.step()
-    ended = finished(torch.device(device))
+    ended = finished(device)
     optimizer.zero_grad()
     return ended - started, ended - ready
 
@@ -84,11 +85,11 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     optimizers |= {name: make(model) for name, make in CANDIDATES.items()}
     for optimizer in optimizers.values():
         for _ in range(N_WARM):
-            time_step(model, optimizer, batch, options.device)
+            time_step(model, optimizer, batch)
     rows: dict[str, dict[str, list[float]]] = {}
     for _ in range(options.repetitions):
         for name in CANDIDATES:
-            pair = [time_step(model, optimizers[o], batch, options.device) for o in ("AdamW", name)]
+            pair = [time_step(model, optimizers[o], batch) for o in ("AdamW", name)]
             row = rows.setdefault(name, {"step": [], "optimiser": [], "ms": [], "AdamW ms": []})
             row["step"].append(pair[1][0] / pair[0][0])
             row["optimiser"].append(pair[1][1] / pair[0][1])

@@ -1,6 +1,5 @@
 """Functions as chats for SmolLM2, as the benchmarks read them."""
 
-from collections.abc import Iterator
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -20,8 +19,3 @@ def loader(n: int, batch_size: int) -> DataLoader:
     encoded = list(reader.encode(rows.select(range(n))))
     collate: Any = collator(reader.processor)
     return DataLoader(encoded, batch_size=batch_size, collate_fn=collate)
-
-
-def batches(n: int, batch_size: int) -> Iterator[dict[str, Any]]:
-    """Their batches."""
-    yield from loader(n, batch_size)

@@ -15,6 +15,7 @@ from .svd import (
     TruncatedSVD,
     decomposed,
     fix_signs,
+    of_stack,
     randomized_svd,
     svd_of_product,
     truncated_svd,

@@ -17,8 +17,8 @@ from torch import Tensor
 def exact_products(device: torch.device) -> Iterator[None]:
     """Without TF32, bfloat16 and autocast in float32 products, for the length of the block.
 
-    TF32 keeps three digits: a Gram matrix in it has eigenvalues below zero. So does what
-    `torch.set_float32_matmul_precision("medium")` allows on CPUs, which keeps two.
+    TF32 keeps three digits: a Gram matrix in it has eigenvalues below zero. bfloat16, which
+    `torch.set_float32_matmul_precision("medium")` allows on CPUs, keeps two.
     """
     settings = _settings()
     before = [getattr(backend, option) for backend, option, _ in settings]

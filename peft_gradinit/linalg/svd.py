@@ -5,6 +5,7 @@ A singular pair `(u_i, v_i)` is determined up to a common sign only. LoRA-GA pai
 fixes them (`fix_signs`) and takes its randomness from an explicit generator.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -39,6 +40,21 @@ class TruncatedSVD(NamedTuple):
     def matrix(self) -> Float[Tensor, "out in"]:
         """Multiply the triplets out."""
         return (self.U * self.S) @ self.Vh
+
+
+def of_stack(
+    decompose: Callable[..., TruncatedSVD], parts: Sequence[Sequence[Tensor]]
+) -> list[TruncatedSVD]:
+    """Decompose matrices of one shape together; a single one is not stacked.
+
+    Args:
+        decompose: takes tensors, which may have a leading dimension.
+        parts: its arguments for every matrix.
+    """
+    if len(parts) == 1:
+        return [decompose(*parts[0])]
+    stacked = decompose(*(torch.stack(part) for part in zip(*parts, strict=True)))
+    return [TruncatedSVD(*of) for of in zip(*stacked, strict=True)]
 
 
 def fix_signs(svd: TruncatedSVD) -> TruncatedSVD:

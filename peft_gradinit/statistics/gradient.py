@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..linalg import TruncatedSVD, double, gram_svd
+from ..linalg import TruncatedSVD, double, gram_svd, of_stack
 from .base import Statistic
 from .products import add_product, product_dtype
 
@@ -95,10 +95,7 @@ class DenseGradient(GradientStatistic):
         return self.triplets_alike([self], rank)[0]
 
     def triplets_alike(self, group: Sequence[Any], rank: int) -> list[TruncatedSVD]:  # noqa: D102
-        if len(group) == 1:
-            return [gram_svd(self.mean(), rank)]
-        stacked = gram_svd(torch.stack([statistic.mean() for statistic in group]), rank)
-        return [TruncatedSVD(*parts) for parts in zip(*stacked, strict=True)]
+        return of_stack(lambda mean: gram_svd(mean, rank), [[one.mean()] for one in group])
 
     def energy(self, triplets: TruncatedSVD | None = None) -> float:  # noqa: D102
         return double(self.mean()).square().sum().item()

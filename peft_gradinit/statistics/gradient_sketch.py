@@ -12,6 +12,7 @@ from ..linalg import (
     TruncatedSVD,
     double,
     draw_test_matrix,
+    of_stack,
     orient_test_matrices,
     reconstruct,
 )
@@ -91,16 +92,11 @@ class SketchedGradient(GradientStatistic):
         self, group: Sequence[Any], rank: int, core: int | None = None
     ) -> list[TruncatedSVD]:
         """Triplets of the sums of sketches of one kind."""
-        device = self.device
-        if len(group) == 1:
-            Y, Z = self._sums_or_zeros()
-            return [reconstruct(Y, Z, self._test(device), rank, core)]
-        sums = [sketch._sums_or_zeros() for sketch in group]
-        Y, Z = (torch.stack(part) for part in zip(*sums, strict=True))
-        tests = [sketch._test(device) for sketch in group]
-        test = TestMatrices(*(torch.stack(part) for part in zip(*tests, strict=True)))
-        stacked = reconstruct(Y, Z, test, rank, core)
-        return [TruncatedSVD(*parts) for parts in zip(*stacked, strict=True)]
+
+        def of(Y: Tensor, Z: Tensor, *test: Tensor) -> TruncatedSVD:
+            return reconstruct(Y, Z, TestMatrices(*test), rank, core)
+
+        return of_stack(of, [(*s._sums_or_zeros(), *s._test(s.device)) for s in group])
 
     def _sums_or_zeros(self) -> tuple[Tensor, Tensor]:
         if self.has_sums:

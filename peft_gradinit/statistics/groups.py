@@ -24,7 +24,7 @@ STACKED_BYTES = 2**27
 def in_groups(
     items: Sequence[T],
     statistic_of: Callable[[T], Statistic],
-    work: Callable[[list[T], int], Sequence[R]],
+    work: Callable[[list[T]], Sequence[R]],
     sizes: Sequence[int] | None = None,
 ) -> list[R]:
     """Work on the statistics of many layers, in groups of one kind.
@@ -32,21 +32,20 @@ def in_groups(
     Args:
         items: what has a statistic: names of layers, or the statistics themselves.
         statistic_of: the statistic of an item.
-        work: takes items of one kind and their size, and returns a result for each of them. It may
-            run on any thread. On the CPU a group is a single item.
+        work: takes items of one kind, and returns a result for each of them. It may run on any
+            thread. On the CPU a group is a single item.
         sizes: how much will be read of each item; items of one group have the same size.
 
     Returns:
         A result for each item, in their order.
     """
     statistics = [statistic_of(item) for item in items]
-    sizes = sizes or [0] * len(items)
     on_cpu = all(statistic.device.type == "cpu" for statistic in statistics)
-    groups = [[i] for i in range(len(items))] if on_cpu else _groups(statistics, sizes)
+    groups = _groups(statistics, sizes or [0] * len(items))
     del statistics  # work may free them one after the other
 
     def run(group: list[int]) -> Sequence[R]:
-        return work([items[i] for i in group], sizes[group[0]])
+        return work([items[i] for i in group])
 
     results = on_all_threads(run, groups) if on_cpu else [run(group) for group in groups]
     pairs = zip(itertools.chain(*groups), itertools.chain(*results), strict=True)

@@ -127,7 +127,7 @@ def test_layers_of_one_shape_are_factored_together():
             sketch.add(torch.randn(90, 260, device=ONE), torch.randn(90, 300, device=ONE))
             sketch.count(90)
         with counted() as counts:
-            in_groups(sketches, lambda sketch: sketch, lambda group, _: turned(group))
+            in_groups(sketches, lambda sketch: sketch, turned)
         return counts.kernels
 
     def turned(group: list[SketchedGradient]) -> list[SketchedGradient]:

@@ -9,6 +9,7 @@ from torch import nn
 from peft_gradinit import SVFitConfig
 from peft_gradinit.errors import ConfigError, ShapeError
 from peft_gradinit.linalg import truncated_svd
+from peft_gradinit.linalg.threads import one_thread
 from peft_gradinit.methods.svfit import recover_spectrum, svfit_basis, svfit_factors
 from tests.helpers import matrix_with_spectrum, relative_error, same_subspace
 
@@ -94,10 +95,8 @@ def minilm_weights():
 @pytest.fixture
 def _one_thread():
     # Threads that wait for each other make this ten times slower on a busy machine.
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
+    with one_thread():
+        yield
 
 
 @pytest.mark.usefixtures("_one_thread")

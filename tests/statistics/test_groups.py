@@ -18,9 +18,9 @@ def grouped(statistics, sizes=None):
     names = {id(statistic): i for i, statistic in enumerate(statistics)}
     seen = []
 
-    def work(group, size):
+    def work(group):
         seen.append([names[id(statistic)] for statistic in group])
-        return [(names[id(statistic)], size) for statistic in group]
+        return [names[id(statistic)] for statistic in group]
 
     return seen, in_groups(statistics, lambda s: s, work, sizes)
 
@@ -29,7 +29,7 @@ def test_statistics_of_one_kind_on_a_device_are_one_group():
     found, results = grouped([sketch(), sketch(100), sketch(), sketch()])
 
     assert found == [[0, 2, 3], [1]]
-    assert results == [(i, 0) for i in range(4)]
+    assert results == [0, 1, 2, 3]
 
 
 def test_what_is_read_in_different_size_or_is_elsewhere_is_apart():

@@ -81,7 +81,7 @@ class InputRecorder(Recorder):
             for name in now
         )
 
-    def _components(self, groups: list[list[str]], _: int) -> list[Components]:
+    def _components(self, groups: list[list[str]]) -> list[Components]:
         statistics = [self.layers[group[0]] for group in groups]
         return [statistic.components(statistic.width) for statistic in statistics]
 

@@ -211,7 +211,8 @@ class _Reader:
         of_name = {name: of for group, of in zip(groups, found, strict=True) for name in group}
         return {name: of_name[name] for name in names}
 
-    def _read(self, groups: list[list[str]], size: int) -> list[dict[str, Tensor]]:
+    def _read(self, groups: list[list[str]]) -> list[dict[str, Tensor]]:
+        size = self._targets[groups[0][0]][2]
         # A statistic leaves the layers here, so that its memory goes before others are read.
         statistics = [self._layers.pop(group) for group in groups]
         found = self._need.read_alike(statistics, size)

@@ -41,7 +41,7 @@ def orient(statistics: Sequence[Statistic], device: torch.device, world: Process
     world.broadcast_([t for s in statistics for t in s.oriented()], 0)
 
 
-def _oriented(group: list[Statistic], _: int) -> list[Statistic]:
+def _oriented(group: list[Statistic]) -> list[Statistic]:
     group[0].orient_alike(group)
     return group
 
