@@ -21,6 +21,9 @@ GREY = "0.45"
 OURS, OTHERS = "#0072B2", "#D55E00"
 """Of the palette of Okabe and Ito, which colour-blind people tell apart."""
 
+LEGEND_WIDTH = 7.2
+"""Inches that the legend needs in a line; a figure of few panels is as wide."""
+
 Draw = Callable[[TaskSummary, str, Axes], None]
 
 
@@ -51,7 +54,7 @@ def _figure(task: TaskSummary, draw_panel: Draw, labels: tuple[str, str]) -> plt
     methods = [method for method in task.in_order() if method != BASELINE]
     columns = min(COLUMNS, max(1, len(methods)))
     rows = max(1, -(-len(methods) // columns))
-    size = (max(2.4 * columns, 6.0), 1.9 * rows + 1.3)
+    size = (max(2.4 * columns, LEGEND_WIDTH), 1.9 * rows + 1.3)
     figure, grid = plt.subplots(
         rows, columns, figsize=size, sharex=True, sharey=True, layout="constrained", squeeze=False
     )
