@@ -68,13 +68,11 @@ def branches():
         model = model.to(ONE)
         model.other.to(OTHER)
     generator = torch.Generator().manual_seed(0)
-    data = [
-        {
-            "x": torch.randn(8, 160, generator=generator),
-            "branch": torch.tensor([i % N_PROCESSES == 1]),
-            "labels": torch.randn(8, 160, generator=generator),
-        }
-        for i in range(4 * N_PROCESSES)
+    rows = [torch.randn(8, 160, generator=generator) for _ in range(4 * N_PROCESSES)]
+    wanted = torch.randn(160, 2, generator=generator) @ torch.randn(2, 160, generator=generator)
+    data = [  # what is to be learned has as many directions as are asked for
+        {"x": x, "branch": torch.tensor([i % N_PROCESSES == 1]), "labels": x @ wanted}
+        for i, x in enumerate(rows)
     ]
     if dist.is_initialized():
         data = data[dist.get_rank() :: N_PROCESSES]
