@@ -2,6 +2,7 @@
 
     python scripts/bench_convergence.py run       # hours; goes on where it was if it is interrupted
     python scripts/bench_convergence.py costs     # step time and memory, each method in a process of its own
+    python scripts/bench_convergence.py changes   # what is forgotten, and intruder dimensions; a run for each method
     python scripts/bench_convergence.py report    # table and pictures from what there is
     python scripts/bench_convergence.py draw      # the published table and pictures again, from the summaries kept
     python scripts/bench_convergence.py publish   # the same into scripts/convergence/measured and docs/benchmarks.md
@@ -19,15 +20,17 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here needs a hub
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from convergence.changes import measure_changes
 from convergence.costs import measure_costs
 from convergence.levers import LEVERS
 from convergence.methods import METHODS
-from convergence.report import overview, write_report
+from convergence.report import beside, overview, write_report
 from convergence.settings import FOLDER
 from convergence.study import Study, carry_out, load_task, prepare_process
 from convergence.summary import TaskSummary, load, save, summarise_task
 
 USUAL = [name for name in METHODS if name not in LEVERS]
+COMMANDS = ("run", "costs", "changes", "report", "draw", "publish")
 OUT = Path("out/convergence")
 MEASURED = Path(__file__).parent / "convergence" / "measured"
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
@@ -38,7 +41,7 @@ STUDIES = {"numbers": MEASURED / "numbers", "ranks": MEASURED}
 def main() -> None:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("command", choices=("run", "costs", "report", "draw", "publish"))
+    parser.add_argument("command", choices=COMMANDS)
     parser.add_argument(
         "--tasks", nargs="+", default=sorted(p.stem for p in FOLDER.glob("*.yaml")), metavar="TASK"
     )
@@ -62,6 +65,8 @@ def main() -> None:
         carry_out(studies, options.methods, options.jobs, options.device)
     elif options.command == "costs":
         measure_costs(studies, options.methods, options.jobs, options.device)
+    elif options.command == "changes":
+        measure_changes(studies, options.methods, options.jobs, options.device)
     elif tasks := _summaries(studies, options):
         publish = options.command == "publish"
         summaries = STUDIES[options.study] if publish else options.out / "summaries"
@@ -78,18 +83,22 @@ def _publish(study: str) -> None:
     """Report and pictures beside the summaries that are kept, and the table into the page."""
     tasks = load(STUDIES[study])
     sys.stdout.write(write_report(tasks, STUDIES[study]) + "\n")
-    begin, end = marks(study)
-    before, rest = PAGE.read_text(encoding="utf-8").split(begin)
-    _, after = rest.split(end)
-    PAGE.write_text(f"{before}{begin}\n\n{overview(tasks)}\n\n{end}{after}", encoding="utf-8")
+    for what, text in shown(study, tasks).items():
+        begin, end = marks(what)
+        before, rest = PAGE.read_text(encoding="utf-8").split(begin)
+        _, after = rest.split(end)
+        PAGE.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}", encoding="utf-8")
 
 
-def marks(study: str) -> tuple[str, str]:
-    """Where the table of a study begins and ends in the page."""
-    return (
-        f"<!-- equal {study}: made by bench_convergence.py publish -->",
-        f"<!-- equal {study}: end -->",
-    )
+def shown(study: str, tasks: list[TaskSummary]) -> dict[str, str]:
+    """The tables of a study that the page has."""
+    tables = {f"equal {study}": overview(tasks)}
+    return tables | ({"costs and changes": beside(tasks)} if study == "numbers" else {})
+
+
+def marks(what: str) -> tuple[str, str]:
+    """Where a table begins and ends in the page."""
+    return f"<!-- {what}: made by bench_convergence.py publish -->", f"<!-- {what}: end -->"
 
 
 def _summaries(studies: list[Study], options: argparse.Namespace) -> list[TaskSummary]:

@@ -17,12 +17,15 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from peft_gradinit import pairs
+from peft_gradinit.linalg import truncated_svd
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
 import rate_rule  # noqa: E402
 from bench_convergence import STUDIES, marks  # noqa: E402
+from bench_convergence import shown as tables_of  # noqa: E402
+from convergence.changes import n_intruders  # noqa: E402
 from convergence.methods import METHODS, NOT_PUBLISHED  # noqa: E402
 from convergence.plan import (  # noqa: E402
     MAX_STEPS_FROM_FIRST,
@@ -33,7 +36,7 @@ from convergence.plan import (  # noqa: E402
     steps_to,
     usable_range,
 )
-from convergence.report import COLUMNS, interval, markdown, overview  # noqa: E402
+from convergence.report import COLUMNS, beside, interval, markdown  # noqa: E402
 from convergence.settings import load_settings  # noqa: E402
 from convergence.study import REFERENCES  # noqa: E402
 from convergence.summary import load, save  # noqa: E402
@@ -181,11 +184,20 @@ def test_study_goes_on_where_it_was_and_reports_itself(tmp_path):
     assert again.count("digits lora") == 1  # what was lost, and nothing else
     assert results[0].exists()
     bench("costs", tmp_path)
+    assert bench("changes", tmp_path).count("digits lora") == 2
+    assert "digits" not in bench("changes", tmp_path)  # nothing is measured twice
     report = bench("report", tmp_path)
     rows = [line for line in report.splitlines() if line.startswith("| ")]
     assert [r.split(" | ")[0] for r in rows] == ["|", "| LoRA", "| **LoRA-GA**"]
     assert all(row.count(" | ") == len(COLUMNS) for row in rows)
     (kept,) = load(tmp_path / "out/convergence/summaries")
+    for summary in kept.methods.values():
+        growth = summary.forgetting[0]
+        assert summary.changes["source_loss"] == pytest.approx(growth, abs=1e-4)
+        assert 0 <= summary.changes["intruders"] <= 10
+        assert 0 < summary.changes["size"] < 10
+    _, _, of_lora, _ = beside([kept]).splitlines()
+    assert re.match(r"\| LoRA \| [\d.]+ s \| 1.00 \| 1.00 \| [+-]\d.\d{3} \| ", of_lora)
     assert markdown([kept]) in report
     # seed 0 has chosen the rates; summaries have six digits
     reported = {float(f"{r['curve'][-1][1]:.6g}") for r in runs if r["seed"]}
@@ -209,13 +221,23 @@ def test_every_row_trains(method, tmp_path, monkeypatch):
     assert after[1] < before[1]
 
 
+def test_a_direction_that_the_base_lacks_is_an_intruder():
+    base = torch.diag(torch.tensor([5.0, 4.0, 3.0, 0.0]))[:, :3]  # none along the last axis
+    decomposed = truncated_svd(base, 3)
+    new = base.clone()
+    new[3, 0] = 20.0
+    assert n_intruders(base, decomposed) == 0
+    assert n_intruders(new, decomposed) == 1
+
+
 def test_published_tables_are_those_of_the_published_figures():
     assert [t.task for t in load(MEASURED)] == ["digits", "docstrings", "topics"]
     page = PAGE.read_text(encoding="utf-8")
     for study, folder in STUDIES.items():
         tasks = load(folder)
-        begin, end = marks(study)
-        assert page.split(begin)[1].split(end)[0].strip() == overview(tasks)
+        for what, text in tables_of(study, tasks).items():
+            begin, end = marks(what)
+            assert page.split(begin)[1].split(end)[0].strip() == text
         report = (folder / "report.md").read_text(encoding="utf-8")
         assert report == markdown(tasks) + "\n"
         shown = re.findall(r"!\[[^]]+\]\((.+)\)", report)

@@ -36,7 +36,7 @@ def measure_costs(
         for method, costs in found.items():
             print(f"{study.settings.task} {method}: {costs}")
         study.folder.mkdir(parents=True, exist_ok=True)
-        write_json(study.folder / "costs.json", found)
+        write_json(study.folder / "costs.json", study.kept("costs") | found)
 
 
 def _measure(task_name: str, name: str, device: str) -> dict[str, float]:

@@ -46,9 +46,7 @@ def table(task: TaskSummary) -> str:
     """One task as a Markdown table."""
     rows = ["| | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
     for method, summary in task.in_order().items():
-        name = METHODS[method].title
-        name = f"**{name}**" if METHODS[method].ours else name
-        rows.append(f"| {name} | {' | '.join(_cells(task, summary))} |")
+        rows.append(f"| {_name(method)} | {' | '.join(_cells(task, summary))} |")
     return "\n".join(rows)
 
 
@@ -135,9 +133,7 @@ def _short_table(task: TaskSummary) -> str:
     head.append("|---" * (len(OVERVIEW_COLUMNS) + 1) + "|")
     rows = []
     for method, summary in task.in_order().items():
-        info = METHODS[method]
-        name = f"**{info.title}**" if info.ours else info.title
-        rows.append(f"| {name} | {' | '.join(_short_cells(task, summary))} |")
+        rows.append(f"| {_name(method)} | {' | '.join(_short_cells(task, summary))} |")
     return "\n".join(head + rows)
 
 
@@ -157,6 +153,41 @@ def _short_cells(task: TaskSummary, summary: Summary) -> list[str]:
         relative(summary.short_loss),
         relative(summary.suggested_loss),
     ]
+
+
+BESIDE_COLUMNS = ("start", "step", "memory", "old data", "intruders", "size of the change")
+
+
+def beside(tasks: list[TaskSummary]) -> str:
+    """What the methods cost and change beside the task, one Markdown table a task; for the same page."""
+    return "\n\n".join(table for task in tasks if (table := _beside_table(task)))
+
+
+def _beside_table(task: TaskSummary) -> str:
+    rows = [
+        f"| {_name(m)} | {' | '.join(_beside_cells(task, s))} |"
+        for m, s in task.in_order().items()
+        if s.changes or s.costs
+    ]
+    head = "| " + " | ".join((task.task, *BESIDE_COLUMNS)) + " |"
+    return "\n".join([head, "|---" * (len(BESIDE_COLUMNS) + 1) + "|", *rows]) if rows else ""
+
+
+def _beside_cells(task: TaskSummary, summary: Summary) -> list[str]:
+    costs, changes = summary.costs, summary.changes
+    on_old = changes.get("source_loss")
+    return [
+        f"{costs['start_seconds']:.1f} s" if costs else "",
+        *(_cost(summary, task, name) for name in ("step_seconds", "training_mib")),
+        "" if on_old is None else f"{on_old:+.3f}",
+        f"{changes['intruders']:.2f}" if changes else "",
+        f"{changes['size']:.1%}" if changes else "",
+    ]
+
+
+def _name(method: str) -> str:
+    info = METHODS[method]
+    return f"**{info.title}**" if info.ours else info.title
 
 
 def markdown(tasks: list[TaskSummary]) -> str:

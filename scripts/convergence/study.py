@@ -59,6 +59,11 @@ class Study:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, result)
 
+    def kept(self, name: str) -> dict[str, dict]:
+        """What was measured beside the runs (`"costs"`, `"changes"`), by method."""
+        path = self.folder / f"{name}.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
     def runs(self, method: str) -> list[dict]:
         """All finished runs of a method."""
         files = sorted((self.folder / method).glob("*.json"))

@@ -47,6 +47,7 @@ class Summary:
         curve: `[step, mean test loss]`, calibration included.
         costs: of `costs`, if measured.
         spread: half of the 95 % interval of every loss of the curve; empty in older summaries.
+        changes: of `changes`, if measured.
     """
 
     lr: float
@@ -65,6 +66,7 @@ class Summary:
     curve: list[list[float]]
     costs: dict[str, float] = field(default_factory=dict)
     spread: list[float] = field(default_factory=list)
+    changes: dict[str, float | None] = field(default_factory=dict)
 
     @property
     def loss(self) -> float:
@@ -169,7 +171,8 @@ def _summarise(study: Study, method: str, aim: float) -> Summary | None:
             [points[0][0] + before, statistics.mean(p[1] for p in points)]
             for points in zip(*(r["curve"] for r in whole), strict=True)
         ],
-        costs=_costs(study).get(method, {}),
+        costs=study.kept("costs").get(method, {}),
+        changes=study.kept("changes").get(method, {}),
         spread=[
             half_interval([p[1] for p in points])
             for points in zip(*(r["curve"] for r in whole), strict=True)
@@ -185,11 +188,6 @@ def _chosen(runs: list[dict], lr: float | None, steps: int) -> list[dict]:
 def _reach(run: dict, aim: float) -> float | None:
     steps = steps_to(run["curve"], aim)
     return None if steps is None else steps + run["start_steps"]
-
-
-def _costs(study: Study) -> dict:
-    path = study.folder / "costs.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def save(summary: TaskSummary, folder: Path) -> None:

@@ -23,7 +23,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from peft_gradinit.recipes import Reader, load_recipe, load_rows
+from peft_gradinit.recipes import Reader, load_processor, load_recipe, load_rows
 from peft_gradinit.recipes import load_model as load_model_of
 from peft_gradinit.recipes.collation import collator
 from peft_gradinit.recipes.schema import DataSection, ModelSection
@@ -77,7 +77,7 @@ def docstrings(settings: Settings) -> Task:
 
 def topics(settings: Settings) -> Task:
     """A byte-level causal LM of Python source; prose about Python."""
-    code, held_out = _source()
+    code, held_out = map(_as_bytes, _source())
     folder = pretrained(
         settings.pretraining,
         lambda options: LlamaForCausalLM(LlamaConfig(vocab_size=256, use_cache=False, **options)),
@@ -164,7 +164,18 @@ def _smollm2(path: str, title: str, settings: Settings) -> Task:
     held_out = load_rows(section.model_copy(update={"split": "test"}))
     model = ModelSection(name="embedded:smollm2", dtype="bfloat16")
     task = _read(model, section, held_out, f"SmolLM2 (135 M): {title}", settings)
-    return replace(task, test=_spread(task.test, settings.n_test))
+    return replace(
+        task,
+        test=_spread(task.test, settings.n_test),
+        source=_spread(_source_in_tokens(model, length), settings.n_test),
+    )
+
+
+def _source_in_tokens(model: ModelSection, length: int) -> Rows:
+    """Python source, a part of what SmolLM2 was pretrained on."""
+    _, text = _source()
+    ids = load_processor(model)(text, verbose=False)["input_ids"]
+    return _consecutive(torch.tensor(ids), length)
 
 
 def _read(
@@ -254,16 +265,16 @@ def _padded(data) -> Rows:
     return rows
 
 
-def _source() -> tuple[Tensor, Tensor]:
-    """The standard library's source as bytes: every tenth file is held out."""
+def _source() -> tuple[str, str]:
+    """The standard library's source: every tenth file is held out."""
     root = Path(sysconfig.get_paths()["stdlib"])
     left_out = {"site-packages", "test", "tests", "idle_test", "lib2to3", "pydoc_data"}
     files = sorted(p for p in root.rglob("*.py") if not left_out & set(p.relative_to(root).parts))
-    parts = [
+    code, held_out = (
         "\n".join(p.read_text(encoding="utf-8", errors="replace") for p in chosen)
         for chosen in ([p for i, p in enumerate(files) if i % 10], files[::10])
-    ]
-    return _as_bytes(parts[0]), _as_bytes(parts[1])
+    )
+    return code, held_out
 
 
 def _as_bytes(text: str) -> Tensor:
@@ -276,8 +287,8 @@ def _windows(text: Tensor, n: int, generator: torch.Generator) -> Rows:
     return {"input_ids": ids, "labels": ids}
 
 
-def _consecutive(text: Tensor) -> Rows:
-    ids = text[: len(text) // LENGTH * LENGTH].view(-1, LENGTH).long()
+def _consecutive(text: Tensor, length: int = LENGTH) -> Rows:
+    ids = text[: len(text) // length * length].view(-1, length).long()
     return {"input_ids": ids, "labels": ids}
 
 

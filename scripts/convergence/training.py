@@ -44,12 +44,13 @@ class Key:
     steps: int
 
 
-def run(key: Key, task: Task) -> dict:
+def run(key: Key, task: Task, after: Callable[[nn.Module], None] | None = None) -> dict:
     """Fine-tune once.
 
     Args:
         key: which run.
         task: that of `key.task`.
+        after: gets the trained model, which it may change.
 
     Returns:
         The key, the curve `[step, test loss, test accuracy]`, training losses, the loss on the
@@ -74,7 +75,7 @@ def run(key: Key, task: Task) -> dict:
             method.change(model, optimizer, task, batches)
 
     curve, losses = train(model, optimizer, task, order.view(key.steps, -1), change)
-    return {
+    result = {
         **asdict(key),
         "curve": curve,
         "train_losses": losses,
@@ -84,6 +85,9 @@ def run(key: Key, task: Task) -> dict:
         "start_steps": start_steps(method, task.settings),
         "n_trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
     }
+    if after is not None:
+        after(model)
+    return result
 
 
 def start_steps(method: Method, settings: Settings) -> float:

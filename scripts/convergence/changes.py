@@ -1,0 +1,102 @@
+"""What training changed beside the task: old data, and the directions of the weights.
+
+The first reported seed of each method is trained again at its best rate, and its weights are looked at
+after it; the other runs keep their losses alone.
+"""
+
+import functools
+import multiprocessing
+import statistics
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from peft_gradinit.analysis.intruders import THRESHOLD, TOP
+from peft_gradinit.files import write_json
+from peft_gradinit.linalg import TruncatedSVD, intruder_dimensions, truncated_svd
+
+from .methods import METHODS
+from .plan import best_rate, next_rates
+from .study import Study, load_task, prepare_process
+from .training import Key, run
+
+HEADS = ("classifier", "score")
+"""A new head has no old weight to be compared with."""
+
+
+def measure_changes(
+    studies: list[Study], methods: Iterable[str], n_processes: int, device: str = "cpu"
+) -> None:
+    """Measure, and keep in `changes.json` of every study what is not there yet.
+
+    Methods whose search is not over are left out; arguments as for `carry_out`.
+    """
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(n_processes, context, initializer=prepare_process) as pool:
+        for study in studies:
+            known = study.kept("changes")
+            keys = {m: key for m in methods if m not in known and (key := _key(study, m))}
+            pending = {m: pool.submit(_measure, study.task, k, device) for m, k in keys.items()}
+            for method, future in pending.items():
+                known[method] = future.result()
+                print(f"{study.settings.task} {method}: {known[method]}", flush=True)
+                write_json(study.folder / "changes.json", known)
+
+
+def _key(study: Study, method: str) -> Key | None:
+    losses = study.search(method)
+    if next_rates(METHODS[method].first_rate, losses):
+        return None
+    return Key(
+        study.settings.task, method, best_rate(losses), study.settings.reported[0], study.steps
+    )
+
+
+def _measure(task_name: str, key: Key, device: str) -> dict[str, float | None]:
+    """Growth of the loss on old data, intruders of a layer on average, relative size of the change."""
+    task = load_task(task_name, device)
+    found: dict[str, float | None] = {}
+
+    def after(model: nn.Module) -> None:
+        merged = model.merge_and_unload() if isinstance(model, PeftModel) else model
+        found.update(_of_weights(task_name, device, weights(merged)))
+
+    before, now = run(key, task, after)["source_loss"]
+    return {"source_loss": None if before is None else now - before, **found}
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    """The matrices of linear layers, without heads of the task."""
+    return {
+        name: module.weight.detach()
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name.rpartition(".")[2] not in HEADS
+    }
+
+
+def _of_weights(task_name: str, device: str, tuned: dict[str, Tensor]) -> dict[str, float]:
+    counts, sizes = [], []
+    for name, (weight, base) in _base(task_name, device).items():
+        change = tuned[name].float() - weight
+        sizes.append((change.norm() / weight.norm()).item())
+        counts.append(n_intruders(tuned[name].float(), base) if change.any() else 0)
+    return {"intruders": statistics.mean(counts), "size": statistics.mean(sizes)}
+
+
+def n_intruders(tuned: Tensor, base: TruncatedSVD) -> int:
+    """How many of the ten leading left singular vectors of a weight its base lacks."""
+    leading = truncated_svd(tuned, min(TOP, *tuned.shape))
+    return len(intruder_dimensions(leading, base.U, THRESHOLD))
+
+
+@functools.cache
+def _base(task_name: str, device: str) -> dict[str, tuple[Tensor, TruncatedSVD]]:
+    """Pretrained weights and all their singular vectors, once in a process."""
+    with torch.no_grad():
+        found = {
+            n: w.float() for n, w in weights(load_task(task_name, device).load_model()).items()
+        }
+        return {n: (w, truncated_svd(w, min(w.shape))) for n, w in found.items()}
