@@ -46,6 +46,9 @@ def main() -> None:
         "--tasks", nargs="+", default=sorted(p.stem for p in FOLDER.glob("*.yaml")), metavar="TASK"
     )
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=USUAL, metavar="M")
+    parser.add_argument(
+        "--only-search", action="store_true", help="no more than the search for the learning rate"
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes side by side")
     parser.add_argument("--device", default="cpu", help="where to train: cpu, cuda, cuda:1, …")
     parser.add_argument("--out", type=Path, default=OUT, help="folder of results and report")
@@ -62,7 +65,13 @@ def main() -> None:
     if options.command == "run":
         for study in studies:
             load_task(study.task)  # pretrains its model, once, before the others ask for it
-        carry_out(studies, options.methods, options.jobs, options.device)
+        carry_out(
+            studies,
+            options.methods,
+            options.jobs,
+            options.device,
+            only_search=options.only_search,
+        )
     elif options.command == "costs":
         measure_costs(studies, options.methods, options.jobs, options.device)
     elif options.command == "changes":

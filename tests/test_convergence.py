@@ -152,9 +152,9 @@ TINY = {
 }
 
 
-def bench(command, folder):
+def bench(command, folder, *more):
     """Run the script on the tiny task with plain LoRA and LoRA-GA."""
-    options = ["--tasks", "tiny.yaml", "--methods", "lora", "lora_ga", "--jobs", "2"]
+    options = ["--tasks", "tiny.yaml", "--methods", "lora", "lora_ga", "--jobs", "2", *more]
     script = SCRIPTS / "bench_convergence.py"
     done = subprocess.run(
         [sys.executable, str(script), command, *options],
@@ -172,6 +172,8 @@ def bench(command, folder):
 def test_study_goes_on_where_it_was_and_reports_itself(tmp_path):
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
     assert "is not over" in bench("report", tmp_path)
+    searched = bench("run", tmp_path, "--only-search")
+    assert set(re.findall(r"seed (\d), (\d+) steps", searched)) == {("0", "10")}
     printed = bench("run", tmp_path)
     assert "digits lora_ga lr" in printed
     results = sorted(tmp_path.glob("out/convergence/results/digits/*/*/lr*.json"))

@@ -89,7 +89,7 @@ class Study:
         rates = [r["suggested_lr"] for r in self.runs(method) if r.get("suggested_lr")]
         return float(f"{statistics.median(rates):.2g}") if rates else None
 
-    def pending(self, method: str) -> list[Key]:
+    def pending(self, method: str, *, only_search: bool = False) -> list[Key]:
         """Runs that a method needs next: the search, then seeds, the suggested rate, shorter runs."""
         if METHODS[method].has_output and self.settings.task not in WITH_OUTPUT:
             return []
@@ -97,6 +97,8 @@ class Study:
         rates = next_rates(METHODS[method].first_rate, losses)
         if rates:
             return self._missing(method, rates, self.steps, self.settings.searched)
+        if only_search:
+            return []
         suggested = self.suggested(method)
         rates = [best_rate(losses)] + ([] if suggested is None else [suggested])
         wanted = self._missing(method, rates, self.steps, self.settings.reported)
@@ -129,7 +131,12 @@ def final_loss(result: dict) -> float:
 
 
 def carry_out(
-    studies: list[Study], methods: Iterable[str], n_processes: int, device: str = "cpu"
+    studies: list[Study],
+    methods: Iterable[str],
+    n_processes: int,
+    device: str = "cpu",
+    *,
+    only_search: bool = False,
 ) -> None:
     """Run what is pending until nothing is.
 
@@ -138,6 +145,7 @@ def carry_out(
         methods: names.
         n_processes: side by side, each with one thread.
         device: where they train.
+        only_search: without the reported seeds, the suggested rate and shorter runs.
     """
     methods = list(methods)
     context = multiprocessing.get_context("spawn")
@@ -149,7 +157,7 @@ def carry_out(
                 for study in studies
                 for m in methods
                 if (study.task, m) not in failed
-                for key in study.pending(m)
+                for key in study.pending(m, only_search=only_search)
             ]
             for study, key in wanted:
                 if key not in running.values() and len(running) < 2 * n_processes:
