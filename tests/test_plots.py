@@ -97,6 +97,9 @@ def test_losses_and_their_baselines(tmp_path, figures):
     legend = [t.get_text() for t in figures[0].axes[0].get_legend().get_texts()]
     assert legend == ["lora_ga", "lora"]
     assert len(figures[0].axes[0].lines) == 4
+    assert "Running means" in figures[0].axes[0].get_title()
+    draw_losses({"lora_ga": [(1, 1.0), (2, 0.9), (3, 0.8)]}, tmp_path / "few.png")
+    assert figures[1].axes[0].get_title() == ""  # three points have no running mean
 
 
 def test_without_matplotlib(tmp_path, monkeypatch):

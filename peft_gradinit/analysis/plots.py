@@ -136,13 +136,16 @@ def draw_losses(
 ) -> Path:
     """Draw `(step, loss)` by run as lines, the thickest for the first run, before its baselines."""
     figure, (panel,) = _panels(1, size=(6.4, 3.8))
+    smoothed = False
     for i, (name, points) in enumerate(runs.items()):
         steps, losses = [p[0] for p in points], [p[1] for p in points]
         smooth = _running_mean(losses, min(_SMOOTHING, max(1, len(losses) // 5)))
+        smoothed = smoothed or smooth != losses
         (line,) = panel.plot(steps, smooth, label=name, lw=2.2 if i == 0 else 1.4, zorder=9 - i)
         panel.plot(steps, losses, color=line.get_color(), alpha=0.2, lw=0.7)
     panel.set(xlabel="step", ylabel=f"{label} (nats)")
-    panel.set_title("Running means; pale: every logged value", fontsize=10)
+    if smoothed:
+        panel.set_title("Running means; pale: every logged value", fontsize=10)
     _whole_numbers(panel)
     panel.grid(alpha=0.3)
     panel.legend(frameon=False, fontsize=8)

@@ -128,13 +128,13 @@ class Measured(Need, ABC):
         measurement is not finite.
         """
 
-    @abstractmethod
     def read(self, statistic: Any, size: int) -> dict[str, Tensor]:
         """The readouts that the result keeps of a filled accumulator."""
+        return self.read_alike([statistic], size)[0]
 
+    @abstractmethod
     def read_alike(self, statistics: Sequence[Any], size: int) -> list[dict[str, Tensor]]:
         """The readouts of accumulators of one kind."""
-        return [self.read(statistic, size) for statistic in statistics]
 
     def energy(self, statistic: Any, readouts: Readouts) -> float:
         """The energy of a filled accumulator; its readouts may make the estimate more exact."""
@@ -203,9 +203,6 @@ class Gradients(_Triplets):
             return f"{unreached}, or the loss does not use it"
         return f"its gradient is zero over {n_batches} batches" if energy == 0.0 else None
 
-    def read(self, statistic: GradientStatistic, size: int) -> dict[str, Tensor]:  # noqa: D102
-        return statistic.triplets(size)._asdict()
-
     def read_alike(  # noqa: D102
         self, statistics: Sequence[GradientStatistic], size: int
     ) -> list[dict[str, Tensor]]:
@@ -271,9 +268,14 @@ class Inputs(_Triplets):
         kind = "constant" if statistic.centered else "zero"
         return f"its inputs are {kind} over {statistic.n_tokens} tokens" if energy == 0.0 else None
 
-    def read(self, statistic: InputStatistic, size: int) -> dict[str, Tensor]:  # noqa: D102
-        Vh, variance = statistic.components(min(size, statistic.in_features))
-        return {"U": Vh.new_zeros(0, len(variance)), "S": variance.sqrt(), "Vh": Vh}
+    def read_alike(  # noqa: D102
+        self, statistics: Sequence[InputStatistic], size: int
+    ) -> list[dict[str, Tensor]]:
+        found = [one.components(min(size, one.in_features)) for one in statistics]
+        return [
+            {"U": Vh.new_zeros(0, len(variance)), "S": variance.sqrt(), "Vh": Vh}
+            for Vh, variance in found
+        ]
 
     def shapes(self, shape: Shape, size: int) -> dict[str, tuple[int, ...]]:  # noqa: D102
         return super().shapes((0, shape[1]), min(size, shape[1]))
@@ -306,8 +308,10 @@ class SecondMoments(Inputs):
     def accumulator(self, shape: Shape, size: int, estimator: Estimator) -> InputStatistic:  # noqa: D102
         return DenseInputs(shape[1], centered=False)
 
-    def read(self, statistic: InputStatistic, size: int) -> dict[str, Tensor]:  # noqa: D102
-        return {"C": cast("DenseInputs", statistic).moment()}
+    def read_alike(  # noqa: D102
+        self, statistics: Sequence[InputStatistic], size: int
+    ) -> list[dict[str, Tensor]]:
+        return [{"C": cast("DenseInputs", one).moment()} for one in statistics]
 
     def shapes(self, shape: Shape, size: int) -> dict[str, tuple[int, ...]]:  # noqa: D102
         return {"C": (shape[1], shape[1])}

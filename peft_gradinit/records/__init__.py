@@ -1,6 +1,13 @@
 """What is kept of an adapter: its LoRA file, its `gradinit.json`, its report and its card."""
 
-from .adapters import SavedAdapter, read_adapter, relative_norm, same_layers, write_adapter
+from .adapters import (
+    SavedAdapter,
+    check_place,
+    read_adapter,
+    relative_norm,
+    same_layers,
+    write_adapter,
+)
 from .card import CARD, PICTURE, complete_card, new_card
 from .digests import (
     check_digests,

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import AdapterError, DataError
-from ..files import check_is_file, whole_folder
+from ..files import check_is_file, check_replaceable, check_writable, whole_folder
 from ..linalg import Factors
 from ..numbers import is_finite_number, is_integer
 from .digests import check_digests, check_finite
@@ -119,6 +119,12 @@ def _check_save(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     if (folder / PROVENANCE_FILE).exists():
         check_digests(folder, read_dict(folder / PROVENANCE_FILE), tensors)
     check_finite(folder, tensors)
+
+
+def check_place(directory: str | os.PathLike[str], *, overwrite: bool) -> None:
+    """Refuse a directory that `write_adapter` would refuse, before there is anything to write."""
+    check_replaceable(Path(directory), overwrite, _FILES.__contains__)
+    check_writable(Path(directory).parent)
 
 
 def write_adapter(

@@ -17,7 +17,7 @@ from peft_gradinit.analysis import (
 )
 from peft_gradinit.calibration import CalibrationResult
 from peft_gradinit.errors import ConfigError
-from peft_gradinit.records import read_adapter, write_adapter
+from peft_gradinit.records import check_place, read_adapter, write_adapter
 
 from ..output import Column, Listing, print_json
 from .bases import weights_of
@@ -63,6 +63,8 @@ def run(
         )
     if mitigate is not None and base is None:
         raise ConfigError("--mitigate needs the original weights; give --base.")
+    if mitigate is not None:
+        check_place(mitigate, overwrite=overwrite)
     shown: dict[str, Listing] = {}
     if second is not None:
         shown["comparison"] = _compare_two(first, second, plot)

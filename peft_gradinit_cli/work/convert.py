@@ -4,8 +4,7 @@ from pathlib import Path
 
 from peft_gradinit.analysis import convert, initial_update, recomputed_update, residual_update
 from peft_gradinit.errors import ConfigError
-from peft_gradinit.files import check_writable
-from peft_gradinit.records import read_adapter
+from peft_gradinit.records import check_place, read_adapter
 
 from ..output import Column, Listing
 from .bases import weights_of
@@ -41,7 +40,7 @@ def run(
         raise ConfigError(
             "give --initial, or --base (with --residual for starts that cannot be computed again)."
         )
-    check_writable(output.parent)
+    check_place(output, overwrite=overwrite)
     trained = read_adapter(adapter)
     if initial is not None:
         start = initial_update(trained, read_adapter(initial))

@@ -6,8 +6,7 @@ from typing import get_args
 from peft import PeftModel
 
 from peft_gradinit.errors import ConfigError, GradInitError
-from peft_gradinit.export import ExportTarget, export_adapter
-from peft_gradinit.files import check_writable
+from peft_gradinit.export import ExportTarget, check_directory, export_adapter
 from peft_gradinit.records import SavedAdapter, read_adapter, read_provenance
 from peft_gradinit.tuners import load_for_training
 
@@ -41,7 +40,7 @@ def run(
     """
     if target not in get_args(ExportTarget):
         raise ConfigError(f"--target must be one of {get_args(ExportTarget)}, got {target!r}.")
-    check_writable(output.parent)
+    check_directory(output, overwrite=overwrite)
     saved = read_adapter(adapter)
     saved.check_untouched_base()
     name = base or saved.config.base_model_name_or_path

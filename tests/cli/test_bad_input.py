@@ -213,6 +213,14 @@ OUTPUTS = [
 ]
 
 
+@pytest.mark.parametrize("line", OUTPUTS[2:5], ids=lambda line: line[0])
+def test_a_place_is_refused_before_there_is_work(run, workshop, tmp_path, line):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    line = ["MISSING" if word == "BASE" else word for word in line]  # would be read next
+    failed(run(*filled(line, workshop, tmp_path)), "notes.txt")
+
+
 @pytest.mark.parametrize("line", OUTPUTS, ids=lambda line: line[0] + " " + line[-2])
 def test_an_output_below_a_file(run, workshop, tmp_path, line):
     (tmp_path / "file").write_text("mine")
