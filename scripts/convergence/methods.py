@@ -205,6 +205,14 @@ for kind in OPTIMIZERS:
         reads_data=True,
         ours=True,
     )
+for momentum in (0.8, 0.95):
+    METHODS[f"lora+lora_muon_{momentum}"] = Method(
+        f"LoRA, LoRA-Muon of momentum {momentum}",
+        plain(use_rslora=False),
+        FIRST_RATES["lora_muon"],
+        of_pairs("lora_muon", momentum=momentum),
+        ours=True,
+    )
 METHODS |= LEVERS
 NOT_PUBLISHED = frozenset({
     *LEVERS,
