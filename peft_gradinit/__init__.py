@@ -20,7 +20,7 @@ from .methods import (
     SVFitConfig,
 )
 from .records import InitReport, LearningRate, init_report
-from .starts import GradInitConfig
+from .starts import GradInitConfig, with_output_layer
 from .trainer import CalibrationCallback
 from .tuners import (
     Pair,
@@ -64,4 +64,5 @@ __all__ = [
     "optim",
     "pairs",
     "suggest_learning_rate",
+    "with_output_layer",
 ]

@@ -4,12 +4,13 @@ from .allocation import resized, without_empty
 from .base import base_fingerprint, base_hashes
 from .config import GradInitConfig
 from .experts import mean_scores
+from .output import with_output_layer
 from .spectral import SpectralConfig
 from .start import Start, compute_start, measured, planned_targets
 from .switching import adapter_alone, adapters_disabled
 from .target import Target
 from .targets import (
-    loaded_layers,
+    adapted_by_peft,
     matched_patterns,
     resolve_targets,
     targets_of,

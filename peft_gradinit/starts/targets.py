@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from peft import LoraConfig, PeftType
 from peft.tuners.lora import LoraModel
@@ -23,11 +23,12 @@ from .options import AUTO_WITH_OUTPUT, is_automatic
 from .target import Target
 from .weights import LINEAR_KINDS, linear_shape
 
+ConfigT = TypeVar("ConfigT", bound=LoraConfig)
 _UNUSABLE_OPTIONS = ("lora_dropout", "fan_in_fan_out", "lora_bias", "use_dora")
 """Options that PEFT's wrapper of parameters refuses."""
 
 
-def with_converted_targets(config: GradInitConfig, model: nn.Module) -> GradInitConfig:
+def with_converted_targets(config: ConfigT, model: nn.Module) -> ConfigT:
     """A copy of a config with the targets that a plain `LoraConfig` would get from PEFT.
 
     Experts of some models were linear layers in Transformers 4. PEFT turns `target_modules` that
@@ -50,22 +51,24 @@ def with_converted_targets(config: GradInitConfig, model: nn.Module) -> GradInit
     return config
 
 
-def _add_output(config: GradInitConfig, model: nn.Module) -> None:
+def _add_output(config: LoraConfig, model: nn.Module) -> None:
     """Add the output layer to `"all-linear"`, which is replaced by PEFT's names for it."""
     recorder = _TargetRecorder(model, copy.deepcopy(config), {})
     recorder.record()
     all_linear: Any = recorder.peft_config[_RECORDED].target_modules
-    output = getattr(model, "get_output_embeddings", lambda: None)()
-    names = [name for name, module in model.named_modules() if module is output]
     in_full = config.modules_to_save or ()
-    added = {
-        name
-        for name in names[:1]
-        if linear_shape(_base_of(output)) is not None and name.rpartition(".")[2] not in in_full
-    }
+    added = {name for name in output_layer(model) if name.rpartition(".")[2] not in in_full}
     names_of_all: Any = added.union(all_linear)  # PEFT makes a set of a list
     config.target_modules = names_of_all
     vars(config)["added"] = frozenset(added)
+
+
+def output_layer(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Shape `(out, in)` of a language model's output layer by its name; empty if there is none."""
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    shape = None if output is None else linear_shape(_base_of(output))
+    names = [name for name, module in model.named_modules() if module is output]
+    return {} if shape is None else dict.fromkeys(names[:1], shape)
 
 
 def _base_of(module: Any) -> nn.Module:
@@ -119,9 +122,11 @@ def resolve_targets(
     return targets
 
 
-def loaded_layers(model: nn.Module, plain: LoraConfig) -> set[str]:
-    """Names of the layers and parameters that PEFT adapts when it loads an adapter's plain form."""
-    return set(_TargetRecorder(model, copy.deepcopy(plain), {}).record())
+def adapted_by_peft(
+    model: nn.Module, config: LoraConfig
+) -> dict[str, tuple[nn.Module, str | None]]:
+    """What PEFT adapts for a config, by name: the module, and the name of a parameter or `None`."""
+    return _TargetRecorder(model, copy.deepcopy(config), {}).record()
 
 
 def write_patterns(targets: Mapping[str, Target], config: GradInitConfig) -> dict[str, int]:

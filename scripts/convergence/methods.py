@@ -8,7 +8,7 @@ import warnings
 from typing import Any
 
 import torch
-from peft import PeftConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -20,6 +20,7 @@ from peft_gradinit import (
     LoraOneConfig,
     PiSSAConfig,
     SVFitConfig,
+    with_output_layer,
 )
 from peft_gradinit.optim import OPTIMIZERS, optimizer
 
@@ -73,22 +74,11 @@ def automatic(config: type[PeftConfig], word: str, **options: Any) -> Start:
 
 def with_output(model: PreTrainedModel, task: Task, batches: list[Rows]) -> nn.Module:
     """PEFT's LoRA with a rank less, whose numbers go to the output layer; tied layers stay tied."""
-    r, alpha = task.settings.adapter["r"], task.settings.adapter["lora_alpha"]
-    head = model.get_output_embeddings()
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-    names = [n for n, m in layers.items() if m is not head]
-    freed = sum(sum(layers[n].weight.shape) for n in names)
-    own = max(1, freed // sum(head.weight.shape))
-    options = {
-        "target_modules": [*names, "lm_head"],
-        "r": r - 1,
-        "lora_alpha": alpha * (r - 1) / r,
-        "rank_pattern": {"lm_head": own},
-        "alpha_pattern": {"lm_head": alpha * own / r},
-    }
+    del batches
+    config = LoraConfig(**adapter_of(task, use_rslora=False))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
-        return plain(use_rslora=False, **options)(model, task, batches)
+        return get_peft_model(model, with_output_layer(model, config))
 
 
 def svfit(**options: Any) -> Start:

@@ -24,7 +24,7 @@ from ...records import (
     patterns,
     plain_config,
 )
-from ...starts import SpectralConfig, base_fingerprint, loaded_layers
+from ...starts import SpectralConfig, adapted_by_peft, base_fingerprint
 from ...statistics import Fingerprint
 from ..checks import check_adapter_name, check_injected_once
 from ..copying import copied_from, copy_adapter
@@ -185,7 +185,7 @@ def _leave_out_experts(config: SpectralConfig, model: nn.Module) -> None:
 
 def _check_loads(model: nn.Module, plain: LoraConfig, layers: set[str]) -> None:
     """Refuse an adapter whose saved form PEFT would load onto other layers."""
-    if differing := sorted(loaded_layers(model, plain) ^ layers):
+    if differing := sorted(adapted_by_peft(model, plain).keys() ^ layers):
         raise TargetError(
             f"PEFT would not load the saved adapter onto the same layers: {', '.join(differing)} "
             "would be lost, or come in their place; leave such layers out of target_modules, or "
