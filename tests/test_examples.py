@@ -143,6 +143,7 @@ def test_the_loss_falls(name, factor, tmp_path):
     assert ("generated: ['" in output) == (name == "t5_generate.py")
 
 
+@pytest.mark.slow
 def test_the_script_of_trl_takes_its_options_and_ours(tmp_path):
     section = ModelSection(name="embedded:pico-llama")
     load_model(section).save_pretrained(tmp_path / "model")

@@ -92,6 +92,7 @@ load_for_training(model(), sys.argv[1])
 """
 
 
+@pytest.mark.slow
 def test_the_library_works_without_the_extra(tmp_path):
     done = python("-c", TRAIN, str(tmp_path))
     assert done.returncode == 0, done.stderr

@@ -24,6 +24,8 @@ from tests.devices.models import (
 from tests.helpers import pico_llama, quiet, token_batches
 from tests.methods.rows import config_of, every_method, with_data
 
+pytestmark = pytest.mark.slow
+
 NO_EIGH = ("aten::_linalg_eigh",)
 """What MPS has no kernel for."""
 

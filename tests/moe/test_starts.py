@@ -215,6 +215,7 @@ BY_TRANSFORMERS = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by", ["peft", pytest.param("transformers", marks=BY_TRANSFORMERS)])
 def test_saved_adapter_loads_in_a_process_without_the_package(by, tmp_path):
     peft_model = started()

@@ -80,6 +80,7 @@ def test_functions_are_split_by_module_and_no_answer_is_there_twice():
         assert len(values) == len(set(values)), column
 
 
+@pytest.mark.slow
 def test_sources_of_functions_can_be_parsed_and_hold_no_docstring():
     for row in list(functions("validation")):
         (node,) = ast.parse(row["source"]).body

@@ -85,6 +85,7 @@ def test_the_reference_is_the_base_model(name, tmp_path):
         assert margins[0] == pytest.approx(0.0, abs=2e-5)
 
 
+@pytest.mark.slow
 def test_a_recipe_of_preferences_trains_and_is_measured(tmp_path):
     more = ("training.max_steps=30", "data.n_train=64", "training.learning_rate=1e-2")
     results = finetune(recipe_of(tmp_path / "out", *more))

@@ -60,6 +60,7 @@ assert not any(name.startswith("peft_gradinit") for name in sys.modules)
 """
 
 
+@pytest.mark.slow
 def test_saved_adapter_is_plain_lora_where_the_package_is_not(tmp_path):
     made = {"full": trained(pico_llama(), r="full"), "conv1d": trained(pico_gpt2(), r=5)}
     for name, peft_model in made.items():
