@@ -24,7 +24,7 @@ from convergence.changes import measure_changes
 from convergence.costs import measure_costs
 from convergence.levers import LEVERS
 from convergence.methods import METHODS
-from convergence.report import beside, overview, write_report
+from convergence.report import beside, overview, without_sweep, write_report
 from convergence.settings import FOLDER
 from convergence.study import Study, carry_out, load_task, prepare_process
 from convergence.summary import TaskSummary, load, save, summarise_task
@@ -102,7 +102,9 @@ def _publish(study: str) -> None:
 def shown(study: str, tasks: list[TaskSummary]) -> dict[str, str]:
     """The tables of a study that the page has."""
     tables = {f"equal {study}": overview(tasks)}
-    return tables | ({"costs and changes": beside(tasks)} if study == "numbers" else {})
+    if study == "numbers":
+        tables |= {"without a sweep": without_sweep(tasks), "costs and changes": beside(tasks)}
+    return tables
 
 
 def marks(what: str) -> tuple[str, str]:

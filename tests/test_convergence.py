@@ -253,12 +253,17 @@ def test_methods_of_the_study_at_equal_numbers_train_no_more_than_lora():
             assert method == "full" or summary.n_trained <= of_lora, (task.task, method)
 
 
+def _of_readme(summary):
+    suggested = summary.suggested_loss
+    return interval(summary.losses) + ("" if suggested is None else f", {suggested:.3f}")
+
+
 def test_figures_of_the_readme_are_the_published_ones():
     tasks = load(STUDIES["numbers"])
     rows = {}
     for method, info in METHODS.items():
         found = [task.methods.get(method) for task in tasks]
-        cells = [interval(summary.losses) if summary else "" for summary in found]
+        cells = [_of_readme(summary) if summary else "" for summary in found]
         rows[f"**{info.title}**" if info.ours else info.title] = cells
     readme = (SCRIPTS.parent / "README.md").read_text(encoding="utf-8")
     table = readme.partition("## Does it help?")[2].partition("## ")[0]

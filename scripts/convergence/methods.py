@@ -181,14 +181,14 @@ FIRST_RATES = {"lora_muon": 3.2e-2, "lora_rite": 3.2e-3, "lora_one": 3.2e-3, "lo
 """Where the search begins, by optimiser."""
 for kind in OPTIMIZERS:
     METHODS[f"lora+{kind.name}"] = Method(
-        f"LoRA, {kind.title}",
+        f"LoRA; optimiser {kind.title}",
         plain(use_rslora=False),
         FIRST_RATES[kind.name],
         of_pairs(kind.name),
         ours=True,
     )
     METHODS[f"lora_one_ranks+{kind.name}"] = Method(
-        f"LoRA-One, ranks by gradient, {kind.title}",
+        f"LoRA-One, ranks by gradient; optimiser {kind.title}",
         calibrated(LoraOneConfig, **EQUAL_NUMBERS),
         FIRST_RATES[kind.name],
         of_pairs(kind.name),
@@ -197,7 +197,7 @@ for kind in OPTIMIZERS:
     )
 for momentum in (0.8, 0.95):
     METHODS[f"lora+lora_muon_{momentum}"] = Method(
-        f"LoRA, LoRA-Muon of momentum {momentum}",
+        f"LoRA; optimiser LoRA-Muon, momentum {momentum}",
         plain(use_rslora=False),
         FIRST_RATES["lora_muon"],
         of_pairs("lora_muon", momentum=momentum),

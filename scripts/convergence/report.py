@@ -155,6 +155,25 @@ def _short_cells(task: TaskSummary, summary: Summary) -> list[str]:
     ]
 
 
+def without_sweep(tasks: list[TaskSummary]) -> str:
+    """Losses at the suggested rates, next to LoRA's at its own, as a Markdown table."""
+    lines = ["| | " + " | ".join(t.task for t in tasks) + " |", "|---" * (len(tasks) + 1) + "|"]
+    for method in METHODS:
+        cells = [_without_sweep(task, method) for task in tasks]
+        if any(cells):
+            lines.append(f"| {_name(method)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _without_sweep(task: TaskSummary, method: str) -> str:
+    summary, baseline = task.methods.get(method), task.methods[BASELINE]
+    if summary is None or not summary.suggested_losses:
+        return ""
+    pairs = zip(summary.suggested_losses, baseline.suggested_losses, strict=True)
+    difference = interval([loss - of_lora for loss, of_lora in pairs], signed=True)
+    return f"{summary.suggested_loss:.3f}" + ("" if method == BASELINE else f" ({difference})")
+
+
 BESIDE_COLUMNS = ("start", "step", "memory", "old data", "intruders", "size of the change")
 
 
