@@ -38,6 +38,15 @@ def test_first_examples_run_as_printed(page, tmp_path, monkeypatch, capsys):
         assert len(set(init_report(names["model"]).ranks().values())) > 1
 
 
+def test_example_of_an_output_layer_runs_as_printed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {"model": pico_llama()}
+    exec(blocks("docs/choosing.md")[0], names)
+    assert names["rate"] > 0
+    loaded = PeftModel.from_pretrained(pico_llama(), tmp_path / "out")
+    assert "lm_head" in loaded.peft_config["default"].target_modules
+
+
 def test_the_first_page_has_the_example_of_the_readme():
     assert blocks("docs/index.md") == blocks("README.md")
 
