@@ -38,8 +38,8 @@ from convergence.plan import (  # noqa: E402
 )
 from convergence.report import COLUMNS, beside, interval, markdown  # noqa: E402
 from convergence.settings import load_settings  # noqa: E402
-from convergence.study import REFERENCES  # noqa: E402
-from convergence.summary import load, save  # noqa: E402
+from convergence.study import REFERENCES, Study  # noqa: E402
+from convergence.summary import load, save, summarise_task  # noqa: E402
 from convergence.tasks import TASKS  # noqa: E402
 from convergence.training import Key, run  # noqa: E402
 from rate_rule import RULES, Condition, factors_off, interpolated, left_out, table  # noqa: E402
@@ -201,6 +201,11 @@ def test_study_goes_on_where_it_was_and_reports_itself(tmp_path):
     _, _, of_lora, _ = beside([kept]).splitlines()
     assert re.match(r"\| LoRA \| [\d.]+ s \| 1.00 \| 1.00 \| [+-]\d.\d{3} \| ", of_lora)
     assert markdown([kept]) in report
+    at_suggested = [r for r in runs if r["lr"] == kept.methods["lora_ga"].suggested_lr]
+    study = Study(tmp_path / "out/convergence/results", str(tmp_path / "tiny.yaml"))
+    study.path_of(Key("digits", "lora_ga", at_suggested[-1]["lr"], 3, 10)).unlink()
+    cut_off = summarise_task(study, ["lora_ga"]).methods["lora_ga"]
+    assert cut_off.suggested_losses == []  # not all seeds are there
     # seed 0 has chosen the rates; summaries have six digits
     reported = {float(f"{r['curve'][-1][1]:.6g}") for r in runs if r["seed"]}
     assert all(set(summary.losses) <= reported for summary in kept.methods.values())
@@ -230,6 +235,11 @@ def test_a_direction_that_the_base_lacks_is_an_intruder():
     new[3, 0] = 20.0
     assert n_intruders(base, decomposed) == 0
     assert n_intruders(new, decomposed) == 1
+
+
+def test_rows_with_an_output_layer_are_for_language_models(tmp_path):
+    tasks = {t: Study(tmp_path, t).has("lora_output") for t in ("digits", "docstrings", "topics")}
+    assert tasks == {"digits": False, "docstrings": False, "topics": True}
 
 
 def test_published_tables_are_those_of_the_published_figures():

@@ -31,7 +31,9 @@ def measure_costs(
             n_processes, context, initializer=prepare_process, max_tasks_per_child=1
         )
         with pool:
-            pending = {m: pool.submit(_measure, study.task, m, device) for m in methods}
+            pending = {
+                m: pool.submit(_measure, study.task, m, device) for m in methods if study.has(m)
+            }
             found = {m: future.result() for m, future in pending.items()}
         for method, costs in found.items():
             print(f"{study.settings.task} {method}: {costs}")

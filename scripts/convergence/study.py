@@ -44,6 +44,10 @@ class Study:
         self.folder = folder / self.settings.task / self.settings.key
         self.steps = self.settings.training.steps
 
+    def has(self, method: str) -> bool:
+        """Whether a method can run on the task: some need an output layer."""
+        return self.settings.task in WITH_OUTPUT or not METHODS[method].has_output
+
     def shorter(self, method: str) -> int:
         """Steps of a method's shorter runs: what calibrating leaves of 60 %."""
         return round(self.steps * SHORTER - start_steps(METHODS[method], self.settings))
@@ -91,7 +95,7 @@ class Study:
 
     def pending(self, method: str, *, only_search: bool = False) -> list[Key]:
         """Runs that a method needs next: the search, then seeds, the suggested rate, shorter runs."""
-        if METHODS[method].has_output and self.settings.task not in WITH_OUTPUT:
+        if not self.has(method):
             return []
         losses = self.search(method)
         rates = next_rates(METHODS[method].first_rate, losses)

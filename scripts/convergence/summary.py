@@ -159,9 +159,9 @@ def _summarise(study: Study, method: str, aim: float) -> Summary | None:
         accuracies=[r["curve"][-1][2] for r in whole],
         reach=[_reach(r, aim) for r in whole],
         short_lr=short_lr,
-        short_losses=[final_loss(r) for r in _chosen(runs, short_lr, study.shorter(method))],
+        short_losses=_losses(study, runs, short_lr, study.shorter(method)),
         suggested_lr=suggested,
-        suggested_losses=[final_loss(r) for r in _chosen(runs, suggested, study.steps)],
+        suggested_losses=_losses(study, runs, suggested, study.steps),
         forgetting=[
             r["source_loss"][1] - r["source_loss"][0] for r in whole if r["source_loss"][0]
         ],
@@ -178,6 +178,12 @@ def _summarise(study: Study, method: str, aim: float) -> Summary | None:
             for points in zip(*(r["curve"] for r in whole), strict=True)
         ],
     )
+
+
+def _losses(study: Study, runs: list[dict], lr: float | None, steps: int) -> list[float]:
+    """Final losses of every seed; none unless all seeds are there."""
+    losses = [final_loss(run) for run in _chosen(runs, lr, steps)]
+    return losses if len(losses) == study.settings.seeds else []
 
 
 def _chosen(runs: list[dict], lr: float | None, steps: int) -> list[dict]:
