@@ -102,16 +102,17 @@ def _changed(
 ) -> ConfigT:
     """The config with rank `r`, and `own` ranks for the output layer, at the old scaling."""
 
-    def alpha(rank: int) -> float:
-        return config.lora_alpha * alpha_growth(rank / config.r, use_rslora=config.use_rslora)
+    def growth(rank: int) -> float:
+        return alpha_growth(rank / config.r, use_rslora=config.use_rslora)
 
-    growth = alpha(r) / config.lora_alpha
+    alpha = config.lora_alpha
     changed = copy.copy(config)
     modules = {n for n, (_, parameter) in adapted.items() if parameter is None}
     changed.target_modules = sorted({*modules, name})
-    changed.r, changed.lora_alpha = r, alpha(r)  # pyright: ignore[reportAttributeAccessIssue] PEFT takes floats
+    changed.r, changed.lora_alpha = r, alpha * growth(r)  # pyright: ignore[reportAttributeAccessIssue] PEFT takes floats
     # Patterns are those of PEFT's conversion: experts that were two layers have twice the rank.
     of_ranks, of_alphas = config.rank_pattern or {}, config.alpha_pattern or {}
     changed.rank_pattern = {n: rank * r // config.r for n, rank in of_ranks.items()} | {name: own}
-    changed.alpha_pattern = {n: of * growth for n, of in of_alphas.items()} | {name: alpha(own)}
+    changed.alpha_pattern = {n: of * growth(r) for n, of in of_alphas.items()}
+    changed.alpha_pattern[name] = alpha * growth(own)
     return changed

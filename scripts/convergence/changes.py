@@ -18,13 +18,11 @@ from peft_gradinit.analysis.intruders import THRESHOLD, TOP
 from peft_gradinit.files import write_json
 from peft_gradinit.linalg import TruncatedSVD, intruder_dimensions, truncated_svd
 
+from .method import HEADS
 from .methods import METHODS
 from .plan import best_rate, next_rates
 from .study import Study, load_task, prepare_process
 from .training import Key, run
-
-HEADS = ("classifier", "score")
-"""A new head has no old weight to be compared with."""
 
 
 def measure_changes(
@@ -69,7 +67,7 @@ def _measure(task_name: str, key: Key, device: str) -> dict[str, float | None]:
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
-    """The matrices of linear layers, without heads of the task."""
+    """The matrices of linear layers; a new head has no old one to be compared with."""
     return {
         name: module.weight.detach()
         for name, module in model.named_modules()

@@ -19,6 +19,10 @@ Change = Callable[[nn.Module, torch.optim.Optimizer, Task, list[Rows]], None]
 """Of a model and the state of its optimiser, in the middle of a run."""
 
 
+HEADS = ("classifier", "score")
+"""Names of the new heads of tasks."""
+
+
 def adamw(model: nn.Module, lr: float, head_lr: float) -> torch.optim.Optimizer:
     """AdamW without weight decay; heads have a rate of their own."""
     head, rest = head_and_rest(model)
@@ -29,8 +33,8 @@ def adamw(model: nn.Module, lr: float, head_lr: float) -> torch.optim.Optimizer:
 def head_and_rest(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """What is trained: a classifier, and all else."""
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    head = [p for n, p in trained if "classifier" in n or "score" in n]
-    return head, [p for n, p in trained if not ("classifier" in n or "score" in n)]
+    head = [p for n, p in trained if any(word in n for word in HEADS)]
+    return head, [p for n, p in trained if not any(word in n for word in HEADS)]
 
 
 def adapter_of(task: Task, **options: Any) -> dict[str, Any]:

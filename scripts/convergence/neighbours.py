@@ -12,7 +12,7 @@ from peft.tuners.lora.eva import prepare_layer_inputs_fn_language_modeling
 from torch import nn
 from transformers import PreTrainedModel
 
-from .method import adapter_of, head_and_rest
+from .method import HEADS, adapter_of, head_and_rest
 from .pretraining import Rows
 from .tasks import Task, select, size
 
@@ -153,6 +153,5 @@ def _with_names(model: PreTrainedModel, task: Task) -> dict[str, Any]:
     named = adapter_of(task)
     if named["target_modules"] == "all-linear":
         layers = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
-        heads = ("classifier", "score", "lm_head")
-        named["target_modules"] = [n for n in layers if n not in heads]
+        named["target_modules"] = [n for n in layers if n not in (*HEADS, "lm_head")]
     return named
