@@ -24,12 +24,13 @@ from convergence.changes import measure_changes
 from convergence.costs import measure_costs
 from convergence.levers import LEVERS
 from convergence.methods import METHODS
+from convergence.pair_levers import PAIR_LEVERS
 from convergence.report import beside, overview, without_sweep, write_report
 from convergence.settings import FOLDER
 from convergence.study import Study, carry_out, load_task, prepare_process
 from convergence.summary import TaskSummary, load, save, summarise_task
 
-USUAL = [name for name in METHODS if name not in LEVERS]
+USUAL = [name for name in METHODS if name not in LEVERS | PAIR_LEVERS]
 COMMANDS = ("run", "costs", "changes", "report", "draw", "publish")
 OUT = Path("out/convergence")
 MEASURED = Path(__file__).parent / "convergence" / "measured"

@@ -40,7 +40,7 @@ from convergence.report import COLUMNS, beside, interval, markdown  # noqa: E402
 from convergence.settings import load_settings  # noqa: E402
 from convergence.study import REFERENCES, Study  # noqa: E402
 from convergence.summary import load, save, summarise_task  # noqa: E402
-from convergence.tasks import TASKS  # noqa: E402
+from convergence.tasks import TASKS, fold  # noqa: E402
 from convergence.training import Key, run  # noqa: E402
 from rate_rule import RULES, Condition, factors_off, interpolated, left_out, table  # noqa: E402
 
@@ -226,6 +226,78 @@ def test_every_row_trains(method, tmp_path, monkeypatch):
 
     assert after[0] == 8
     assert after[1] < before[1]
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_folds_test_every_row_once(n, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY | {"folds": n}))
+    task = TASKS["digits"](load_settings("tiny.yaml"))
+    whole = sorted(image_bytes(task.train) + image_bytes(task.test))
+
+    folds = [fold(task, seed) for seed in range(n)]
+
+    assert sorted(i for part in folds for i in image_bytes(part.test)) == (
+        whole if n > 1 else sorted(image_bytes(task.test))
+    )
+    for part in folds:
+        assert sorted(image_bytes(part.train) + image_bytes(part.test)) == whole
+    again = fold(task, n)
+    assert torch.equal(again.test["labels"], folds[0].test["labels"])
+
+
+def image_bytes(rows):
+    return [image.numpy().tobytes() for image in rows["pixel_values"]]
+
+
+def test_settings_stay_where_they_are_when_a_field_is_added(tmp_path):
+    keys = []
+    for added in ({}, {"folds": 1}, {"folds": 2}):
+        (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY | added))
+        keys.append(load_settings(str(tmp_path / "tiny.yaml")).key)
+    assert keys[0] == keys[1] != keys[2]
+
+
+def test_the_suggested_rate_is_that_of_the_search(tmp_path):
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+    study = Study(tmp_path, str(tmp_path / "tiny.yaml"))
+    for seed, suggested in ((0, 1e-3), (1, 2e-3), (2, 3e-3)):
+        key = Key("digits", "lora", 1e-2, seed, 10)
+        study.save(key, {**dataclasses.asdict(key), "suggested_lr": suggested})
+    assert study.suggested("lora") == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("name", "moment"), [("muon_annealed", "momentum_"), ("annealed_kept", "exp_avg")]
+)
+def test_a_cut_of_ranks_takes_the_moments_along(name, moment):
+    model = get_peft_model(nn.Sequential(nn.Linear(12, 10)), LoraConfig(target_modules=["0"], r=4))
+    optimizer = METHODS[name].optimizer(model, 1e-2, 1e-3)
+    (pair,) = pairs(model)
+    moments = {}
+    for factor, letter in ((pair.A, "A"), (pair.B, "B")):
+        moments[factor] = moment + letter if moment.endswith("_") else moment
+    with torch.no_grad():
+        pair.B.normal_()
+    model(torch.randn(6, 12)).square().mean().backward()
+    optimizer.step()
+    G = torch.randn(10, 12)
+    optimizer.state[pair.A][moments[pair.A]] = (pair.B.mT @ G).detach()
+    optimizer.state[pair.B][moments[pair.B]] = (G @ pair.A.mT).detach()
+    U, S, Vh = torch.linalg.svd((pair.B @ pair.A).detach())
+    best = (U[:, :2] * S[:2]) @ Vh[:2]
+    task = SimpleNamespace(settings=SimpleNamespace(adapter={"r": 2}))
+
+    METHODS[name].change(model, optimizer, task, [])
+
+    assert pair.B.shape == (10, 2)
+    torch.testing.assert_close(pair.B @ pair.A, best)
+    # as if the gradients had been of the new factors
+    torch.testing.assert_close(optimizer.state[pair.A][moments[pair.A]], pair.B.mT @ G)
+    torch.testing.assert_close(optimizer.state[pair.B][moments[pair.B]], G @ pair.A.mT)
+    model(torch.randn(6, 12)).square().mean().backward()
+    optimizer.step()
+    assert torch.isfinite(pair.B).all()
 
 
 def test_a_direction_that_the_base_lacks_is_an_intruder():

@@ -27,6 +27,7 @@ from peft_gradinit.optim import OPTIMIZERS, optimizer
 from .levers import LEVERS
 from .method import Method, Start, Steps, adapter_of, plain
 from .neighbours import loraplus, muon, peft_corda, peft_eva, peft_lora_ga, riemannian
+from .pair_levers import PAIR_LEVERS
 from .pretraining import Rows
 from .tasks import Task
 
@@ -195,6 +196,15 @@ for kind in OPTIMIZERS:
         reads_data=True,
         ours=True,
     )
+    METHODS[f"lora_one_auto_output+{kind.name}"] = Method(
+        f"LoRA-One, `auto+output`; optimiser {kind.title}",
+        automatic(LoraOneConfig, "auto+output"),
+        FIRST_RATES[kind.name],
+        of_pairs(kind.name),
+        reads_data=True,
+        ours=True,
+        has_output=True,
+    )
 for momentum in (0.8, 0.95):
     METHODS[f"lora+lora_muon_{momentum}"] = Method(
         f"LoRA; optimiser LoRA-Muon, momentum {momentum}",
@@ -203,9 +213,10 @@ for momentum in (0.8, 0.95):
         of_pairs("lora_muon", momentum=momentum),
         ours=True,
     )
-METHODS |= LEVERS
+METHODS |= LEVERS | PAIR_LEVERS
 NOT_PUBLISHED = frozenset({
     *LEVERS,
+    *PAIR_LEVERS,
     *("lora_output", "lora_one_ranks", "lora_one_auto", "lora_one_auto_output"),
     *("dora", "peft_corda", "corda", "pissa_anchored", "lora_ga_auto", "lora_ga_auto_output"),
     *(name for name in METHODS if "+" in name),

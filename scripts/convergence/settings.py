@@ -17,8 +17,8 @@ class Section(BaseModel):
 
     @property
     def key(self) -> str:
-        """Tells settings apart."""
-        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:12]
+        """Tells settings apart; a new field leaves the settings that do not have it where they are."""
+        return hashlib.sha256(self.model_dump_json(exclude_defaults=True).encode()).hexdigest()[:12]
 
 
 class Pretraining(Section):
@@ -60,6 +60,8 @@ class Settings(Section):
         recipe: with `task: recipe`, a file of `configs/`, whose model and data are taken.
         max_length: tokens of a sequence of `functions` and `reference`.
         n_test: held-out rows; a recipe says itself what is held out.
+        folds: with more than one, the held-out rows are one of that many parts of all rows, another for
+            the next seed.
         n_calibration: sequences or images that starts are computed from, of the training data.
         search_seeds: how many seeds the search for the learning rate averages over.
         seeds: how many others the best rate is run with; only these are reported.
@@ -73,6 +75,7 @@ class Settings(Section):
     max_length: int = 96
     n_calibration: int
     n_test: int = 0
+    folds: int = 1
     search_seeds: int = 1
     seeds: int = 3
 

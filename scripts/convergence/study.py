@@ -89,8 +89,12 @@ class Study:
         return {lr: sum(of) / len(of) for lr, of in losses.items() if len(of) == len(seeds)}
 
     def suggested(self, method: str) -> float | None:
-        """The rate that the package suggests for a method, to two digits, if it does."""
-        rates = [r["suggested_lr"] for r in self.runs(method) if r.get("suggested_lr")]
+        """The rate that the package suggests for a method, to two digits, if it does.
+
+        It is the median over the search, so that it stands when the other runs begin.
+        """
+        searched = (r for r in self.runs(method) if r["seed"] in self.settings.searched)
+        rates = [r["suggested_lr"] for r in searched if r.get("suggested_lr")]
         return float(f"{statistics.median(rates):.2g}") if rates else None
 
     def pending(self, method: str, *, only_search: bool = False) -> list[Key]:

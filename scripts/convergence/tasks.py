@@ -34,6 +34,8 @@ from .settings import Settings
 LENGTH = 128  # bytes of a sequence
 MAX_TOKENS = 32  # of a docstring
 PADDING = {"input_ids": 0, "attention_mask": 0}
+HELD_OUT_DIGITS = 200
+"""Odd digits that the model of digits has not seen."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ def digits(settings: Settings) -> Task:
         {"pixel_values": images[labels % 2 == parity], "labels": labels[labels % 2 == parity]}
         for parity in (1, 0)
     )
-    odd_train, odd_test = _split(odd, settings.n_test // 2)
+    odd_train, odd_test = _split(odd, HELD_OUT_DIGITS)
     train, test = _split(even, settings.n_test)
 
     def draw(n: int, generator: torch.Generator) -> Rows:
@@ -211,6 +213,17 @@ TASKS: dict[str, Callable[[Settings], Task]] = {
     "functions": functions,
     "reference": reference,
 }
+
+
+def fold(task: Task, seed: int) -> Task:
+    """The task of a seed: with folds, the next seed is tested on other rows, and trained on the rest."""
+    n = task.settings.folds
+    if n == 1:
+        return task
+    rows = {name: torch.cat([task.test[name], task.train[name]]) for name in task.train}
+    of_fold = torch.arange(size(rows)) % n == seed % n
+    train, test = (_rows(rows, part.nonzero().squeeze(1)) for part in (~of_fold, of_fold))
+    return replace(task, train=train, test=test)
 
 
 def on_device(task: Task, device: str) -> Task:

@@ -15,7 +15,7 @@ from .method import Method
 from .methods import METHODS
 from .pretraining import Rows
 from .settings import Settings
-from .tasks import Task, select, size
+from .tasks import Task, fold, select, size
 
 CALIBRATION_BATCH = 16
 CHANGE_AT = 0.25
@@ -58,6 +58,7 @@ def run(key: Key, task: Task, after: Callable[[nn.Module], None] | None = None) 
         diverged has infinite losses.
     """
     method = METHODS[key.method]
+    task = fold(task, key.seed)
     training = task.settings.training
     torch.manual_seed(key.seed)
     model = task.load_model()
