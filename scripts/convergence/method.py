@@ -63,9 +63,10 @@ class Method:
         optimizer: makes the optimiser.
         reads_data: calibration batches count as steps.
         ours: one of this package's types.
-        suggests: the package suggests a learning rate for it; of ours, where the optimiser is AdamW.
+        suggests: the optimiser for which the package is asked for a learning rate, if it knows one.
         has_output: adapts the output layer, which language models alone have.
         change: made after a quarter of the steps.
+        schedule: of the rates, by the name that Transformers has for it.
     """
 
     title: str
@@ -74,6 +75,7 @@ class Method:
     optimizer: Steps = adamw
     reads_data: bool = False
     ours: bool = False
-    suggests: bool = False
+    suggests: str | None = None
     has_output: bool = False
     change: Change | None = None
+    schedule: str = "cosine"

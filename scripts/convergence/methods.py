@@ -100,15 +100,15 @@ def pissa(model: PreTrainedModel, task: Task, batches: list[Rows]) -> nn.Module:
     return get_peft_model(model, PiSSAConfig(**adapter_of(task)))
 
 
-CALIBRATED: dict[str, bool] = {"reads_data": True, "ours": True, "suggests": True}
+CALIBRATED: dict[str, Any] = {"reads_data": True, "ours": True, "suggests": "adamw"}
 """What holds of our types that need data, with AdamW."""
 
 METHODS: dict[str, Method] = {
     "full": Method("full fine-tuning", full, 1e-3),
     "full+muon": Method("full fine-tuning, Muon", full, 1e-3, muon),
-    "lora": Method("LoRA", plain(use_rslora=False), 3.2e-3, suggests=True),
+    "lora": Method("LoRA", plain(use_rslora=False), 3.2e-3, suggests="adamw"),
     "lora_output": Method(
-        "LoRA with output layer", with_output, 3.2e-3, suggests=True, has_output=True
+        "LoRA with output layer", with_output, 3.2e-3, suggests="adamw", has_output=True
     ),
     "rslora": Method("rsLoRA", plain(), 3.2e-3),
     "dora": Method("DoRA", plain(use_rslora=False, use_dora=True), 3.2e-3),
@@ -173,20 +173,31 @@ METHODS: dict[str, Method] = {
         reads_data=True,
         ours=True,
     ),
-    "eva": Method("EVA", calibrated(EvaConfig), 1e-3, **CALIBRATED),
+    "eva": Method("EVA", calibrated(EvaConfig, budget="parameters"), 1e-3, **CALIBRATED),
     "corda": Method("CorDA", calibrated(CorDAConfig), 1e-3, **CALIBRATED),
-    "pissa_anchored": Method("PiSSA, base unchanged", pissa, 1e-3, ours=True, suggests=True),
-    "svfit": Method("SVFit", svfit(), 3.2e-2, ours=True, suggests=True),
+    "pissa_anchored": Method("PiSSA, base unchanged", pissa, 1e-3, ours=True, suggests="adamw"),
+    "svfit": Method("SVFit", svfit(), 3.2e-2, ours=True, suggests="adamw"),
 }
 FIRST_RATES = {"lora_muon": 3.2e-2, "lora_rite": 3.2e-3, "lora_one": 3.2e-3, "lora_pro": 3.2e-3}
 """Where the search begins, by optimiser."""
 for kind in OPTIMIZERS:
+    suggested = kind.name if kind.name == "lora_muon" else None
     METHODS[f"lora+{kind.name}"] = Method(
         f"LoRA; optimiser {kind.title}",
         plain(use_rslora=False),
         FIRST_RATES[kind.name],
         of_pairs(kind.name),
         ours=True,
+        suggests=suggested,
+    )
+    METHODS[f"lora_output+{kind.name}"] = Method(
+        f"LoRA with output layer; optimiser {kind.title}",
+        with_output,
+        FIRST_RATES[kind.name],
+        of_pairs(kind.name),
+        ours=True,
+        suggests=suggested,
+        has_output=True,
     )
     METHODS[f"lora_one_ranks+{kind.name}"] = Method(
         f"LoRA-One, ranks by gradient; optimiser {kind.title}",
@@ -195,6 +206,7 @@ for kind in OPTIMIZERS:
         of_pairs(kind.name),
         reads_data=True,
         ours=True,
+        suggests=suggested,
     )
     METHODS[f"lora_one_auto_output+{kind.name}"] = Method(
         f"LoRA-One, `auto+output`; optimiser {kind.title}",
@@ -203,6 +215,7 @@ for kind in OPTIMIZERS:
         of_pairs(kind.name),
         reads_data=True,
         ours=True,
+        suggests=suggested,
         has_output=True,
     )
 for momentum in (0.8, 0.95):

@@ -7,14 +7,14 @@ from dataclasses import asdict, dataclass
 
 import torch
 from torch import nn
-from transformers import get_cosine_schedule_with_warmup
+from transformers import get_scheduler
 
 from peft_gradinit import suggest_learning_rate
 
 from .method import Method
 from .methods import METHODS
 from .pretraining import Rows
-from .settings import Settings
+from .settings import Settings, Training
 from .tasks import Task, fold, select, size
 
 CALIBRATION_BATCH = 16
@@ -68,14 +68,21 @@ def run(key: Key, task: Task, after: Callable[[nn.Module], None] | None = None) 
     started = time.perf_counter()
     model = method.start(model, task, batches)
     start_seconds = time.perf_counter() - started
-    suggested = suggest_learning_rate(model).suggested if method.suggests else None
+    suggested = (
+        suggest_learning_rate(model, optimizer=method.suggests).suggested
+        if method.suggests
+        else None
+    )
     optimizer = method.optimizer(model, key.lr, training.head_learning_rate)
 
     def change() -> None:
         if method.change is not None:
             method.change(model, optimizer, task, batches)
 
-    curve, losses = train(model, optimizer, task, order.view(key.steps, -1), change)
+    schedule = get_scheduler(
+        method.schedule, optimizer, warmup_steps(training, key.steps), key.steps
+    )
+    curve, losses = train(model, optimizer, schedule, task, order.view(key.steps, -1), change)
     result = {
         **asdict(key),
         "curve": curve,
@@ -110,12 +117,22 @@ def calibration_batches(task: Task, seed: int) -> list[Rows]:
     return [select(task.train, part) for part in chosen.split(CALIBRATION_BATCH)]
 
 
-def train(model: nn.Module, optimizer, task: Task, order: torch.Tensor, change: Callable[[], None]):
+def warmup_steps(training: Training, n_steps: int) -> int:
+    """Of a run: those of the task, but no more than a tenth of the run."""
+    return min(training.warmup_steps, n_steps // 10)
+
+
+def train(
+    model: nn.Module,
+    optimizer,
+    schedule,
+    task: Task,
+    order: torch.Tensor,
+    change: Callable[[], None],
+):
     """Train, and return the curve and the training losses; `change` acts after a share of the steps."""
     training = task.settings.training
     n_steps = len(order)
-    warmup = min(training.warmup_steps, n_steps // 10)
-    schedule = get_cosine_schedule_with_warmup(optimizer, warmup, n_steps)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     every = n_steps / training.evaluations
     marks = {round(every * i) for i in range(1, training.evaluations + 1)}
