@@ -83,7 +83,7 @@ class PairOptimizer(torch.optim.Optimizer):
         check_layout(model, self.title)
         found = trainable_pairs(model, values["adapter_name"], self.title)
         lr, decay = values["lr"], values["weight_decay"]
-        of_pairs = group_of_pairs(found, self.title, lr=lr, weight_decay=decay, **options)
+        of_pairs = group_of_pairs(model, found, self.title, lr=lr, weight_decay=decay, **options)
         of_rest = values["head_lr"], values["head_weight_decay"], self.title
         rest = groups_of_rest(model, found, *of_rest)
         super().__init__([of_pairs, *rest], {"lr": lr, "weight_decay": 0.0})
@@ -207,7 +207,7 @@ class PairOptimizer(torch.optim.Optimizer):
         A, B = found["A"], found["B"]
         gA, gB = (found.get(f"g{s}", torch.zeros_like(found[s])) for s in ("A", "B"))
         step = self.state[slots[0].A]["step"] + 1
-        stack = Stack(A, B, gA, gB, slots[0].scaling, step, moves)
+        stack = Stack(A, B, gA, gB, slots[0].scaling, step, moves, slots[0].is_output)
         return stack, {name: found[name] for name in layouts}
 
     def _entry(self, slot: Slot, name: str) -> Tensor:

@@ -1,7 +1,8 @@
 """From a model to groups of parameters: the pairs in one, everything else by its decay.
 
-In the group of the pairs, `A` and `B` alternate; `scalings` and `experts` have one entry a pair. The
-order is all that tells a pair, so that FSDP2 and Accelerate can put other parameters in their place.
+In the group of the pairs, `A` and `B` alternate; `scalings`, `experts` and `outputs` have one entry a
+pair. The order is all that tells a pair, so that FSDP2 and Accelerate can put other parameters in their
+place.
 """
 
 from collections.abc import Iterable, Sequence
@@ -11,6 +12,7 @@ from accelerate.state import AcceleratorState, is_initialized
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
+from transformers import PreTrainedModel
 
 from ..errors import ConfigError
 from ..layouts import plain_name
@@ -80,7 +82,9 @@ def trainable_pairs(model: nn.Module, adapters: str | Sequence[str], optimizer: 
     return training
 
 
-def group_of_pairs(found: Sequence[Pair], optimizer: str, **settings: Any) -> dict[str, Any]:
+def group_of_pairs(
+    model: nn.Module, found: Sequence[Pair], optimizer: str, **settings: Any
+) -> dict[str, Any]:
     """The group of the pairs.
 
     Raises:
@@ -94,10 +98,12 @@ def group_of_pairs(found: Sequence[Pair], optimizer: str, **settings: Any) -> di
             )
         for factor in (pair.A, pair.B):
             check_placed(factor, optimizer)
+    output = _output_layer(model)
     return {
         "params": [factor for pair in found for factor in (pair.A, pair.B)],
         "scalings": [float(pair.scaling) for pair in found],
         "experts": [pair.n_experts for pair in found],
+        "outputs": [pair.layer is output for pair in found],
         **settings,
     }
 
@@ -142,8 +148,15 @@ def slots_of(group: dict[str, Any], optimizer: str) -> list[Slot]:
         )
     for factor in factors:
         check_placed(factor, optimizer)
-    halves = zip(factors[::2], factors[1::2], scalings, group["experts"], strict=True)
-    return [Slot(A, B, scaling, n) for A, B, scaling, n in halves]
+    outputs = group.get("outputs", [False] * len(scalings))  # older checkpoints have none
+    halves = zip(factors[::2], factors[1::2], scalings, group["experts"], outputs, strict=True)
+    return [Slot(*pair) for pair in halves]
+
+
+def _output_layer(model: nn.Module) -> nn.Module | None:
+    """The layer that gives the logits of a language model of Transformers, inside any wrapper."""
+    host = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
+    return None if host is None else host.get_output_embeddings()
 
 
 def _names(model: nn.Module) -> list[str]:

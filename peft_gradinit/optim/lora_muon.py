@@ -19,7 +19,8 @@ count, and neither does how the product is split into factors.
 1. `eta` is the step of the weight in its natural norm, from root mean square to root mean square:
    the spectral norm of a half is `eta / 2 * (out / in)^(1/2)`, and the factor `s = alpha / r` that PEFT
    multiplies the product by is divided out. The paper's update has neither factor. One rate then serves all
-   shapes, ranks and `lora_alpha`.
+   shapes, ranks and `lora_alpha`. The output layer of a language model has no factor of its shape: each of
+   its rows is a logit that counts by itself, and a large vocabulary would make its steps long.
 2. Nesterov's look-ahead on the moment, as in Muon (`nesterov=False` is the paper's formula).
 3. Dampening: `1e-4` of its norm is added to each Gram matrix. It bounds the step of a
    factor when the other one is nearly of lower rank; with the paper's 0, such a step is as large as
@@ -93,10 +94,14 @@ class LoraMuon(PairOptimizer):
             for name, gradient in (("momentum_A", stack.gA), ("momentum_B", stack.gB))
         ]
         dA, dB = lora_muon_directions(stack.A, stack.B, *moments, dampening=options["dampening"])
-        out, size = stack.B.shape[-2], stack.A.shape[-1]
-        half = options["lr"] / 2 * math.sqrt(out / size) / abs(stack.scaling)
+        half = options["lr"] / 2 * reach(stack) / abs(stack.scaling)
         decay = product_decay(options)
         return split_decay(stack.A, dA, half, decay), split_decay(stack.B, dB, half, decay)
+
+
+def reach(stack: Stack) -> float:
+    """The spectral norm of a weight's step for a unit rate; see departure 1."""
+    return 1.0 if stack.is_output else math.sqrt(stack.B.shape[-2] / stack.A.shape[-1])
 
 
 def product_decay(options: Mapping[str, Any]) -> float:

@@ -39,6 +39,7 @@ class Stack(NamedTuple):
         scaling: what the products `B A` are multiplied by.
         step: number of this step, from 1.
         moves: whether `A` and `B` are written back; frozen factors are not.
+        is_output: whether their layer gives the logits of a language model.
     """
 
     A: Float[Tensor, "n r in"]
@@ -48,6 +49,7 @@ class Stack(NamedTuple):
     scaling: float
     step: int
     moves: tuple[bool, bool]
+    is_output: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +60,7 @@ class Slot:
     B: Any
     scaling: float
     n_experts: int
+    is_output: bool = False
 
     @property
     def moves(self) -> tuple[bool, bool]:
@@ -68,7 +71,7 @@ class Slot:
         """Equal for pairs that can be stepped together."""
         step = state[self.A]["step"] if self.A in state else 0
         kinds = [(tuple(f.shape), f.dtype, f.device, _placed(f)) for f in (self.A, self.B)]
-        return *kinds, self.scaling, self.n_experts, self.moves, step
+        return *kinds, self.scaling, self.n_experts, self.is_output, self.moves, step
 
 
 def stacks(slots: Sequence[Slot], state: Mapping[Any, Any], size: Any) -> Iterator[list[Slot]]:

@@ -1,5 +1,6 @@
 """What a row of the comparison is."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +9,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
+
+from peft_gradinit import with_output_layer
 
 from .pretraining import Rows
 from .tasks import Task
@@ -50,6 +53,15 @@ def plain(**options: Any) -> Start:
         return get_peft_model(model, LoraConfig(**adapter_of(task, **options)))
 
     return start
+
+
+def with_output(model: PreTrainedModel, task: Task, batches: list[Rows]) -> nn.Module:
+    """PEFT's LoRA with a rank less, whose numbers go to the output layer; tied layers stay tied."""
+    del batches
+    config = LoraConfig(**adapter_of(task, use_rslora=False))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
+        return get_peft_model(model, with_output_layer(model, config))
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,10 @@ Every method gets the same rank and the same layers. Starts of PEFT that write i
 (PiSSA, OLoRA, LoRA-GA) are used as PEFT documents them.
 """
 
-import warnings
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, get_peft_model
+from peft import PeftConfig, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -20,12 +19,11 @@ from peft_gradinit import (
     LoraOneConfig,
     PiSSAConfig,
     SVFitConfig,
-    with_output_layer,
 )
 from peft_gradinit.optim import OPTIMIZERS, optimizer
 
 from .levers import LEVERS
-from .method import Method, Start, Steps, adapter_of, plain
+from .method import Method, Start, Steps, adapter_of, plain, with_output
 from .neighbours import loraplus, muon, peft_corda, peft_eva, peft_lora_ga, riemannian
 from .pair_levers import PAIR_LEVERS
 from .pretraining import Rows
@@ -71,15 +69,6 @@ def automatic(config: type[PeftConfig], word: str, **options: Any) -> Start:
         return calibrated(config, **chosen)(model, task, batches)
 
     return start
-
-
-def with_output(model: PreTrainedModel, task: Task, batches: list[Rows]) -> nn.Module:
-    """PEFT's LoRA with a rank less, whose numbers go to the output layer; tied layers stay tied."""
-    del batches
-    config = LoraConfig(**adapter_of(task, use_rslora=False))
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
-        return get_peft_model(model, with_output_layer(model, config))
 
 
 def svfit(**options: Any) -> Start:

@@ -19,11 +19,31 @@ from peft_gradinit.optim.stacks import Layout, Stack
 from peft_gradinit.optim.whitening import gram_power
 
 from .levers import doubled
-from .method import Method, Steps, adamw, plain
+from .method import Method, Steps, adamw, plain, with_output
 from .pretraining import Rows
 from .tasks import Task
 
 FIRST_RATE = 3.2e-2
+
+
+Shape = Callable[[int, int], float]
+"""Of the sizes of a layer's output and input."""
+
+
+def natural(out: int, size: int) -> float:
+    """From root mean square to root mean square, as `LoraMuon` has it."""
+    return math.sqrt(out / size)
+
+
+def capped(out: int, size: int) -> float:
+    """The same, where the output is not the larger one; else 1."""
+    return min(1.0, natural(out, size))
+
+
+def flat(out: int, size: int) -> float:
+    """1, as in the paper."""
+    del out, size
+    return 1.0
 
 
 class VariedMuon(LoraMuon):
@@ -34,6 +54,7 @@ class VariedMuon(LoraMuon):
         share: of the step that `A` takes; the paper's is a half.
         floor: added to the squared singular values before the matrix sign, as a fraction of their norm:
             directions below it are not stretched to full length.
+        shape: how far a layer steps for a unit rate, given its sizes.
         by_signal: shorten a pair's step by the norm of its moment over the root mean square of its
             gradients, which is small where gradients are noise.
         **options: those of `LoraMuon`.
@@ -45,10 +66,11 @@ class VariedMuon(LoraMuon):
         *,
         share: float = 0.5,
         floor: float = 0.0,
+        shape: Shape = natural,
         by_signal: bool = False,
         **options: Any,
     ) -> None:
-        self.share, self.floor, self.by_signal = share, floor, by_signal
+        self.share, self.floor, self.shape, self.by_signal = share, floor, shape, by_signal
         super().__init__(model, **options)
 
     def layouts(self, options: Mapping[str, Any]) -> dict[str, Layout]:
@@ -61,7 +83,7 @@ class VariedMuon(LoraMuon):
         self, stack: Stack, state: dict[str, Tensor], options: Mapping[str, Any]
     ) -> tuple[Tensor, Tensor]:
         """One step, without decay."""
-        whole = math.sqrt(stack.B.shape[-2] / stack.A.shape[-1]) / abs(stack.scaling)
+        whole = self.shape(stack.B.shape[-2], stack.A.shape[-1]) / abs(stack.scaling)
         A, B = stack.A.mT, stack.B
         sides = (("A", stack.gA.mT, B, self.share), ("B", stack.gB, A, 1 - self.share))
         steps = {}
@@ -141,6 +163,24 @@ PAIR_LEVERS: dict[str, Method] = {
         LORA,
         FIRST_RATE,
         varied(by_signal=True),
+    ),
+    "muon_capped": Method(
+        "no longer steps where the output is larger", LORA, FIRST_RATE, varied(shape=capped)
+    ),
+    "muon_flat": Method("steps of one length in all layers", LORA, FIRST_RATE, varied(shape=flat)),
+    "muon_capped_output": Method(
+        "with output layer: no longer steps where the output is larger",
+        with_output,
+        FIRST_RATE,
+        varied(shape=capped),
+        has_output=True,
+    ),
+    "muon_output_0.8": Method(
+        "the same, with a momentum of 0.8",
+        with_output,
+        FIRST_RATE,
+        varied(shape=capped, momentum=0.8),
+        has_output=True,
     ),
     "muon_linear": Method("linear decay", LORA, FIRST_RATE, varied(), schedule="linear"),
     "muon_constant": Method(

@@ -1,12 +1,17 @@
 """LoRA-Muon: the paper's step, and what it is for the product."""
 
 import math
+import warnings
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
 
+from peft_gradinit import pairs
 from peft_gradinit.errors import ConfigError
 from peft_gradinit.optim import LoraMuon
+from tests.helpers import pico_llama, token_batches
 from tests.optim.rows import EXACT, toy
 from tests.optim.single import IN, OUT, S, close, gradient, single, steps
 
@@ -63,6 +68,49 @@ def test_each_half_moves_the_weight_by_half_the_rate():
     for half in (S * (newB - B) @ A, S * B @ (newA - A)):
         values = torch.linalg.svdvals(half)[:3] / unit
         torch.testing.assert_close(values, torch.full_like(values, ETA / 2))
+
+
+class Outer(nn.Module):
+    """A wrapper that says nothing of what it holds, as DDP does."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, Outer], ids=["bare", "wrapped"])
+@pytest.mark.parametrize("tie", [False, True])
+def test_steps_of_the_output_layer_do_not_grow_with_the_vocabulary(wrap, tie):
+    base = pico_llama(vocab_size=320, tie_word_embeddings=tie)
+    config = LoraConfig(r=4, target_modules=["up_proj", "lm_head"], ensure_weight_tying=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of tied layers
+        model = get_peft_model(base, config)
+    optimizer = LoraMuon(wrap(model), lr=ETA, dampening=EXACT)
+    before = {pair.name: (pair.scaling * pair.B @ pair.A).detach() for pair in pairs(model)}
+    batch = token_batches(1)[0]
+    model(**batch).loss.backward()
+
+    optimizer.step()  # B = 0, so that only its half moves
+
+    for pair in pairs(model):
+        moved = (pair.scaling * pair.B @ pair.A).detach() - before[pair.name]
+        is_output = pair.name.endswith("lm_head")
+        unit = 1.0 if is_output else math.sqrt(moved.shape[0] / moved.shape[1])
+        got = torch.linalg.matrix_norm(moved, 2).item()
+        assert got == pytest.approx(ETA / 2 * unit, rel=1e-3), pair.name
+    assert sum(optimizer.param_groups[0]["outputs"]) == 1
+
+
+def test_state_of_before_the_output_layer_was_told_apart_is_read():
+    model, pair = single()
+    optimizer = LoraMuon(model, lr=ETA)
+    steps(optimizer, pair, 1)
+    state = optimizer.state_dict()
+    del state["param_groups"][0]["outputs"]
+    again = LoraMuon(model, lr=ETA)
+    again.load_state_dict(state)
+    steps(again, pair, 1)
 
 
 def test_decay_beyond_the_product_is_refused():
