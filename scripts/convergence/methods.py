@@ -4,6 +4,7 @@ Every method gets the same rank and the same layers. Starts of PEFT that write i
 (PiSSA, OLoRA, LoRA-GA) are used as PEFT documents them.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -215,10 +216,15 @@ for momentum in (0.8, 0.95):
         of_pairs("lora_muon", momentum=momentum),
         ours=True,
     )
+for name in ("lora", "lora_output", "lora_one_auto_output", "lora_output+lora_muon"):
+    METHODS[f"{name}_linear"] = replace(
+        METHODS[name], title=f"{METHODS[name].title}, linear decay", schedule="linear"
+    )
 METHODS |= LEVERS | PAIR_LEVERS
 NOT_PUBLISHED = frozenset({
     *LEVERS,
     *PAIR_LEVERS,
+    *("lora_linear", "lora_output_linear", "lora_one_auto_output_linear"),
     *("lora_output", "lora_one_ranks", "lora_one_auto", "lora_one_auto_output"),
     *("dora", "peft_corda", "corda", "pissa_anchored", "lora_ga_auto", "lora_ga_auto_output"),
     *(name for name in METHODS if "+" in name),

@@ -186,7 +186,6 @@ PAIR_LEVERS: dict[str, Method] = {
     "muon_constant": Method(
         "no decay", LORA, FIRST_RATE, varied(), schedule="constant_with_warmup"
     ),
-    "lora_linear": Method("AdamW: linear decay", LORA, 3.2e-3, schedule="linear"),
     "muon_annealed": Method(
         "twice the rank for a quarter of the steps, state projected",
         doubled,
