@@ -114,7 +114,9 @@ class TrainingSection(Section):
     )
     gradient_accumulation_steps: Positive = Field(default=1, description="Steps between updates.")
     warmup_steps: NotNegative = Field(default=0.0, description="Below 1: the share of all of them.")
-    lr_scheduler_type: str = Field(default="cosine", description="Schedule of the learning rate.")
+    lr_scheduler_type: str = Field(
+        default="linear", description="Schedule of the learning rate, by its name in Transformers."
+    )
     weight_decay: NotNegative = Field(default=0.0, description="Weight decay of AdamW.")
     max_grad_norm: NotNegative = Field(default=1.0, description="Clipping; 0: none.")
     bf16: bool = Field(default=False, description="Compute in bfloat16 (autocast).")

@@ -8,21 +8,21 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from scipy import stats
+
 from peft_gradinit.files import write_json
 
 from .methods import METHODS
 from .plan import best_rate, next_rates, steps_to, usable_range
 from .study import BASELINE, Study, final_loss
 
-T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
-"""Quantiles of Student's t for a 95 % interval of the mean, by the number of runs."""
-
 
 def half_interval(values: list[float]) -> float:
     """Half of the 95 % interval of a mean; 0 where there is none."""
     if len(values) < 2 or not all(map(math.isfinite, values)):
         return 0.0
-    return T_95[len(values)] * statistics.stdev(values) / len(values) ** 0.5
+    quantile = float(stats.t.ppf(0.975, len(values) - 1))
+    return quantile * statistics.stdev(values) / len(values) ** 0.5
 
 
 @dataclass(frozen=True)

@@ -165,7 +165,7 @@ EARLIER = {
     "batch_size": ("3", {"per_device_train_batch_size": 3}),
     "gradient_accumulation": ("4", {"gradient_accumulation_steps": 4}),
     "warmup": ("0.1", {"warmup_steps": 0.1}),
-    "schedule": ("linear", {"lr_scheduler_type": "linear"}),
+    "schedule": ("cosine", {"lr_scheduler_type": "cosine"}),
     "adam_betas": ("[0.8, 0.9]", {"adam_beta1": 0.8, "adam_beta2": 0.9}),
     "precision": ("bf16", {"bf16": True, "fp16": False}),
     "resume": ("true", {"resume_from_checkpoint": True}),
