@@ -197,7 +197,7 @@ def test_study_goes_on_where_it_was_and_reports_itself(tmp_path):
         growth = summary.forgetting[0]
         assert summary.changes["source_loss"] == pytest.approx(growth, abs=1e-4)
         assert 0 <= summary.changes["intruders"] <= 10
-        assert 0 < summary.changes["size"] < math.inf  # of a tiny model, at whatever rate was best
+        assert 0 < summary.changes["size"] < 10
     _, _, of_lora, _ = beside([kept]).splitlines()
     assert re.match(r"\| LoRA \| [\d.]+ s \| 1.00 \| 1.00 \| [+-]\d.\d{3} \| ", of_lora)
     assert markdown([kept]) in report
@@ -268,22 +268,19 @@ def test_the_suggested_rate_is_that_of_the_search(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "moment"), [("muon_annealed", "momentum_"), ("annealed_kept", "exp_avg")]
+    ("name", "moment"), [("muon_annealed", "momentum"), ("annealed_kept", "exp_avg")]
 )
 def test_a_cut_of_ranks_takes_the_moments_along(name, moment):
     model = get_peft_model(nn.Sequential(nn.Linear(12, 10)), LoraConfig(target_modules=["0"], r=4))
     optimizer = METHODS[name].optimizer(model, 1e-2, 1e-3)
     (pair,) = pairs(model)
-    moments = {}
-    for factor, letter in ((pair.A, "A"), (pair.B, "B")):
-        moments[factor] = moment + letter if moment.endswith("_") else moment
     with torch.no_grad():
         pair.B.normal_()
     model(torch.randn(6, 12)).square().mean().backward()
     optimizer.step()
     G = torch.randn(10, 12)
-    optimizer.state[pair.A][moments[pair.A]] = (pair.B.mT @ G).detach()
-    optimizer.state[pair.B][moments[pair.B]] = (G @ pair.A.mT).detach()
+    optimizer.state[pair.A][moment].copy_((pair.B.mT @ G).detach())
+    optimizer.state[pair.B][moment].copy_((G @ pair.A.mT).detach())
     U, S, Vh = torch.linalg.svd((pair.B @ pair.A).detach())
     best = (U[:, :2] * S[:2]) @ Vh[:2]
     task = SimpleNamespace(settings=SimpleNamespace(adapter={"r": 2}))
@@ -293,8 +290,8 @@ def test_a_cut_of_ranks_takes_the_moments_along(name, moment):
     assert pair.B.shape == (10, 2)
     torch.testing.assert_close(pair.B @ pair.A, best)
     # as if the gradients had been of the new factors
-    torch.testing.assert_close(optimizer.state[pair.A][moments[pair.A]], pair.B.mT @ G)
-    torch.testing.assert_close(optimizer.state[pair.B][moments[pair.B]], G @ pair.A.mT)
+    torch.testing.assert_close(optimizer.state[pair.A][moment], pair.B.mT @ G)
+    torch.testing.assert_close(optimizer.state[pair.B][moment], G @ pair.A.mT)
     model(torch.randn(6, 12)).square().mean().backward()
     optimizer.step()
     assert torch.isfinite(pair.B).all()

@@ -137,9 +137,8 @@ def halve_and_keep(squares: tuple[str, ...], moments: tuple[str, ...]) -> Callab
             of_A, of_B = cut.A @ torch.linalg.pinv(A), torch.linalg.pinv(B) @ cut.B
             for factor, value, turn in ((pair.A, cut.A, of_B.mT), (pair.B, cut.B, of_A)):
                 for name, entry in list(optimizer.state[factor].items()):
-                    base = name.removesuffix("_A").removesuffix("_B")
-                    if base in (*moments, *squares):
-                        turned = turn.square() if base in squares else turn
+                    if name in (*moments, *squares):
+                        turned = turn.square() if name in squares else turn
                         new = turned @ entry if factor is pair.A else entry @ turned.mT
                         optimizer.state[factor][name] = new.contiguous()
                 factor.grad = None
@@ -153,7 +152,6 @@ PAIR_LEVERS: dict[str, Method] = {
     "muon_soft_0.1": Method(
         "singular values below a floor kept small (0.1)", LORA, FIRST_RATE, varied(floor=0.1)
     ),
-    "muon_soft_1": Method("the same (1)", LORA, FIRST_RATE, varied(floor=0.999)),
     "muon_more_B": Method("a quarter of the step for `A`", LORA, FIRST_RATE, varied(share=0.25)),
     "muon_more_A": Method(
         "three quarters of the step for `A`", LORA, FIRST_RATE, varied(share=0.75)
@@ -183,9 +181,6 @@ PAIR_LEVERS: dict[str, Method] = {
         has_output=True,
     ),
     "muon_linear": Method("linear decay", LORA, FIRST_RATE, varied(), schedule="linear"),
-    "muon_constant": Method(
-        "no decay", LORA, FIRST_RATE, varied(), schedule="constant_with_warmup"
-    ),
     "muon_annealed": Method(
         "twice the rank for a quarter of the steps, state projected",
         doubled,

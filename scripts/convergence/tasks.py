@@ -34,8 +34,6 @@ from .settings import Settings
 LENGTH = 128  # bytes of a sequence
 MAX_TOKENS = 32  # of a docstring
 PADDING = {"input_ids": 0, "attention_mask": 0}
-HELD_OUT_DIGITS = 200
-"""Odd digits that the model of digits has not seen."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +105,7 @@ def digits(settings: Settings) -> Task:
         {"pixel_values": images[labels % 2 == parity], "labels": labels[labels % 2 == parity]}
         for parity in (1, 0)
     )
-    odd_train, odd_test = _split(odd, HELD_OUT_DIGITS)
+    odd_train, odd_test = _split(odd, settings.n_test // 2)
     train, test = _split(even, settings.n_test)
 
     def draw(n: int, generator: torch.Generator) -> Rows:
