@@ -7,12 +7,14 @@
     python scripts/bench_convergence.py draw      # the published table and pictures again, from the summaries kept
     python scripts/bench_convergence.py publish   # the same into scripts/convergence/measured and docs/benchmarks.md
 
+Rows that are published stay in the report and in what is published, if no runs of theirs are there.
 Results are kept in `out/convergence/results`, one JSON a run, apart for different settings
 (`scripts/convergence/configs/`). `--tasks` and `--methods` choose among them; a task may be the path of a file
 with settings of your own. `--device cuda` trains on a GPU; take few `--jobs` then.
 """
 
 import argparse
+import math
 import os
 import sys
 from pathlib import Path
@@ -26,8 +28,8 @@ from convergence.levers import LEVERS
 from convergence.methods import METHODS
 from convergence.pair_levers import PAIR_LEVERS
 from convergence.report import beside, overview, without_sweep, write_report
-from convergence.settings import FOLDER
-from convergence.study import Study, carry_out, load_task, prepare_process
+from convergence.settings import FOLDER, Settings, load_settings
+from convergence.study import BASELINE, Study, carry_out, load_task, prepare_process
 from convergence.summary import TaskSummary, load, save, summarise_task
 
 USUAL = [name for name in METHODS if name not in LEVERS | PAIR_LEVERS]
@@ -61,7 +63,7 @@ def main() -> None:
         for study in STUDIES:
             _publish(study)
         return
-    studies = [Study(options.out / "results", task) for task in options.tasks]
+    studies = [_study(options.out / "results", task) for task in options.tasks]
     prepare_process()
     if options.command == "run":
         for study in studies:
@@ -113,8 +115,21 @@ def marks(what: str) -> tuple[str, str]:
     return f"<!-- {what}: made by bench_convergence.py publish -->", f"<!-- {what}: end -->"
 
 
+def _study(folder: Path, task: str) -> Study:
+    earlier = _published(load_settings(task))
+    search = earlier.methods[BASELINE].search if earlier else {}
+    return Study(folder, task, {lr: math.inf if x is None else x for lr, x in search.items()})
+
+
+def _published(settings: Settings) -> TaskSummary | None:
+    """What is published of a task with the same settings."""
+    return next((t for t in load(STUDIES["numbers"]) if t.key == settings.key), None)
+
+
 def _summaries(studies: list[Study], options: argparse.Namespace) -> list[TaskSummary]:
-    found = {s.settings.task: summarise_task(s, options.methods) for s in studies}
+    found = {
+        s.settings.task: summarise_task(s, options.methods, _published(s.settings)) for s in studies
+    }
     for name in (n for n, summary in found.items() if summary is None):
         print(f"{name}: the search for LoRA's learning rate is not over.")
     return [summary for summary in found.values() if summary is not None]

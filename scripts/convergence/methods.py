@@ -168,7 +168,7 @@ METHODS: dict[str, Method] = {
     "pissa_anchored": Method("PiSSA, base unchanged", pissa, 1e-3, ours=True, suggests="adamw"),
     "svfit": Method("SVFit", svfit(), 3.2e-2, ours=True, suggests="adamw"),
 }
-FIRST_RATES = {"lora_muon": 3.2e-2, "lora_rite": 3.2e-3, "lora_one": 3.2e-3, "lora_pro": 3.2e-3}
+FIRST_RATES = {"lora_muon": 3.2e-2, "lora_rite": 3.2e-3, "lora_one": 3.2e-3, "lora_pro": 1e-3}
 """Where the search begins, by optimiser."""
 for kind in OPTIMIZERS:
     suggested = kind.name if kind.name == "lora_muon" else None

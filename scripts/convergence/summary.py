@@ -98,12 +98,14 @@ class TaskSummary:
         about: steps, rank and seeds, for people.
         steps: of a run.
         methods: by name; LoRA is among them.
+        key: of the settings; empty in older summaries.
     """
 
     task: str
     about: str
     steps: int
     methods: dict[str, Summary]
+    key: str = ""
 
     def in_order(self) -> dict[str, Summary]:
         """The methods in the order of the table of methods."""
@@ -115,14 +117,18 @@ class TaskSummary:
         return self.methods[BASELINE].loss
 
 
-def summarise_task(study: Study, methods: Iterable[str]) -> TaskSummary | None:
+def summarise_task(
+    study: Study, methods: Iterable[str], earlier: TaskSummary | None = None
+) -> TaskSummary | None:
     """Summarise the methods whose runs are done; nothing if LoRA's are not.
 
     Args:
         study: of the task.
         methods: names.
+        earlier: a summary of the same settings; methods that have no runs here are taken from it.
     """
-    baseline = _summarise(study, BASELINE, math.inf)
+    kept = {} if earlier is None else earlier.methods
+    baseline = _summarise(study, BASELINE, math.inf) or kept.get(BASELINE)
     if baseline is None:
         return None
     found = {m: _summarise(study, m, baseline.loss) for m in methods}
@@ -134,7 +140,8 @@ def summarise_task(study: Study, methods: Iterable[str]) -> TaskSummary | None:
             f"{settings.seeds} seeds"
         ),
         steps=study.steps,
-        methods={BASELINE: baseline} | {m: s for m, s in found.items() if s is not None},
+        methods=kept | {BASELINE: baseline} | {m: s for m, s in found.items() if s is not None},
+        key=settings.key,
     )
 
 
