@@ -55,4 +55,5 @@ for step, batch in zip(range(options.steps), loader, strict=False):
 if accelerator.is_main_process:
     accelerator.unwrap_model(model).save_pretrained(options.output)
     print(f"adapter saved in {options.output}")
+accelerator.wait_for_everyone()  # a process that ends alone, with gloo's threads at work, may crash
 accelerator.end_training()

@@ -26,6 +26,7 @@ import rate_rule  # noqa: E402
 from bench_convergence import STUDIES, marks  # noqa: E402
 from bench_convergence import shown as tables_of  # noqa: E402
 from convergence.changes import n_intruders  # noqa: E402
+from convergence.half import RoundedProducts, half_products  # noqa: E402
 from convergence.methods import METHODS, NOT_PUBLISHED  # noqa: E402
 from convergence.plan import (  # noqa: E402
     MAX_STEPS_FROM_FIRST,
@@ -374,6 +375,40 @@ def test_summaries_survive_their_files(tmp_path):
     assert load(tmp_path) == load(MEASURED)
     rates = [list(summary.search) for task in load(MEASURED) for summary in task.methods.values()]
     assert all(of == sorted(of) for of in rates)  # lines of the pictures, drawn in this order
+
+
+def test_products_of_half_precision_are_those_of_float32_rounded():
+    torch.manual_seed(0)
+    x, bias = torch.randn(6, 2, 40).bfloat16(), torch.randn(50).bfloat16()
+    layer = torch.randn(50, 40).bfloat16()
+    queries = x.view(1, 3, 4, 40)
+    mask = torch.zeros(4, 4).bfloat16()
+    with RoundedProducts():
+        found = (
+            nn.functional.linear(x, layer, bias),
+            nn.functional.linear(x, layer),
+            x @ x.mT,
+            nn.functional.scaled_dot_product_attention(queries, queries, queries, mask),
+        )
+    wide, wide_queries = x.float(), queries.float()
+    exact = (
+        nn.functional.linear(wide, layer.float(), bias.float()),
+        nn.functional.linear(wide, layer.float()),
+        wide @ wide.mT,
+        nn.functional.scaled_dot_product_attention(wide_queries, wide_queries, wide_queries),
+    )
+    for rounded, product in zip(found, exact, strict=True):
+        assert rounded.dtype == torch.bfloat16
+        # the order of a sum may tip one to the next number of bfloat16
+        torch.testing.assert_close(rounded, product.bfloat16(), rtol=2**-7, atol=1e-6)
+
+
+def test_products_are_rounded_where_the_cpu_has_none_of_half_precision(monkeypatch):
+    half, whole = nn.Linear(2, 2).bfloat16(), nn.Linear(2, 2)
+    for has in (False, True):
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda has=has: has)
+        assert isinstance(half_products(half), RoundedProducts) is not has
+        assert not isinstance(half_products(whole), RoundedProducts)
 
 
 CONDITION = Condition(

@@ -38,7 +38,7 @@ def run(name, folder, *arguments, launcher=(sys.executable,)):
         [*launcher, name, *arguments],
         env=environment, cwd=folder, capture_output=True, text=True, check=False, timeout=600,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
     return done.stdout
 
 

@@ -208,6 +208,14 @@ for kind in OPTIMIZERS:
         suggests=suggested,
         has_output=True,
     )
+for name in ("lora_one", "lora_one_auto"):
+    METHODS[f"{name}+lora_muon"] = replace(
+        METHODS[name],
+        title=f"{METHODS[name].title}; optimiser LoRA-Muon",
+        first_rate=FIRST_RATES["lora_muon"],
+        optimizer=of_pairs("lora_muon"),
+        suggests="lora_muon",
+    )
 for momentum in (0.8, 0.95):
     METHODS[f"lora+lora_muon_{momentum}"] = Method(
         f"LoRA; optimiser LoRA-Muon, momentum {momentum}",

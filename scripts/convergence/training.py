@@ -7,10 +7,11 @@ from dataclasses import asdict, dataclass
 
 import torch
 from torch import nn
-from transformers import get_scheduler
+from transformers import PreTrainedModel, get_scheduler
 
 from peft_gradinit import suggest_learning_rate
 
+from .half import half_products
 from .method import Method
 from .methods import METHODS
 from .pretraining import Rows
@@ -57,44 +58,47 @@ def run(key: Key, task: Task, after: Callable[[nn.Module], None] | None = None) 
         pretraining distribution before and after, costs, the rate that the package suggests. A run that
         diverged has infinite losses.
     """
-    method = METHODS[key.method]
     task = fold(task, key.seed)
-    training = task.settings.training
     torch.manual_seed(key.seed)
     model = task.load_model()
+    with half_products(model):
+        return _run(key, task, model, after or (lambda trained: None))
+
+
+def _run(key: Key, task: Task, model: PreTrainedModel, after: Callable[[nn.Module], None]) -> dict:
+    method, training = METHODS[key.method], task.settings.training
     before = source_loss(model, task)
     order = sample_order(size(task.train), training.batch_size * key.steps, key.seed)
     batches = calibration_batches(task, key.seed)
     started = time.perf_counter()
-    model = method.start(model, task, batches)
+    adapted = method.start(model, task, batches)
     start_seconds = time.perf_counter() - started
     suggested = (
-        suggest_learning_rate(model, optimizer=method.suggests).suggested
+        suggest_learning_rate(adapted, optimizer=method.suggests).suggested
         if method.suggests
         else None
     )
-    optimizer = method.optimizer(model, key.lr, training.head_learning_rate)
+    optimizer = method.optimizer(adapted, key.lr, training.head_learning_rate)
 
     def change() -> None:
         if method.change is not None:
-            method.change(model, optimizer, task, batches)
+            method.change(adapted, optimizer, task, batches)
 
     schedule = get_scheduler(
         method.schedule, optimizer, warmup_steps(training, key.steps), key.steps
     )
-    curve, losses = train(model, optimizer, schedule, task, order.view(key.steps, -1), change)
+    curve, losses = train(adapted, optimizer, schedule, task, order.view(key.steps, -1), change)
     result = {
         **asdict(key),
         "curve": curve,
         "train_losses": losses,
-        "source_loss": [before, source_loss(model, task)],
+        "source_loss": [before, source_loss(adapted, task)],
         "start_seconds": start_seconds,
         "suggested_lr": suggested,
         "start_steps": start_steps(method, task.settings),
-        "n_trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "n_trainable": sum(p.numel() for p in adapted.parameters() if p.requires_grad),
     }
-    if after is not None:
-        after(model)
+    after(adapted)
     return result
 
 
