@@ -9,6 +9,7 @@ from peft import PeftModel, get_peft_model
 from transformers import Trainer, TrainingArguments
 
 from peft_gradinit import CalibrationResult, LoraGAConfig, init_report, pairs
+from peft_gradinit.optim import LoraMuon
 from tests.helpers import adapted, pico_llama, token_batches
 from tests.moe.models import qwen3_moe
 from tests.trainer.trl_runs import texts, tokenizer
@@ -24,15 +25,16 @@ def blocks(page):
 @pytest.mark.parametrize("page", ["README.md", "docs/explanations/ranks.md"])
 def test_first_examples_run_as_printed(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    code = "\n".join(
-        line for line in blocks(page)[0].splitlines() if not line.startswith("trainer")
-    )
-    names = {"model": pico_llama(), "train_dataloader": token_batches()}
+    code = blocks(page)[0].replace("Trainer(model, ...", "Trainer(model, arguments")
+    arguments = TrainingArguments("run", use_cpu=True, report_to=[])
+    names = {"Trainer": Trainer, "arguments": arguments}
+    names |= {"model": pico_llama(), "train_dataloader": token_batches()}
     exec(code, names)
     printed = capsys.readouterr().out
     assert f"LoRA-One: {15 if page == 'README.md' else 14} modules" in printed
     assert "learning rate" in printed
     if page == "README.md":
+        assert isinstance(names["trainer"].create_optimizer(), LoraMuon)
         assert (tmp_path / "out" / "adapter_model.safetensors").exists()
     else:
         assert len(set(init_report(names["model"]).ranks().values())) > 1
