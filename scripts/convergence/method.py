@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
-from peft_gradinit import with_output_layer
+from peft_gradinit import Calibration, with_output_layer
 
 from .pretraining import Rows
 from .tasks import Task
@@ -24,6 +24,9 @@ Change = Callable[[nn.Module, torch.optim.Optimizer, Task, list[Rows]], None]
 
 HEADS = ("classifier", "score")
 """Names of the new heads of tasks."""
+BY_GRADIENT = {"rank_allocation": "gradient_energy", "rho": 4.0}
+EQUAL_NUMBERS = {**BY_GRADIENT, "budget": "parameters", "use_rslora": False}
+"""Options of ranks by gradient; and with as many trained numbers as LoRA has."""
 
 
 def adamw(model: nn.Module, lr: float, head_lr: float) -> torch.optim.Optimizer:
@@ -51,6 +54,16 @@ def plain(**options: Any) -> Start:
     def start(model: PreTrainedModel, task: Task, batches: list[Rows]) -> nn.Module:
         del batches
         return get_peft_model(model, LoraConfig(**adapter_of(task, **options)))
+
+    return start
+
+
+def calibrated(config: type[PeftConfig], **options: Any) -> Start:
+    """One of our types with a calibration."""
+
+    def start(model: PreTrainedModel, task: Task, batches: list[Rows]) -> nn.Module:
+        calibration = Calibration(batches, progress=False, max_tokens=None)
+        return get_peft_model(model, config(**adapter_of(task, **options), calibration=calibration))
 
     return start
 

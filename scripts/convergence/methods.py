@@ -13,7 +13,6 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from peft_gradinit import (
-    Calibration,
     CorDAConfig,
     EvaConfig,
     LoraGAConfig,
@@ -24,14 +23,21 @@ from peft_gradinit import (
 from peft_gradinit.optim import OPTIMIZERS, optimizer
 
 from .levers import LEVERS
-from .method import Method, Start, Steps, adapter_of, plain, with_output
+from .method import (
+    BY_GRADIENT,
+    EQUAL_NUMBERS,
+    Method,
+    Start,
+    Steps,
+    adapter_of,
+    calibrated,
+    plain,
+    with_output,
+)
 from .neighbours import loraplus, muon, peft_corda, peft_eva, peft_lora_ga, riemannian
 from .pair_levers import PAIR_LEVERS
 from .pretraining import Rows
 from .tasks import Task
-
-BY_GRADIENT = {"rank_allocation": "gradient_energy", "rho": 4.0}
-EQUAL_NUMBERS = {**BY_GRADIENT, "budget": "parameters", "use_rslora": False}
 
 
 def of_pairs(name: str, **options: Any) -> Steps:
@@ -48,16 +54,6 @@ def full(model: PreTrainedModel, task: Task, batches: list[Rows]) -> nn.Module:
     """All weights."""
     del task, batches
     return model
-
-
-def calibrated(config: type[PeftConfig], **options: Any) -> Start:
-    """One of our types with a calibration."""
-
-    def start(model: PreTrainedModel, task: Task, batches: list[Rows]) -> nn.Module:
-        calibration = Calibration(batches, progress=False, max_tokens=None)
-        return get_peft_model(model, config(**adapter_of(task, **options), calibration=calibration))
-
-    return start
 
 
 def automatic(config: type[PeftConfig], word: str, **options: Any) -> Start:

@@ -9,9 +9,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from peft_gradinit import pairs
+from peft_gradinit import LoraOneConfig, init_report, pairs
 from peft_gradinit.linalg import truncate_product
 from peft_gradinit.optim import LoraMuon
 from peft_gradinit.optim.lora_muon import LAYOUTS, moving_average
@@ -19,7 +21,16 @@ from peft_gradinit.optim.stacks import Layout, Stack
 from peft_gradinit.optim.whitening import gram_power
 
 from .levers import doubled
-from .method import Method, Steps, adamw, plain, with_output
+from .method import (
+    EQUAL_NUMBERS,
+    Method,
+    Steps,
+    adamw,
+    adapter_of,
+    calibrated,
+    plain,
+    with_output,
+)
 from .pretraining import Rows
 from .tasks import Task
 
@@ -148,7 +159,27 @@ def halve_and_keep(squares: tuple[str, ...], moments: tuple[str, ...]) -> Callab
 
 
 LORA = plain(use_rslora=False)
+
+
+def ranks_alone(model: PreTrainedModel, task: Task, batches: list[Rows]) -> nn.Module:
+    """Plain LoRA of random factors, with the ranks that our start gives."""
+    start = calibrated(LoraOneConfig, **EQUAL_NUMBERS)
+    ranks = init_report(start(task.load_model(), task, batches)).ranks()
+    options = adapter_of(task, use_rslora=False)
+    scale = options["lora_alpha"] / options["r"]
+    alphas = {name: scale * r for name, r in ranks.items()}
+    config = LoraConfig(**options, rank_pattern=ranks, alpha_pattern=alphas)
+    return get_peft_model(model, config)
+
+
 PAIR_LEVERS: dict[str, Method] = {
+    "muon_ranks": Method(
+        "ranks by gradient, factors random",
+        ranks_alone,
+        FIRST_RATE,
+        varied(),
+        reads_data=True,
+    ),
     "muon_soft_0.1": Method(
         "singular values below a floor kept small (0.1)", LORA, FIRST_RATE, varied(floor=0.1)
     ),
