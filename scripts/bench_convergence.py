@@ -63,7 +63,16 @@ def main() -> None:
         for study in STUDIES:
             _publish(study)
         return
+    if options.command == "publish" and (
+        paths := [t for t in options.tasks if t.endswith(".yaml")]
+    ):
+        parser.error(
+            f"publish takes tasks by their names, got {paths}; report shows other settings"
+        )
     studies = [_study(options.out / "results", task) for task in options.tasks]
+    names = [study.settings.task for study in studies]
+    if options.command == "report" and len(set(names)) < len(names):
+        parser.error(f"a task has one report, got settings of {names}; report them one at a time")
     prepare_process()
     if options.command == "run":
         for study in studies:

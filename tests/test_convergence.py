@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,6 +23,7 @@ from peft_gradinit.linalg import truncated_svd
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
+import bench_convergence  # noqa: E402
 import rate_rule  # noqa: E402
 from bench_convergence import STUDIES, marks  # noqa: E402
 from bench_convergence import shown as tables_of  # noqa: E402
@@ -39,7 +41,7 @@ from convergence.plan import (  # noqa: E402
 )
 from convergence.report import COLUMNS, beside, interval, markdown  # noqa: E402
 from convergence.settings import load_settings  # noqa: E402
-from convergence.study import REFERENCES, Study  # noqa: E402
+from convergence.study import REFERENCES, Study, carry_out  # noqa: E402
 from convergence.summary import load, save, summarise_task  # noqa: E402
 from convergence.tasks import TASKS, fold  # noqa: E402
 from convergence.training import Key, run  # noqa: E402
@@ -305,6 +307,50 @@ def test_a_direction_that_the_base_lacks_is_an_intruder():
     new[3, 0] = 20.0
     assert n_intruders(base, decomposed) == 0
     assert n_intruders(new, decomposed) == 1
+
+
+def test_two_variants_of_a_task_keep_their_runs_apart(tmp_path, monkeypatch):
+    studies = []
+    for r in (2, 4):
+        settings = TINY | {"adapter": {"r": r, "lora_alpha": 2 * r}}
+        (tmp_path / f"r{r}.yaml").write_text(yaml.safe_dump(settings))
+        studies.append(Study(tmp_path / "results", str(tmp_path / f"r{r}.yaml")))
+
+    def run_at_once(task, key, device):
+        del device
+        loss = 1.0 if task.endswith("r2.yaml") else 2.0
+        return {**dataclasses.asdict(key), "curve": [[key.steps, loss + abs(key.lr - 3e-3), 1.0]]}
+
+    monkeypatch.setattr("convergence.study._run", run_at_once)
+    monkeypatch.setattr(
+        "convergence.study.ProcessPoolExecutor", lambda *a, **b: ThreadPoolExecutor(1)
+    )
+
+    carry_out(studies, ["lora"], 1, only_search=True)
+
+    found = [{round(loss) for loss in study.search("lora").values()} for study in studies]
+    assert found == [{1}, {2}]
+
+
+@pytest.mark.parametrize(
+    ("command", "tasks", "what"),
+    [
+        ("report", ("r2.yaml", "r4.yaml"), "one at a time"),
+        ("publish", ("r2.yaml",), "names"),
+    ],
+)
+def test_variants_are_neither_mixed_nor_published(
+    command, tasks, what, tmp_path, monkeypatch, capsys
+):
+    for name in tasks:
+        r = int(name[1])
+        settings = TINY | {"adapter": {"r": r, "lora_alpha": 2 * r}}
+        (tmp_path / name).write_text(yaml.safe_dump(settings))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["bench_convergence.py", command, "--tasks", *tasks])
+    with pytest.raises(SystemExit):
+        bench_convergence.main()
+    assert what in capsys.readouterr().err
 
 
 def test_rows_with_an_output_layer_are_for_language_models(tmp_path):

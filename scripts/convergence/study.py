@@ -161,7 +161,7 @@ def carry_out(
     methods = list(methods)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(n_processes, context, initializer=prepare_process) as pool:
-        running, failed = {}, set()
+        running, failed = {}, set()  # variants of a task have its name: a run belongs to its study
         while True:
             wanted = [
                 (study, key)
@@ -171,14 +171,13 @@ def carry_out(
                 for key in study.pending(m, only_search=only_search)
             ]
             for study, key in wanted:
-                if key not in running.values() and len(running) < 2 * n_processes:
-                    running[pool.submit(_run, study.task, key, device)] = key
+                if (study, key) not in running.values() and len(running) < 2 * n_processes:
+                    running[pool.submit(_run, study.task, key, device)] = study, key
             if not running:
                 break
             done, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
-                key = running.pop(future)
-                study = next(s for s in studies if s.settings.task == key.task)
+                study, key = running.pop(future)
                 if error := future.exception():
                     failed.add((study.task, key.method))  # the other methods go on
                     print(f"{key.task} {key.method} failed: {error!r}", flush=True)
