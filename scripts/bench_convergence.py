@@ -63,16 +63,9 @@ def main() -> None:
         for study in STUDIES:
             _publish(study)
         return
-    if options.command == "publish" and (
-        paths := [t for t in options.tasks if t.endswith(".yaml")]
-    ):
-        parser.error(
-            f"publish takes tasks by their names, got {paths}; report shows other settings"
-        )
     studies = [_study(options.out / "results", task) for task in options.tasks]
-    names = [study.settings.task for study in studies]
-    if options.command == "report" and len(set(names)) < len(names):
-        parser.error(f"a task has one report, got settings of {names}; report them one at a time")
+    if fault := _fault(options.command, studies):
+        parser.error(fault)
     prepare_process()
     if options.command == "run":
         for study in studies:
@@ -122,6 +115,17 @@ def shown(study: str, tasks: list[TaskSummary]) -> dict[str, str]:
 def marks(what: str) -> tuple[str, str]:
     """Where a table begins and ends in the page."""
     return f"<!-- {what}: made by bench_convergence.py publish -->", f"<!-- {what}: end -->"
+
+
+def _fault(command: str, studies: list[Study]) -> str | None:
+    """Why figures of settings that are not a task's own would be taken for them, if they would."""
+    names = [study.settings.task for study in studies]
+    paths = [study.task for study in studies if study.task.endswith(".yaml")]
+    if command == "publish" and paths:
+        return f"publish takes tasks by their names, got {paths}; report shows other settings"
+    if command == "report" and len(set(names)) < len(names):
+        return f"a task has one report, got settings of {names}; report them one at a time"
+    return None
 
 
 def _study(folder: Path, task: str) -> Study:
