@@ -81,16 +81,24 @@ def main() -> None:
         measure_costs(studies, options.methods, options.jobs, options.device)
     elif options.command == "changes":
         measure_changes(studies, options.methods, options.jobs, options.device)
-    elif tasks := _summaries(studies, options):
-        publish = options.command == "publish"
-        summaries = STUDIES[options.study] if publish else options.out / "summaries"
-        for task in tasks:
-            save(task, summaries)
-        if publish:
-            _publish(options.study)
-        else:
-            kept = [task for task in load(summaries) if task.task in {t.task for t in tasks}]
-            sys.stdout.write(write_report(kept, options.out) + "\n")
+    else:
+        _report(studies, options)
+
+
+def _report(studies: list[Study], options: argparse.Namespace) -> None:
+    """Save the summaries, and write the report or publish it."""
+    tasks = _summaries(studies, options)
+    if not tasks:
+        return
+    publish = options.command == "publish"
+    summaries = STUDIES[options.study] if publish else options.out / "summaries"
+    for task in tasks:
+        save(task, summaries)
+    if publish:
+        _publish(options.study)
+    else:
+        kept = [task for task in load(summaries) if task.task in {t.task for t in tasks}]
+        sys.stdout.write(write_report(kept, options.out) + "\n")
 
 
 def _publish(study: str) -> None:
