@@ -137,20 +137,22 @@ def _fault(command: str, studies: list[Study]) -> str | None:
 
 
 def _study(folder: Path, task: str) -> Study:
-    earlier = _published(load_settings(task))
+    earlier = _published(load_settings(task), "numbers")
     search = earlier.methods[BASELINE].search if earlier else {}
-    return Study(folder, task, {lr: math.inf if x is None else x for lr, x in search.items()})
+    best = min((loss for loss in search.values() if loss is not None), default=math.inf)
+    return Study(folder, task, best)
 
 
-def _published(settings: Settings) -> TaskSummary | None:
-    """What is published of a task with the same settings."""
-    return next((t for t in load(STUDIES["numbers"]) if t.key == settings.key), None)
+def _published(settings: Settings, study: str) -> TaskSummary | None:
+    """What a study has published of a task with the same settings."""
+    return next((t for t in load(STUDIES[study]) if t.key == settings.key), None)
 
 
 def _summaries(studies: list[Study], options: argparse.Namespace) -> list[TaskSummary]:
-    found = {
-        s.settings.task: summarise_task(s, options.methods, _published(s.settings)) for s in studies
-    }
+    found = {}
+    for study in studies:
+        earlier = _published(study.settings, options.study)
+        found[study.settings.task] = summarise_task(study, options.methods, earlier)
     for name in (n for n, summary in found.items() if summary is None):
         print(f"{name}: the search for LoRA's learning rate is not over.")
     return [summary for summary in found.values() if summary is not None]

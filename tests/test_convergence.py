@@ -457,6 +457,14 @@ def test_products_are_rounded_where_the_cpu_has_none_of_half_precision(monkeypat
         assert not isinstance(half_products(whole), RoundedProducts)
 
 
+def test_a_summary_keeps_earlier_rows_that_have_no_runs(tmp_path):
+    earlier = next(task for task in load(STUDIES["numbers"]) if task.task == "digits")
+    study = Study(tmp_path, "digits")
+    assert earlier.key == study.settings.key
+    assert summarise_task(study, ["lora", "dora"]) is None
+    assert summarise_task(study, ["lora", "dora"], earlier).methods == earlier.methods
+
+
 CONDITION = Condition(
     name="one",
     model="one",

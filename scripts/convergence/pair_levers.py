@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -26,7 +25,6 @@ from .method import (
     Method,
     Steps,
     adamw,
-    adapter_of,
     calibrated,
     plain,
     with_output,
@@ -165,11 +163,10 @@ def ranks_alone(model: PreTrainedModel, task: Task, batches: list[Rows]) -> nn.M
     """Plain LoRA of random factors, with the ranks that our start gives."""
     start = calibrated(LoraOneConfig, **EQUAL_NUMBERS)
     ranks = init_report(start(task.load_model(), task, batches)).ranks()
-    options = adapter_of(task, use_rslora=False)
-    scale = options["lora_alpha"] / options["r"]
-    alphas = {name: scale * r for name, r in ranks.items()}
-    config = LoraConfig(**options, rank_pattern=ranks, alpha_pattern=alphas)
-    return get_peft_model(model, config)
+    adapter = task.settings.adapter
+    alphas = {name: adapter["lora_alpha"] / adapter["r"] * r for name, r in ranks.items()}
+    random = plain(use_rslora=False, rank_pattern=ranks, alpha_pattern=alphas)
+    return random(model, task, batches)
 
 
 PAIR_LEVERS: dict[str, Method] = {

@@ -36,12 +36,12 @@ class Study:
     Args:
         folder: of all results; those of other settings lie beside these.
         task: name of the task, or path of its file.
-        of_baseline: published losses of LoRA's search, for a folder that lacks its runs.
+        of_baseline: published best loss of LoRA's search, for a folder that lacks its runs.
     """
 
-    def __init__(self, folder: Path, task: str, of_baseline: Losses | None = None):
+    def __init__(self, folder: Path, task: str, of_baseline: float = math.inf):
         self.task = task
-        self.of_baseline = of_baseline or {}
+        self.of_baseline = of_baseline
         self.settings = load_settings(task)
         self.folder = folder / self.settings.task / self.settings.key
         self.steps = self.settings.training.steps
@@ -130,9 +130,8 @@ class Study:
 
     def _is_near_baseline(self, losses: Losses) -> bool:
         """Whether a method ends near plain LoRA; one that does not is not run for fewer steps."""
-        of_baseline = self.search(BASELINE) or self.of_baseline
-        best = min(of_baseline.values(), default=math.inf)
-        return min(losses.values()) <= best * (1 + TOLERANCE)
+        of_baseline = min(self.search(BASELINE).values(), default=self.of_baseline)
+        return min(losses.values()) <= of_baseline * (1 + TOLERANCE)
 
 
 def final_loss(result: dict) -> float:
