@@ -28,7 +28,7 @@ def test_ci_has_all_default_tests_and_every_share_in_turn():
     lines = CI.read_text().splitlines()
     assert lines[-3:] == [
         "scripts/test",
-        'scripts/test -m slow --share "$share"',
-        'scripts/test --oldest --share "$share"',
+        'scripts/test -m slow "--share=$share"',
+        'scripts/test --oldest "--share=$share"',
     ]
     assert 'share="$((day % 4 + 1))/4"' in lines
