@@ -129,8 +129,10 @@ def corda_factors(
         C = _damped(moment / moment.diagonal().mean())
         U, S, _ = truncated_svd(weight @ C, min(weight.shape))
         part = slice(0, r) if mode == "ipm" else slice(len(S) - r, len(S))
-        U, S = U[:, part], S[part].clamp_min(torch.finfo(S.dtype).tiny)
-        return (U.T @ weight) / (scaling * S).sqrt()[:, None], U * (S / scaling).sqrt()
+        rounding = torch.finfo(S.dtype)
+        divisor = (scaling * S.clamp_min(rounding.eps * S[0] + rounding.tiny)).sqrt()
+        U = U[:, part]
+        return (U.T @ weight) / divisor[part, None], U * (S[part] / scaling).sqrt()
 
 
 def _damped(moment: Tensor) -> Tensor:

@@ -88,6 +88,18 @@ def test_inputs_of_few_tokens_cost_no_accuracy():
 
 
 @both_modes
+@pytest.mark.parametrize("rank", [0, 2])
+def test_directions_that_the_weight_has_not_have_short_factors(rank, mode):
+    W, C = weight_and_moment((30, 20))
+    W = W[:, :rank] @ W[:rank]
+    A0, B0 = corda_factors(W, C, r=5, mode=mode, scaling=2.0)
+    lengths = A0.norm(dim=1), B0.norm(dim=0)
+    n = rank if mode == "ipm" else 0
+    assert all((of[n:] <= 1e-2).all() for of in lengths)
+    assert rank or not torch.cat([*A0, *B0]).any()
+
+
+@both_modes
 @pytest.mark.parametrize("shape", SHAPES)
 def test_all_components_are_the_weight_and_the_modes_complement_each_other(shape, mode):
     W, C = weight_and_moment(shape)
