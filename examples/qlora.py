@@ -29,9 +29,9 @@ texts = texts.map(lambda row: tokenizer(row["text"], truncation=True, max_length
 texts = texts.select_columns(["input_ids", "attention_mask"]).train_test_split(16, seed=0)
 collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
 
-half = torch.bfloat16 if torch.cuda.is_available() else torch.float32  # many CPUs lack bfloat16
-bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=half)
-model = AutoModelForCausalLM.from_pretrained(name, quantization_config=bits)
+dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32  # many CPUs lack bfloat16
+nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+model = AutoModelForCausalLM.from_pretrained(name, quantization_config=nf4)
 model = prepare_model_for_kbit_training(
     model, gradient_checkpointing_kwargs={"use_reentrant": False}
 )

@@ -130,6 +130,7 @@ def corda_factors(
         U, S, _ = truncated_svd(weight @ C, min(weight.shape))
         part = slice(0, r) if mode == "ipm" else slice(len(S) - r, len(S))
         rounding = torch.finfo(S.dtype)
+        # Where S is rounding, so is U^T W; the floor keeps their quotient short.
         divisor = (scaling * S.clamp_min(rounding.eps * S[0] + rounding.tiny)).sqrt()
         U = U[:, part]
         return (U.T @ weight) / divisor[part, None], U * (S[part] / scaling).sqrt()
