@@ -8,10 +8,12 @@
 the start, and adds to `scripts/convergence/measured/rates/rates.json`.
 
 A rule has one constant, fitted on the conditions of the other models. Reported is what the best rate is
-over the rule's.
+over the rule's. The second table is of optimisers of pairs: their best rates over AdamW's suggestion for the
+same start, from the published searches at equal numbers.
 """
 
 import argparse
+import itertools
 import json
 import math
 import statistics
@@ -24,7 +26,8 @@ import torch
 from convergence.methods import METHODS
 from convergence.plan import best_rate, next_rates
 from convergence.study import Study, load_task, prepare_process
-from convergence.summary import short
+from convergence.summary import Summary, TaskSummary, short
+from convergence.summary import load as load_tasks
 from convergence.tasks import size
 from convergence.training import calibration_batches
 from rich.console import Console
@@ -33,13 +36,18 @@ from torch import Tensor, nn
 
 from peft_gradinit import pairs, suggest_learning_rate
 from peft_gradinit.files import write_json
+from peft_gradinit.optim import OPTIMIZERS
+from peft_gradinit.tuners import guidance
 
 MEASURED = Path(__file__).parent / "convergence" / "measured" / "rates" / "rates.json"
+NUMBERS = MEASURED.parents[1] / "numbers"
 RESULTS = Path("out/convergence/results")
 METHOD = "lora"
 PROBE = 1e-4
 """Length of the two-sided difference, of the largest entry: below any good rate."""
 POWER_STEPS = 5
+RATES, SHARES = guidance.RATES, guidance.SHARES
+"""What the package suggests for optimisers of pairs: a rate, or a share of AdamW's."""
 
 
 @dataclass(frozen=True)
@@ -94,11 +102,17 @@ RULES: dict[str, Callable[[Condition], float]] = {
 
 def left_out(conditions: list[Condition], rule: Callable[[Condition], float]) -> dict[str, float]:
     """Best rate over that of the rule fitted on the other models, by condition."""
-    ratios = {c.name: c.best / rule(c) for c in conditions}
+    return over_others(
+        {c.name: c.best / rule(c) for c in conditions}, {c.name: c.model for c in conditions}
+    )
+
+
+def over_others(ratios: dict[str, float], models: dict[str, str]) -> dict[str, float]:
+    """Each ratio over the geometric mean of those of the other models; both by condition."""
     found = {}
-    for c in conditions:
-        others = [math.log(ratios[o.name]) for o in conditions if o.model != c.model]
-        found[c.name] = ratios[c.name] / math.exp(statistics.mean(others))
+    for name, ratio in ratios.items():
+        others = [math.log(of) for o, of in ratios.items() if models[o] != models[name]]
+        found[name] = ratio / math.exp(statistics.mean(others))
     return found
 
 
@@ -111,6 +125,67 @@ def interpolated(losses: dict[float, float]) -> float:
         return rates[middle]
     a, b, _ = np.polyfit([math.log(lr) for lr in near], [losses[lr] for lr in near], 2)
     return float(np.clip(math.exp(-b / (2 * a)), near[0], near[-1]))
+
+
+@dataclass(frozen=True)
+class OfPairs:
+    """An optimiser of pairs next to AdamW, of the searches of all tasks.
+
+    Attributes:
+        over_adamw: best rate over the suggestion for AdamW with the same start, by task and start; of
+            LoRA-Muon the best rate itself.
+        models: of these conditions.
+        excess: loss at the package's rate over the best of the search, interpolated, by condition; `None`
+            where the search has no rate on both sides, or a run that diverged.
+    """
+
+    over_adamw: dict[str, float]
+    models: dict[str, str]
+    excess: dict[str, float | None]
+
+    @property
+    def share(self) -> float:
+        """What fits all conditions: the geometric mean."""
+        return math.exp(statistics.mean(map(math.log, self.over_adamw.values())))
+
+    def worst_excess(self, model: str) -> float | None:
+        """The largest excess on a model; `None` if there is none that is known."""
+        found = [e for name, e in self.excess.items() if self.models[name] == model]
+        return max((e for e in found if e is not None), default=None)
+
+
+def of_pairs(tasks: list[TaskSummary]) -> dict[str, OfPairs]:
+    """The optimisers of pairs, by name."""
+    return {kind.name: _of_pairs(kind.name, tasks) for kind in OPTIMIZERS}
+
+
+def _of_pairs(name: str, tasks: list[TaskSummary]) -> OfPairs:
+    found = OfPairs({}, {}, {})
+    for task in tasks:
+        for method, summary in task.methods.items():
+            start, _, optimizer = method.partition("+")
+            if optimizer != name or not task.methods[start].suggested_lr:
+                continue
+            unit = 1.0 if name in RATES else task.methods[start].suggested_lr
+            condition = f"{task.task}, {start}"
+            found.over_adamw[condition] = interpolated(_searched(summary)) / unit
+            found.models[condition] = task.task
+            rate = unit * (RATES | SHARES)[name]
+            found.excess[condition] = excess_at(rate, _searched(summary))
+    return found
+
+
+def _searched(summary: Summary) -> dict[float, float]:
+    return {lr: math.inf if loss is None else loss for lr, loss in summary.search.items()}
+
+
+def excess_at(rate: float, losses: dict[float, float]) -> float | None:
+    """The loss at a rate over the least one, less 1; linear in the logarithm of the rate."""
+    for low, high in itertools.pairwise(sorted(losses)):
+        if low <= rate <= high and math.isfinite(losses[low]) and math.isfinite(losses[high]):
+            part = math.log(rate / low) / math.log(high / low)
+            return (losses[low] + part * (losses[high] - losses[low])) / min(losses.values()) - 1
+    return None
 
 
 def measure(name: str, results: Path) -> Condition:
@@ -212,6 +287,39 @@ def table(conditions: list[Condition]) -> Table:
     return rows
 
 
+COLUMNS = ("", "rate", "that fits all", "off by, worst", "off by, mean")
+
+
+def table_of_pairs(found: dict[str, OfPairs]) -> Table:
+    """Optimisers in rows: the package's rate, the one that fits all, how far it is off, what it costs."""
+    rows = Table(title="optimisers of pairs: rate, over AdamW's suggestion; what it costs by task")
+    models = _models(found)
+    for name in (*COLUMNS, *models):
+        rows.add_column(name, justify="right")
+    for name, of in found.items():
+        rows.add_row(*row_of_page(name, of, models))
+    return rows
+
+
+def row_of_page(name: str, of: OfPairs, models: list[str]) -> list[str]:
+    """A row of the table, as the page has it."""
+    worst, mean = factors_off(over_others(of.over_adamw, of.models))
+    of_adamw = "" if name in RATES else " of AdamW's"
+    losses = [of.worst_excess(model) for model in models]
+    return [
+        f"`{name}`",
+        f"{(RATES | SHARES)[name]:.2g}{of_adamw}",
+        f"{of.share:.2g}",
+        f"{worst:.1f} times",
+        f"{mean:.1f} times",
+        *("" if loss is None else f"{loss:+.1%}" for loss in losses),
+    ]
+
+
+def _models(found: dict[str, OfPairs]) -> list[str]:
+    return list(dict.fromkeys(model for of in found.values() for model in of.models.values()))
+
+
 def factors_off(found: dict[str, float]) -> tuple[float, float]:
     """The largest and the mean factor by which a rule is off, in either direction."""
     logs = [abs(math.log(ratio)) for ratio in found.values()]
@@ -234,7 +342,9 @@ def main() -> None:
             kept[condition.name] = condition
         save(list(kept.values()), options.measured)
     else:
-        Console(width=200).print(table(load(options.measured)))
+        console = Console(width=200)
+        console.print(table(load(options.measured)))
+        console.print(table_of_pairs(of_pairs(load_tasks(NUMBERS))))
 
 
 if __name__ == "__main__":

@@ -45,7 +45,15 @@ from convergence.study import REFERENCES, Study, carry_out  # noqa: E402
 from convergence.summary import load, save, summarise_task  # noqa: E402
 from convergence.tasks import TASKS, fold  # noqa: E402
 from convergence.training import Key, run  # noqa: E402
-from rate_rule import RULES, Condition, factors_off, interpolated, left_out, table  # noqa: E402
+from rate_rule import (  # noqa: E402
+    RULES,
+    Condition,
+    excess_at,
+    factors_off,
+    interpolated,
+    left_out,
+    table,
+)
 
 PAGE = SCRIPTS.parent / "docs" / "benchmarks.md"
 MEASURED = SCRIPTS / "convergence" / "measured"
@@ -504,6 +512,27 @@ def test_the_best_rate_is_the_lowest_point_of_a_parabola():
     assert interpolated({1e-3: 1.0, 1e-2: 2.0}) == 1e-3  # an end
 
 
+def test_a_loss_between_two_rates_is_read_from_both():
+    losses = {1e-3: 2.0, 1e-2: 1.0, 1e-1: math.inf}
+    assert excess_at(10**-2.5, losses) == pytest.approx(0.5)
+    assert excess_at(1e-2, losses) == pytest.approx(0.0)
+    assert excess_at(5e-2, losses) is None  # next to a run that diverged
+    assert excess_at(1e-4, losses) is None
+
+
+def test_optimisers_of_pairs_are_held_against_the_suggestion_for_the_same_start():
+    task = next(t for t in load(STUDIES["numbers"]) if t.task == "topics")
+    best = {lr: 1 + abs(math.log(lr / 2e-3)) for lr in (1e-4, 1e-3, 2e-3, 4e-3, 1e-1)}
+    of_start = dataclasses.replace(task.methods["lora"], suggested_lr=1e-3)
+    of_pro = dataclasses.replace(task.methods["lora+lora_pro"], search=best)
+    some = dataclasses.replace(task, methods={"lora": of_start, "lora+lora_pro": of_pro})
+    found = rate_rule.of_pairs([some])["lora_pro"]
+    assert found.over_adamw == {"topics, lora": pytest.approx(2.0)}
+    of_package = excess_at(1e-3 * rate_rule.SHARES["lora_pro"], best)
+    assert found.worst_excess("topics") == of_package > 1
+    assert rate_rule.of_pairs([some])["lora_rite"].over_adamw == {}
+
+
 def test_curvature_is_that_of_a_known_loss():
     """A loss that is quadratic in `B` along Adam's first step: `A` is zero but for one entry."""
 
@@ -531,11 +560,23 @@ def test_curvature_is_that_of_a_known_loss():
     assert found["largest"] == pytest.approx(2 + 44**0.5, rel=0.05)
 
 
+RATES_PAGE = SCRIPTS.parent / "docs" / "explanations" / "learning-rate.md"
+
+
+def test_the_page_has_the_figures_of_the_optimisers_of_pairs():
+    found = rate_rule.of_pairs(load(STUDIES["numbers"]))
+    shown = RATES_PAGE.read_text("utf-8").partition("## Optimisers of pairs")[2]
+    models = ["digits", "docstrings", "reference", "topics"]
+    rows = [line.strip("| ").split(" | ") for line in shown.splitlines() if line.startswith("| `")]
+    assert rows == [rate_rule.row_of_page(name, of, models) for name, of in found.items()]
+
+
 def test_the_page_has_the_figures_of_the_rules():
     conditions = rate_rule.load()
-    page = SCRIPTS.parent / "docs" / "explanations" / "learning-rate.md"
     shown = re.findall(
-        r"^\| (.+) \| (\S+) times \| (\S+) times \|$", page.read_text("utf-8"), flags=re.MULTILINE
+        r"^\| (.+) \| (\S+) times \| (\S+) times \|$",
+        RATES_PAGE.read_text("utf-8"),
+        flags=re.MULTILINE,
     )
     found = [
         rate_rule.factors_off(rate_rule.left_out(conditions, rule))

@@ -170,11 +170,17 @@ def _results(
         "eval_losses": [[e["step"], e["eval_loss"]] for e in history if "eval_loss" in e],
         "metrics": metrics,
         "labels": reader.labels and list(reader.labels.head()["id2label"].values()),
-        "learning_rate": trainer.args.learning_rate,
+        "learning_rate": _peak_rate(trainer),
         "processes": trainer.args.world_size,
         "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "start": report.to_dict() if report else None,
     }
+
+
+def _peak_rate(trainer: Trainer) -> float:
+    """The rate that the schedule multiplies; a resumed optimiser has it from its checkpoint."""
+    optimizer: Any = trainer.optimizer
+    return optimizer.param_groups[0].get("initial_lr", trainer.args.learning_rate)
 
 
 def _write(model: PeftModel, recipe: Recipe, inputs: Inputs, results: dict[str, Any]) -> None:

@@ -20,6 +20,7 @@ from ..calibration import DEFERRED
 from ..errors import ConfigError
 from ..optim import optimizer
 from ..trainer import SUGGESTED, CalibrationCallback
+from ..tuners import suggest_learning_rate
 from .collation import collator
 from .evaluation import label_metrics
 from .progress import Bar, Losses
@@ -92,7 +93,7 @@ def arguments_of(recipe: Recipe, task: Task, *, evaluates: bool) -> TrainingArgu
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
         raise ConfigError(f"training: {error}") from error
     _check_reports(arguments)
-    _optimizer(training)  # refuses options that it has not
+    _optimizer(training, rate=1.0)  # refuses options that it has not
     return arguments
 
 
@@ -187,7 +188,10 @@ def trainer_of(
         kind = Seq2SeqTrainer if reader.task == "SEQ_2_SEQ_LM" else Trainer
         given |= {"data_collator": collator(reader.processor)}
         trainer = kind(**given, compute_metrics=label_metrics(recipe, reader))
-    trainer.optimizer_cls_and_kwargs = _optimizer(recipe.training)
+    if _suggests_for_pairs(recipe.training):
+        rate = suggest_learning_rate(model, optimizer=recipe.training.optim)
+        arguments.learning_rate = rate.suggested
+    trainer.optimizer_cls_and_kwargs = _optimizer(recipe.training, arguments.learning_rate)
     for silent in (PrinterCallback, ProgressCallback):  # they print logs to standard output
         trainer.remove_callback(silent)
     for callback in (Losses(), *([] if arguments.disable_tqdm else [Bar()])):
@@ -216,11 +220,15 @@ def _starter(
     return CalibrationCallback(trainer, **options)
 
 
-def _optimizer(training: TrainingSection) -> Any:
+def _suggests_for_pairs(training: TrainingSection) -> bool:
+    return training.optim in PAIR_OPTIMIZERS and training.learning_rate == SUGGESTED
+
+
+def _optimizer(training: TrainingSection, rate: float) -> Any:
     """An optimiser of pairs as `Trainer` takes it; `None` for one of Transformers."""
     if training.optim not in PAIR_OPTIMIZERS:
         return None
-    options: dict[str, Any] = {"lr": training.learning_rate, "weight_decay": training.weight_decay}
+    options: dict[str, Any] = {"lr": rate, "weight_decay": training.weight_decay}
     pairs = [pair.partition("=") for pair in (training.said().get("optim_args") or "").split(",")]
     options |= {name.strip(): yaml.safe_load(value) for name, _, value in pairs if name.strip()}
     if training.head_learning_rate is not None:

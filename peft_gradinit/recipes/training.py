@@ -101,8 +101,8 @@ class TrainingSection(Section):
         float | Literal["suggested"], BeforeValidator(_suggested_or_positive)
     ] = Field(
         default="suggested",
-        description="Peak; `suggested`: as `suggest_learning_rate` says. `PREFERENCE` has to name "
-        "one.",
+        description="Peak; `suggested`: as `suggest_learning_rate` says, for Adam and optimisers of "
+        "pairs. `PREFERENCE` has to name one.",
     )
     head_learning_rate: float | None = Field(
         default=None, gt=0, description="Ours: of a new head. Default: that of the adapter."
@@ -151,9 +151,11 @@ class TrainingSection(Section):
 
     @model_validator(mode="after")
     def _rate_of_the_optimizer(self) -> "TrainingSection":
-        if self.learning_rate == SUGGESTED and "adam" not in self.optim:
+        has_rule = "adam" in self.optim or self.optim in PAIR_OPTIMIZERS
+        if self.learning_rate == SUGGESTED and not has_rule:
             raise ValueError(
-                f"rates are suggested for Adam; name the learning_rate of {self.optim}"
+                "rates are suggested for Adam and optimisers of pairs; name the learning_rate of "
+                f"{self.optim}"
             )
         return self
 

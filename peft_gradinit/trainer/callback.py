@@ -304,7 +304,8 @@ def _check_rates(trainer: "Trainer", rate: object, head_rate: object) -> None:
     if rate is not None and (kind := other_than_adam(trainer)):
         raise ConfigError(
             f"learning_rate={SUGGESTED!r} is for Adam and its kin, but the trainer makes {kind}; "
-            "set a rate for it, or leave its option out."
+            "set a rate for it (suggest_learning_rate knows those of optimisers of pairs), or leave "
+            "its option out."
         )
 
 

@@ -11,9 +11,13 @@ from .lora import deferred_adapters, pairs
 from .svfit import live_layers
 
 ADAMW = "adamw"
-_OF_PAIRS = {"lora_muon": 0.03}
+RATES = {"lora_muon": 0.03}
 """Rates of optimisers whose step depends on no shape and no scaling: in the middle of the best rates of
 four tasks, 0.01 to 0.1, of rank 4 and 8 and widths from 64 to 576."""
+SHARES = {"lora_one": 0.6, "lora_pro": 1 / 6, "lora_rite": 0.4}
+"""Rates over AdamW's of optimisers that divide by a root mean square as Adam does, each in its default mode.
+From the searches of the same four tasks, with plain LoRA and with starts of this package
+(`scripts/rate_rule.py`)."""
 
 
 def suggest_learning_rate(
@@ -28,8 +32,9 @@ def suggest_learning_rate(
     Args:
         peft_model: with an adapter of this package that has its start, or with plain LoRA of PEFT.
         adapter_name: which adapter.
-        optimizer: `"adamw"` (default), or `"lora_muon"`, whose rate is the same for all models. For
-            the other optimisers of `peft_gradinit.optim` no rule is known.
+        optimizer: `"adamw"` (default), or an optimiser of pairs in its default mode: `"lora_muon"`,
+            whose rate is the same for all models, `"lora_one"`, `"lora_pro"` or `"lora_rite"`, whose
+            rates are shares of AdamW's.
 
     Returns:
         The rate and a range to search.
@@ -37,16 +42,21 @@ def suggest_learning_rate(
     Raises:
         ConfigError: if no layer has such an adapter, or only layers that are no matrices, or no rule
             is known for the optimiser.
-        NotInitializedError: if the adapter is deferred.
+        NotInitializedError: if the adapter is deferred, and the rate depends on its start.
     """
+    if optimizer in RATES:
+        return _rate_of_pairs(optimizer, peft_model, adapter_name)
     if adapter_name in deferred_adapters(peft_model):
         raise NotInitializedError(
             f"adapter {adapter_name!r} is deferred, and its rate depends on the start that it gets; "
             "call initialize(model, data) before, or read init_report(model).learning_rate after "
             "training has begun with a CalibrationCallback."
         )
-    if optimizer != ADAMW:
-        return _rate_of(optimizer, peft_model, adapter_name)
+    share = _share_of_adamw(optimizer, peft_model, adapter_name)
+    return LearningRate(*(share * rate for rate in _rate_of_adamw(peft_model, adapter_name)))
+
+
+def _rate_of_adamw(peft_model: nn.Module, adapter_name: str) -> LearningRate:
     report = init_report(peft_model, adapter_name)
     if report is not None and report.learning_rate is not None:
         return report.learning_rate
@@ -59,19 +69,31 @@ def suggest_learning_rate(
     return rate
 
 
-def _rate_of(optimizer: str, model: nn.Module, adapter_name: str) -> LearningRate:
-    if optimizer not in _OF_PAIRS:
-        raise ConfigError(
-            f"no rule is known for the rate of {optimizer!r}, only for {[ADAMW, *_OF_PAIRS]}; search "
-            "for it."
-        )
-    rate = LearningRate.of_layers((_OF_PAIRS[optimizer], 1) for _ in pairs(model, adapter_name))
+def _rate_of_pairs(optimizer: str, model: nn.Module, adapter_name: str) -> LearningRate:
+    rate = LearningRate.of_layers((RATES[optimizer], 1) for _ in pairs(model, adapter_name))
     if rate is None:
-        raise ConfigError(
-            f"no layer of the model has a LoRA adapter named {adapter_name!r} on a matrix, so there "
-            f"is nothing that {optimizer} could train."
-        )
+        raise _no_pairs(optimizer, adapter_name)
     return rate
+
+
+def _share_of_adamw(optimizer: str, model: nn.Module, adapter_name: str) -> float:
+    if optimizer == ADAMW:
+        return 1.0
+    if optimizer not in SHARES:
+        raise ConfigError(
+            f"no rule is known for the rate of {optimizer!r}, only for "
+            f"{[ADAMW, *RATES, *SHARES]}; search for it."
+        )
+    if next(iter(pairs(model, adapter_name)), None) is None:
+        raise _no_pairs(optimizer, adapter_name)
+    return SHARES[optimizer]
+
+
+def _no_pairs(optimizer: str, adapter_name: str) -> ConfigError:
+    return ConfigError(
+        f"no layer of the model has a LoRA adapter named {adapter_name!r} on a matrix, so there is "
+        f"nothing that {optimizer} could train."
+    )
 
 
 def _rates_of_shapes(model: nn.Module, adapter_name: str) -> Iterator[tuple[float, int]]:

@@ -167,14 +167,13 @@ METHODS: dict[str, Method] = {
 FIRST_RATES = {"lora_muon": 3.2e-2, "lora_rite": 3.2e-3, "lora_one": 3.2e-3, "lora_pro": 1e-3}
 """Where the search begins, by optimiser."""
 for kind in OPTIMIZERS:
-    suggested = kind.name if kind.name == "lora_muon" else None
     METHODS[f"lora+{kind.name}"] = Method(
         f"LoRA; optimiser {kind.title}",
         plain(use_rslora=False),
         FIRST_RATES[kind.name],
         of_pairs(kind.name),
         ours=True,
-        suggests=suggested,
+        suggests=kind.name,
     )
     METHODS[f"lora_output+{kind.name}"] = Method(
         f"LoRA with output layer; optimiser {kind.title}",
@@ -182,7 +181,7 @@ for kind in OPTIMIZERS:
         FIRST_RATES[kind.name],
         of_pairs(kind.name),
         ours=True,
-        suggests=suggested,
+        suggests=kind.name,
         has_output=True,
     )
     METHODS[f"lora_one_ranks+{kind.name}"] = Method(
@@ -192,7 +191,7 @@ for kind in OPTIMIZERS:
         of_pairs(kind.name),
         reads_data=True,
         ours=True,
-        suggests=suggested,
+        suggests=kind.name,
     )
     METHODS[f"lora_one_auto_output+{kind.name}"] = Method(
         f"LoRA-One, `auto+output`; optimiser {kind.title}",
@@ -201,7 +200,7 @@ for kind in OPTIMIZERS:
         of_pairs(kind.name),
         reads_data=True,
         ours=True,
-        suggests=suggested,
+        suggests=kind.name,
         has_output=True,
     )
 for name in ("lora_one", "lora_one_auto"):

@@ -118,9 +118,23 @@ def test_optimisers_that_are_unknown_or_without_a_rate_are_refused():
         ConfigError, match=r"training.optim: no such optimiser, did you mean 'lora_m"
     ):
         load_recipe(PICO, ["training.optim=lora_moun"])
-    changes = ["training.optim=lora_muon", "training.learning_rate=suggested"]
-    with pytest.raises(ConfigError, match="name the learning_rate of lora_muon"):
+    changes = ["training.optim=sgd", "training.learning_rate=suggested"]
+    with pytest.raises(ConfigError, match="name the learning_rate of sgd"):
         load_recipe(PICO, changes)
+
+
+@pytest.mark.parametrize(("name", "over_adamw"), [("lora_muon", None), ("lora_one", 0.6)])
+def test_an_optimiser_of_pairs_takes_the_suggested_rate(name, over_adamw, tmp_path):
+    changes = [f"training.optim={name}", "training.learning_rate=suggested"]
+    results = run(PICO, tmp_path / "out", *changes, "training.save_steps=2")
+    of_adamw = InitReport.from_dict(results["start"]).learning_rate.suggested
+    want = 0.03 if over_adamw is None else over_adamw * of_adamw
+    assert results["learning_rate"] == pytest.approx(want)
+    checkpoint = tmp_path / "out" / "checkpoints" / "checkpoint-2"
+    resume = f"training.resume_from_checkpoint={checkpoint}"
+    resumed = run(PICO, tmp_path / "again", *changes, resume)
+    assert resumed["learning_rate"] == pytest.approx(want)
+    assert resumed["losses"] == results["losses"]
 
 
 @pytest.mark.parametrize("rate", ["best", "0", "-1", "true", ".inf", "[1]"])

@@ -17,6 +17,7 @@ from peft_gradinit import (
     suggest_learning_rate,
 )
 from peft_gradinit.errors import ConfigError, NotInitializedError
+from peft_gradinit.optim import OPTIMIZERS, LoraMuon
 from tests.helpers import adapted, lora_ga, pico_gpt2, pico_llama, quiet, token_batches
 from tests.moe.models import qwen3_moe
 
@@ -118,19 +119,34 @@ def test_layers_of_high_rank_count_more():
 def test_a_deferred_adapter_has_no_rate_yet():
     """Plain LoRA's would be several times too high for the start that it will get."""
     model = get_peft_model(pico_llama(), lora_ga(calibration="deferred"))
-    with pytest.raises(NotInitializedError, match="its rate depends on the start that it gets"):
-        suggest_learning_rate(model)
+    for name in ("adamw", "lora_pro"):
+        with pytest.raises(NotInitializedError, match="its rate depends on the start that it gets"):
+            suggest_learning_rate(model, optimizer=name)
+    assert suggest_learning_rate(model, optimizer="lora_muon").suggested == 0.03
     report = initialize(model, quiet(token_batches()))
     assert suggest_learning_rate(model) == report.learning_rate
 
 
-def test_lora_muon_has_one_rate_for_all_models_and_others_have_no_rule():
-    model = adapted(pico_llama(), lora_ga())
+@pytest.mark.parametrize("make", [lora_ga, lambda: LoraConfig(**COMMON)], ids=["lora_ga", "lora"])
+def test_every_optimiser_of_pairs_has_a_rate(make):
+    model = adapted(pico_llama(), make())
+    of_adamw = suggest_learning_rate(model)
+    assert suggest_learning_rate(model, optimizer="adamw") == of_adamw
     assert suggest_learning_rate(model, optimizer="lora_muon").suggested == 0.03
-    assert suggest_learning_rate(model, optimizer="adamw") == suggest_learning_rate(model)
-    with pytest.raises(
-        ConfigError, match=r"no rule is known for the rate of 'lora_rite', only for"
-    ):
-        suggest_learning_rate(model, optimizer="lora_rite")
-    with pytest.raises(ConfigError, match="nothing that lora_muon could train"):
-        suggest_learning_rate(pico_llama(), optimizer="lora_muon")
+    for kind in set(OPTIMIZERS) - {LoraMuon}:
+        rate = suggest_learning_rate(model, optimizer=kind.name)
+        ratios = [ours / of for ours, of in zip(rate, of_adamw, strict=True)]
+        assert ratios == pytest.approx([ratios[0]] * 3)
+        assert 0.1 < ratios[0] < 1
+
+
+@pytest.mark.parametrize("name", ["lora_muon", "lora_one"])
+def test_an_optimiser_of_pairs_has_no_rate_without_pairs(name):
+    for model in (pico_llama(), get_peft_model(pico_llama(), SVFitConfig(r=4))):
+        with pytest.raises(ConfigError, match=f"nothing that {name} could train"):
+            suggest_learning_rate(model, optimizer=name)
+
+
+def test_an_optimiser_without_a_rule_is_named():
+    with pytest.raises(ConfigError, match=r"no rule is known for the rate of 'sgd', only for"):
+        suggest_learning_rate(adapted(pico_llama(), lora_ga()), optimizer="sgd")
