@@ -101,6 +101,12 @@ def test_search_goes_away_from_rates_that_diverge():
     assert usable_range(losses)[1] <= 2e-3
 
 
+def test_search_goes_beyond_a_best_rate_that_an_earlier_run_had_outside_of_it():
+    losses = {1e-3: 1.2, 3.2e-3: 2.0, 1e-2: math.inf, 5.6e-4: 1.0}
+    assert next_rates(3.2e-3, losses) == [3.2e-4]
+    assert next_rates(3.2e-3, losses | {3.2e-4: 1.1}) == []
+
+
 def test_search_in_which_everything_diverges_ends():
     assert searched(1e-3, lambda lr: math.inf)
 

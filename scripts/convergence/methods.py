@@ -4,11 +4,12 @@ Every method gets the same rank and the same layers. Starts of PEFT that write i
 (PiSSA, OLoRA, LoRA-GA) are used as PEFT documents them.
 """
 
+import copy
 from dataclasses import replace
 from typing import Any
 
 import torch
-from peft import PeftConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -19,6 +20,7 @@ from peft_gradinit import (
     LoraOneConfig,
     PiSSAConfig,
     SVFitConfig,
+    pairs,
 )
 from peft_gradinit.optim import OPTIMIZERS, optimizer
 
@@ -68,6 +70,23 @@ def automatic(config: type[PeftConfig], word: str, **options: Any) -> Start:
     return start
 
 
+def a_rank_less_with_dora(model: PreTrainedModel, task: Task, batches: list[Rows]) -> nn.Module:
+    """PEFT's DoRA, whose magnitudes a rank of all layers pays for; at LoRA's scaling."""
+    del batches
+    given = adapter_of(task, use_rslora=False, use_dora=True)
+    r, lora_alpha = given["r"], given["lora_alpha"]
+    config = LoraConfig(**{**given, "r": r - 1, "lora_alpha": lora_alpha * (r - 1) / r})
+    return get_peft_model(model, config)
+
+
+def by_gradient_with_dora(model: PreTrainedModel, task: Task, batches: list[Rows]) -> nn.Module:
+    """Our LoRA-One with DoRA and ranks by gradient; ranks and magnitudes are as many numbers as LoRA's."""
+    lora = get_peft_model(copy.deepcopy(model), LoraConfig(**adapter_of(task)))
+    budget = sum(p.A.numel() + p.B.numel() - p.B.shape[0] for p in pairs(lora))
+    options = {**EQUAL_NUMBERS, "budget": budget, "use_dora": True}
+    return calibrated(LoraOneConfig, **options)(model, task, batches)
+
+
 def svfit(**options: Any) -> Start:
     """Our SVFit, which takes neither data nor a scaling."""
 
@@ -98,6 +117,7 @@ METHODS: dict[str, Method] = {
     ),
     "rslora": Method("rsLoRA", plain(), 3.2e-3),
     "dora": Method("DoRA", plain(use_rslora=False, use_dora=True), 3.2e-3),
+    "dora_less": Method("DoRA, a rank less", a_rank_less_with_dora, 3.2e-3),
     "loraplus": Method("LoRA+", plain(), 1e-3, loraplus),
     "riemannian": Method("rsLoRA, Riemannian", plain(), 3.2e-3, riemannian),
     "pissa": Method("PiSSA", plain(init_lora_weights="pissa"), 1e-3),
@@ -151,6 +171,9 @@ METHODS: dict[str, Method] = {
         **CALIBRATED,
         has_output=True,
     ),
+    "lora_one_ranks_dora": Method(
+        "LoRA-One, ranks by gradient, DoRA", by_gradient_with_dora, 3.2e-3, **CALIBRATED
+    ),
     "lora_one_riemannian": Method(
         "LoRA-One, Riemannian",
         calibrated(LoraOneConfig),
@@ -203,7 +226,7 @@ for kind in OPTIMIZERS:
         suggests=kind.name,
         has_output=True,
     )
-for name in ("lora_one", "lora_one_auto"):
+for name in ("lora_one", "lora_one_auto", "lora_one_ranks_dora"):
     METHODS[f"{name}+lora_muon"] = replace(
         METHODS[name],
         title=f"{METHODS[name].title}; optimiser LoRA-Muon",
@@ -229,7 +252,16 @@ NOT_PUBLISHED = frozenset({
     *PAIR_LEVERS,
     *("lora_linear", "lora_output_linear", "lora_one_auto_output_linear"),
     *("lora_output", "lora_one_ranks", "lora_one_auto", "lora_one_auto_output"),
-    *("dora", "peft_corda", "corda", "pissa_anchored", "lora_ga_auto", "lora_ga_auto_output"),
+    *(
+        "dora",
+        "dora_less",
+        "lora_one_ranks_dora",
+        "peft_corda",
+        "corda",
+        "pissa_anchored",
+        "lora_ga_auto",
+        "lora_ga_auto_output",
+    ),
     *(name for name in METHODS if "+" in name),
 })
 """Rows that `run` makes, and whose figures are not in `measured/` yet."""

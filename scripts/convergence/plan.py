@@ -42,11 +42,12 @@ def next_rates(first: float, losses: Losses) -> list[float]:
         for k in range(-MAX_STEPS_FROM_FIRST, MAX_STEPS_FROM_FIRST + 1)
         if rate(first, 2 * k) in losses
     ]
-    bound = min(losses.values()) * (1 + TOLERANCE)
+    bound, least = min(losses.values()) * (1 + TOLERANCE), best_rate(losses)
     wider = []
     for end, beyond in ((tried[0], tried[0] - 1), (tried[-1], tried[-1] + 1)):
-        usable = losses[rate(first, 2 * end)] <= bound
-        if usable and abs(beyond) <= MAX_STEPS_FROM_FIRST:
+        at_end = rate(first, 2 * end)
+        is_beyond = (least - at_end) * (beyond - end) > 0  # of an earlier run
+        if (losses[at_end] <= bound or is_beyond) and abs(beyond) <= MAX_STEPS_FROM_FIRST:
             wider.append(rate(first, 2 * beyond))
     if wider:
         return wider
