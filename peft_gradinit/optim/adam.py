@@ -5,7 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .base import check_betas, check_choice, check_fraction, decayed
+from .base import decayed
+from .options import check_betas, check_choice, check_fraction
 from .stacks import Layout, Stack
 from .whitening import adam_direction
 
@@ -41,11 +42,17 @@ def adam_options(optimizer: str, modes: Any, **options: Any) -> dict[str, Any]:
 def adam_directions(
     stack: Stack, gradients: Sides, state: Mapping[str, Tensor], options: Mapping[str, Any]
 ) -> Sides:
-    """Adam's directions for both factors; the moments, named as in `ADAM`, are updated in place."""
-    adam = stack.step, options["betas"], options["eps"]
-    of_A, of_B = ((state[f"exp_avg_{s}"], state[f"exp_avg_sq_{s}"]) for s in ("A", "B"))
-    dA, dB = gradients
-    return adam_direction(dA, of_A, *adam), adam_direction(dB, of_B, *adam)
+    """Adam's directions for both factors; the moments, named as in `ADAM`, are updated in place.
+
+    A factor that does not move keeps its moments, and its direction is of no use.
+    """
+    directions = list(gradients)
+    for i, side in enumerate(("A", "B")):
+        if stack.moves[i]:
+            moments = state[f"exp_avg_{side}"], state[f"exp_avg_sq_{side}"]
+            adam = stack.steps[i], options["betas"], options["eps"]
+            directions[i] = adam_direction(gradients[i], moments, *adam)
+    return directions[0], directions[1]
 
 
 def stepped(stack: Stack, directions: Sides, options: Mapping[str, Any]) -> Sides:

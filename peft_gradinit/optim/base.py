@@ -2,16 +2,15 @@
 
 An optimiser says which state it keeps (`layouts`) and how a stack of pairs moves (`update`). Here is
 everything else: pairs of one shape are stacked, the state is kept by parameter as plain tensors of
-at least float32, and what is in no pair is AdamW's. A factor without a gradient stands still, and the
-other one of its pair takes its own part of the step. An expert that no token of a batch has reached
-stands still with its state.
+at least float32, and what is in no pair is AdamW's. A factor without a gradient stands still with its
+state, and the other one of its pair takes its own part of the step. So does an expert that no token of a
+batch has reached. Each factor, and each expert, counts its own steps.
 """
 
-import math
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from itertools import chain
-from typing import Any, ClassVar, TypedDict, get_args
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +18,13 @@ from torch.distributed.tensor import DTensor
 
 from ..errors import ConfigError
 from ..linalg import exact_products
-from ..numbers import is_finite_number
+from ..numbers import as_python
 from .adamw import adamw_step, master_of
 from .groups import check_layout, group_of_pairs, groups_of_rest, slots_of, trainable_pairs
+from .options import Common, check_options, check_positive, defaults, options_of
 from .stacks import (
     MASTER,
+    Count,
     Layout,
     Slot,
     Stack,
@@ -34,28 +35,6 @@ from .stacks import (
     working_dtype,
     write_rows,
 )
-
-
-class _Rate(TypedDict):
-    lr: float
-
-
-class Common(_Rate, total=False):
-    """Options of every optimiser here.
-
-    Attributes:
-        lr: rate of the pairs, in the units of the method.
-        head_lr: rate of AdamW for what is in no pair; needed if there are such parameters.
-        weight_decay: decoupled decay of the pairs; towards zero factors, also where a start has
-            put an anchor beside them.
-        head_weight_decay: AdamW's decay of matrices in no pair; vectors have none.
-        adapter_name: which adapter, or a list of those that train together.
-    """
-
-    head_lr: float | None
-    weight_decay: float
-    head_weight_decay: float
-    adapter_name: str | Sequence[str]
 
 
 class PairOptimizer(torch.optim.Optimizer):
@@ -77,10 +56,11 @@ class PairOptimizer(torch.optim.Optimizer):
     paper: ClassVar[str]
 
     def __init__(self, model: nn.Module, options: Mapping[str, Any], **common: Any) -> None:
-        values: dict[str, Any] = _defaults() | common
-        numbers = {k: v for k, v in values.items() if k != "adapter_name" and v is not None}
-        check_positive(self.title, **numbers)
         check_layout(model, self.title)
+        check_options(self.title, common, options_of(type(self)))
+        values: dict[str, Any] = {name: as_python(v) for name, v in (defaults() | common).items()}
+        of_none = {"adapter_name"} | ({"head_lr"} if values["head_lr"] is None else set())
+        check_positive(self.title, **{k: v for k, v in values.items() if k not in of_none})
         found = trainable_pairs(model, values["adapter_name"], self.title)
         lr, decay = values["lr"], values["weight_decay"]
         of_pairs = group_of_pairs(model, found, self.title, lr=lr, weight_decay=decay, **options)
@@ -103,6 +83,23 @@ class PairOptimizer(torch.optim.Optimizer):
             state: by the names of `layouts`, stacked likewise.
             options: the group of the pairs.
         """
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters that AdamW steps.
+
+        Args:
+            param_group: with `params` and their `lr`.
+
+        Raises:
+            ConfigError: if there is no `lr`: the default is the rate of the pairs, in other units.
+        """
+        if "lr" not in param_group:
+            raise ConfigError(
+                f"{self.title} gives parameters that are added to AdamW, and the group names no rate; "
+                'pass {"params": ..., "lr": ...}. Pairs of another adapter cannot be added: make a new '
+                "optimiser with adapter_name=[...]."
+            )
+        super().add_param_group({"weight_decay": 0.0, **param_group})
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Step every parameter that has a gradient.
@@ -154,27 +151,32 @@ class PairOptimizer(torch.optim.Optimizer):
         for slot in slots:
             self._prepare(slot, layouts)
         stack, state = self._read(slots, layouts)
+        reached = None
         if slots[0].n_experts > 1:
-            factors, state = self._update_experts(stack, state, group)
+            factors, state, reached = self._update_experts(stack, state, group)
         else:
             factors = self.update(stack, state, group)
         self._write(slots, layouts, factors, state)
+        self._count(slots, layouts, reached)
 
     def _update_experts(
         self, stack: Stack, state: dict[str, Tensor], group: dict[str, Any]
-    ) -> tuple[tuple[Tensor, Tensor], dict[str, Tensor]]:
+    ) -> tuple[tuple[Tensor, Tensor], dict[str, Tensor], Tensor]:
         before = {name: entry.clone() for name, entry in state.items()}
         new_A, new_B = self.update(stack, state, group)
         reached = (stack.gA.flatten(1).any(1) | stack.gB.flatten(1).any(1))[:, None, None]
         state = {name: torch.where(reached, state[name], before[name]) for name in state}
         factors = torch.where(reached, new_A, stack.A), torch.where(reached, new_B, stack.B)
-        return factors, state
+        return factors, state, reached
 
     def _prepare(self, slot: Slot, layouts: Mapping[str, Layout]) -> None:
         """Zeros for the state of a pair that has none."""
         for factor in (slot.A, slot.B):
-            if factor not in self.state:
-                self.state[factor] = {"step": 0}
+            entries = self.state[factor]
+            entries.setdefault("step", 0)
+            if slot.n_experts > 1:  # older checkpoints have one number
+                counts = torch.as_tensor(entries["step"], dtype=torch.float32)
+                entries["step"] = counts.to(_device(factor)).expand(slot.n_experts)
         for name, layout in layouts.items():
             owner, entry = self._place(slot, name)
             if entry not in owner:
@@ -206,9 +208,28 @@ class PairOptimizer(torch.optim.Optimizer):
         found = {k: by_expert(v, kinds[k], n) for k, v in (rows | kept).items()}
         A, B = found["A"], found["B"]
         gA, gB = (found.get(f"g{s}", torch.zeros_like(found[s])) for s in ("A", "B"))
-        step = self.state[slots[0].A]["step"] + 1
-        stack = Stack(A, B, gA, gB, slots[0].scaling, step, moves, slots[0].is_output)
+        steps = self._next(slots, "A", A.dtype), self._next(slots, "B", A.dtype)
+        stack = Stack(A, B, gA, gB, slots[0].scaling, steps, moves, slots[0].is_output)
         return stack, {name: found[name] for name in layouts}
+
+    def _next(self, slots: list[Slot], side: str, dtype: torch.dtype) -> Count:
+        counts = [self.state[getattr(slot, side)]["step"] for slot in slots]
+        if slots[0].n_experts == 1:
+            return counts[0] + 1
+        return torch.cat(counts)[:, None, None].to(dtype) + 1
+
+    def _count(
+        self, slots: list[Slot], layouts: Mapping[str, Layout], reached: Tensor | None
+    ) -> None:
+        """One step more for the state that is kept with a factor, if it has changed."""
+        for side, moving in zip(("A", "B"), slots[0].moves, strict=True):
+            kept = [layout for name, layout in layouts.items() if name.endswith(f"_{side}")]
+            if not moving and "weight" not in kept:
+                continue
+            for i, slot in enumerate(slots):
+                entries = self.state[getattr(slot, side)]
+                of_slot = 1 if reached is None else reached.view(len(slots), -1)[i]
+                entries["step"] = entries["step"] + of_slot
 
     def _entry(self, slot: Slot, name: str) -> Tensor:
         owner, entry = self._place(slot, name)
@@ -234,86 +255,42 @@ class PairOptimizer(torch.optim.Optimizer):
                 for parameter, master in zip(parameters, masters, strict=True):
                     if master is not parameter:
                         parameter.copy_(master)
-            for parameter in parameters:
-                self.state[parameter]["step"] += 1
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state, in the precision that it was saved in.
+        """Load a state, of at least float32.
 
         `torch.optim.Optimizer` rounds the state of a half-precision parameter to that precision.
+
+        Raises:
+            ConfigError: if the state is of another optimiser, or of another mode.
         """
+        self._check_same(state_dict["param_groups"][0])
         super().load_state_dict(state_dict)
         ids = chain.from_iterable(g["params"] for g in state_dict["param_groups"])
         parameters = chain.from_iterable(g["params"] for g in self.param_groups)
         for i, parameter in zip(ids, parameters, strict=True):
             for key, value in state_dict["state"].get(i, {}).items():
                 loaded = self.state[parameter][key]
-                if isinstance(value, Tensor) and loaded.dtype != value.dtype:
-                    self.state[parameter][key] = value.to(loaded.device, copy=True)
+                dtype = working_dtype(parameter)
+                if isinstance(value, Tensor) and key != "step" and loaded.dtype != dtype:
+                    self.state[parameter][key] = value.to(loaded.device, dtype, copy=True)
+
+    def _check_same(self, loaded: Mapping[str, Any]) -> None:
+        own = options_of(type(self)) - set(Common.__annotations__)
+        missing = sorted(own - loaded.keys())
+        mode = self.param_groups[0].get("mode")
+        if missing or (mode and loaded["mode"] != mode):
+            got = f"mode={loaded['mode']!r}" if not missing else f"no {', '.join(missing)}"
+            raise ConfigError(
+                f"{self.title} was given the state of another optimiser: its group has {got}, where "
+                f"{self.title} has {f'mode={mode!r}' if not missing else sorted(own)}. Load it into an "
+                "optimiser of the kind that saved it."
+            )
 
 
 def decayed(factor: Tensor, decay: float) -> Tensor:
     """A copy that has shrunk by `1 - decay`."""
     return factor * (1 - decay)
-
-
-def check_positive(optimizer: str, **numbers: Any) -> None:
-    """Check rates and decays.
-
-    Raises:
-        ConfigError: if a number is negative or not finite.
-    """
-    for option, value in numbers.items():
-        if not is_finite_number(value) or value < 0:
-            raise ConfigError(
-                f"{optimizer}: {option} must be a number of at least 0, got {value!r}."
-            )
-
-
-def check_fraction(optimizer: str, **numbers: Any) -> None:
-    """Check dampenings and decays of moments.
-
-    Raises:
-        ConfigError: if a number is not in `[0, 1)`.
-    """
-    for option, value in numbers.items():
-        if not is_finite_number(value) or not 0 <= value < 1:
-            raise ConfigError(
-                f"{optimizer}: {option} must be at least 0 and below 1, got {value!r}."
-            )
-
-
-def check_betas(optimizer: str, betas: Any) -> None:
-    """Check the decays of two moments.
-
-    Raises:
-        ConfigError: if they are not two numbers in `[0, 1)`.
-    """
-    if not isinstance(betas, Sequence) or len(betas) != 2:
-        raise ConfigError(f"{optimizer}: betas must be two numbers, got {betas!r}.")
-    check_fraction(optimizer, **{"betas[0]": betas[0], "betas[1]": betas[1]})
-
-
-def check_choice(optimizer: str, option: str, value: Any, choices: Any) -> None:
-    """Check an option that is one of some words, given as a `Literal`.
-
-    Raises:
-        ConfigError: if it is another.
-    """
-    if value not in get_args(choices):
-        raise ConfigError(
-            f"{optimizer}: {option} must be one of {list(get_args(choices))}, got {value!r}."
-        )
-
-
-def _defaults() -> dict[str, Any]:
-    return {
-        "lr": math.nan,  # refused below
-        "head_lr": None,
-        "weight_decay": 0.0,
-        "head_weight_decay": 0.0,
-        "adapter_name": "default",
-    }
 
 
 def _zeros(slot: Slot, layout: Layout) -> Tensor:
@@ -322,5 +299,8 @@ def _zeros(slot: Slot, layout: Layout) -> Tensor:
         return torch.zeros_like(factor, dtype=working_dtype(factor))
     n, r = slot.n_experts, slot.A.shape[0] // slot.n_experts
     shape = (n, r, r) if layout == "square" else (n, slot.B.shape[0], slot.A.shape[1])
-    device = factor.to_local().device if isinstance(factor, DTensor) else factor.device
-    return torch.zeros(shape, dtype=working_dtype(factor), device=device)
+    return torch.zeros(shape, dtype=working_dtype(factor), device=_device(factor))
+
+
+def _device(factor: Any) -> torch.device:
+    return factor.to_local().device if isinstance(factor, DTensor) else factor.device

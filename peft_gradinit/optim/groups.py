@@ -12,6 +12,7 @@ from accelerate.state import AcceleratorState, is_initialized
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from ..errors import ConfigError
@@ -29,14 +30,24 @@ _FSDP1 = (
     "FSDP1, which flattens the factors and cuts pairs apart. Use FSDP2 (fsdp_version: 2 in Accelerate, "
     "fully_shard in torch) or DDP"
 )
+_VARIANTS = {"DoraLinearVariant", "ALoraLinearVariant", "MiCALinearVariant", "VeloraLinearVariant"}
+"""PEFT's variants of LoRA whose weight moves by `B A`."""
+_MAGNITUDE = "lora_magnitude_vector"
+"""In the names of DoRA's magnitudes, of which those of convolutions have several dimensions."""
 
 
 def check_layout(model: nn.Module, optimizer: str) -> None:
     """Refuse the layouts in which a pair's factors cannot be had.
 
     Raises:
-        ConfigError: under FSDP1, DeepSpeed and tensor parallelism.
+        ConfigError: if it is no model; under FSDP1, DeepSpeed and tensor parallelism.
     """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(
+            f"{optimizer} is made from the model, which tells what its pairs are, got "
+            f"{type(model).__name__}. Pass the model itself, not its parameters; give Trainer "
+            'optimizer_cls_and_kwargs=optimizer("...", lr=...) of peft_gradinit.optim.'
+        )
     if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
         raise ConfigError(f"{optimizer} does not work under {_FSDP1}.")
     by_deepspeed = is_initialized() and AcceleratorState().distributed_type.value == "DEEPSPEED"
@@ -63,8 +74,10 @@ def trainable_pairs(model: nn.Module, adapters: str | Sequence[str], optimizer: 
     Raises:
         ConfigError: if there are none, or if pairs of other adapters train as well.
     """
-    names = [adapters] if isinstance(adapters, str) else list(adapters)
+    names = _adapters(model, adapters, optimizer)
     found = _unique(pair for name in names for pair in pairs(model, name))
+    _check_products(found, optimizer)
+    _check_apart(model, found, optimizer)
     training = [p for p in found if p.A.requires_grad or p.B.requires_grad]
     others = [n for n in _names(model) if n not in names and _trains(model, n)]
     if others:
@@ -76,8 +89,9 @@ def trainable_pairs(model: nn.Module, adapters: str | Sequence[str], optimizer: 
         state = "none of them trains" if found else "the model has none"
         raise ConfigError(
             f"{optimizer} steps the pairs A, B of a LoRA adapter, and of adapter_name={adapters!r} "
-            f"{state}. Adapters with LoRA layers: {_names(model)}. Pass the name of one that trains; "
-            "SVFit has one vector a layer and trains with torch.optim.AdamW."
+            f"{state}. Adapters with LoRA layers: {_names(model)}. Pass the name of one that trains. "
+            "Embeddings and convolutions have no pairs of matrices, nor has SVFit: they train with "
+            "torch.optim.AdamW."
         )
     return training
 
@@ -98,12 +112,12 @@ def group_of_pairs(
             )
         for factor in (pair.A, pair.B):
             check_placed(factor, optimizer)
-    output = _output_layer(model)
+    outputs = _output_layers(model)
     return {
         "params": [factor for pair in found for factor in (pair.A, pair.B)],
         "scalings": [float(pair.scaling) for pair in found],
         "experts": [pair.n_experts for pair in found],
-        "outputs": [pair.layer is output for pair in found],
+        "outputs": [any(pair.layer is layer for layer in outputs) for pair in found],
         **settings,
     }
 
@@ -125,8 +139,8 @@ def groups_of_rest(
             f"{optimizer}: {names}{more} train as well and are in no pair; AdamW steps them. Pass "
             "head_lr, its rate (1e-3, say), or freeze them."
         )
-    matrices = [p for _, p in rest if p.ndim > 1]
-    vectors = [p for _, p in rest if p.ndim <= 1]
+    vectors = [p for n, p in rest if p.ndim <= 1 or _MAGNITUDE in n]
+    matrices = [p for n, p in rest if p.ndim > 1 and _MAGNITUDE not in n]
     kinds = [(matrices, decay), (vectors, 0.0)]
     return [{"params": ps, "lr": lr, "weight_decay": d} for ps, d in kinds if ps]
 
@@ -153,10 +167,72 @@ def slots_of(group: dict[str, Any], optimizer: str) -> list[Slot]:
     return [Slot(*pair) for pair in halves]
 
 
-def _output_layer(model: nn.Module) -> nn.Module | None:
-    """The layer that gives the logits of a language model of Transformers, inside any wrapper."""
-    host = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
-    return None if host is None else host.get_output_embeddings()
+def _output_layers(model: nn.Module) -> list[nn.Module]:
+    """The layers that give the logits of the language models of Transformers inside a model."""
+    hosts = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    return [layer for host in hosts if (layer := host.get_output_embeddings()) is not None]
+
+
+def _adapters(model: nn.Module, given: Any, optimizer: str) -> list[str]:
+    names = [given] if isinstance(given, str) else given
+    if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(
+            f"{optimizer}: adapter_name must be a name or a list of names, got {given!r}."
+        )
+    known = _names(model)
+    unknown = [name for name in names if name not in known]
+    if unknown and len(names) > 1:
+        raise ConfigError(
+            f"{optimizer}: no LoRA layer has an adapter named {unknown}; adapters: {known}."
+        )
+    return list(names)
+
+
+def _check_products(found: Sequence[Pair], optimizer: str) -> None:
+    """Refuse variants of LoRA whose weight is not `B A`, or `B A` and a magnitude.
+
+    Raises:
+        ConfigError: for KaSA, BD-LoRA and the like.
+    """
+    for pair in found:
+        found_variant = pair.layer.lora_variant.get(pair.adapter_name)
+        variant = type(found_variant).__name__
+        if found_variant is not None and variant not in _VARIANTS:
+            raise ConfigError(
+                f"{optimizer} steps products B A, and {pair.name} adapts its weight in another way "
+                f"({variant.removesuffix('LinearVariant')}); train it with torch.optim.AdamW."
+            )
+
+
+def _check_apart(model: nn.Module, found: Sequence[Pair], optimizer: str) -> None:
+    """Refuse factors that are in two pairs, or of which another parameter is a view.
+
+    Raises:
+        ConfigError: if there are such, which would be stepped twice.
+    """
+    factors = [(pair.name, factor) for pair in found for factor in (pair.A, pair.B)]
+    ids = {id(factor) for _, factor in factors}
+    others = [
+        (plain_name(name), p)
+        for name, p in model.named_parameters()
+        if p.requires_grad and id(p) not in ids
+    ]
+    seen: dict[Any, str] = {}
+    for name, factor in (*factors, *others):
+        place = _place(factor)
+        if place is not None and place in seen:
+            raise ConfigError(
+                f"{optimizer}: {seen[place]} and {name} share a factor, which would be stepped twice "
+                "and by two rules; adapt one of them, leave ensure_weight_tying out, or train with "
+                "torch.optim.AdamW."
+            )
+        seen[place] = name
+
+
+def _place(parameter: Any) -> Any:
+    """Where the numbers of a parameter begin; `None` for one without numbers here."""
+    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    return (local.device, local.data_ptr()) if local.numel() and not local.is_meta else None
 
 
 def _names(model: nn.Module) -> list[str]:

@@ -31,7 +31,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from .adam import ADAM, adam_directions, adam_options, stepped
-from .base import Common, PairOptimizer
+from .base import PairOptimizer
+from .options import Common
 from .stacks import Layout, Stack
 from .whitening import gram_power
 

@@ -38,7 +38,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from .adam import ADAM, adam_directions, adam_options, stepped
-from .base import Common, PairOptimizer
+from .base import PairOptimizer
+from .options import Common
 from .stacks import Layout, Stack
 from .whitening import Square, adam_direction, gram_power
 
@@ -95,7 +96,7 @@ class LoraPro(PairOptimizer):
         if options["mode"] == "efficient":
             step = adam_directions(stack, step, state, options)
         else:
-            adam = stack.step, options["betas"], options["eps"]
+            adam = stack.steps[1], options["betas"], options["eps"]
             moments = state["exp_avg_B"], state["exp_avg_sq_B"]
             u = adam_direction(equivalent(stack, step), moments, *adam)
             step = adjusted(in_factors(stack, u), options["dampening"])

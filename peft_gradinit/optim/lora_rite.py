@@ -36,9 +36,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
-from .base import Common, PairOptimizer, check_betas, check_fraction, decayed
+from .base import PairOptimizer, decayed
+from .options import Common, check_betas, check_fraction
 from .stacks import Layout, Stack
-from .whitening import Square, Tall, gram_power, power
+from .whitening import Square, Tall, filled, gram_power, power
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -87,17 +88,20 @@ class LoraRite(PairOptimizer):
     def update(  # noqa: D102
         self, stack: Stack, state: dict[str, Tensor], options: Mapping[str, Any]
     ) -> tuple[Tensor, Tensor]:
-        betas = [corrected(beta, stack.step) for beta in options["betas"]]
+        of_A, of_B = ([corrected(beta, step) for beta in options["betas"]] for step in stack.steps)
         dampening, rate = options["dampening"], options["lr"] / abs(stack.scaling)
         decay = options["lr"] * options["weight_decay"]
         A, B, gA = stack.A.mT, stack.B, stack.gA.mT
         mA, mB = state["exp_avg_A"].mT, state["exp_avg_B"]
         vA, vB = state["second_moment_A"], state["second_moment_B"]
         RA, RB = gram_power(A, -0.5, dampening), gram_power(B, -0.5, dampening)
-        dA, mA, vA = side_step(gA, mA, vA, RB, betas=betas, dampening=dampening)
-        dB, mB, vB = side_step(stack.gB, mB, vB, RA, betas=betas, dampening=dampening)
-        new_A = decayed(A, decay).sub_(dA, alpha=rate) if stack.moves[0] else A
-        new_B = decayed(B, decay).sub_(dB, alpha=rate) if stack.moves[1] else B
+        new_A, new_B = A, B
+        if stack.moves[0]:
+            dA, mA, vA = side_step(gA, mA, vA, RB, betas=of_A, dampening=dampening)
+            new_A = decayed(A, decay).sub_(dA, alpha=rate)
+        if stack.moves[1]:
+            dB, mB, vB = side_step(stack.gB, mB, vB, RA, betas=of_B, dampening=dampening)
+            new_B = decayed(B, decay).sub_(dB, alpha=rate)
         mA, vA = carried(mA, vA, turn(new_B, B, RB, dampening))
         mB, vB = carried(mB, vB, turn(new_A, A, RA, dampening))
         state |= {"exp_avg_A": mA.mT, "exp_avg_B": mB, "second_moment_A": vA, "second_moment_B": vB}
@@ -110,7 +114,7 @@ def side_step(
     second: Square,
     root: Square,
     *,
-    betas: list[float],
+    betas: list[Any],
     dampening: float,
 ) -> tuple[Tall, Tall, Square]:
     """The step of one factor for a unit rate, and its moments after it.
@@ -120,7 +124,7 @@ def side_step(
         moment: `M`.
         second: `V`.
         root: `(X^T X)^(-1/2)` of the other factor, as a tall matrix `X`.
-        betas: decay of both moments at this step.
+        betas: decay of both moments at this step; numbers, or `(n, 1, 1)`.
         dampening: see `whitening.power`.
 
     Returns:
@@ -154,10 +158,10 @@ def carried(moment: Tall, second: Square, P: Square) -> tuple[Tall, Square]:
     return moment @ P.mT, P @ second @ P.mT
 
 
-def corrected(beta: float, step: int) -> float:
+def corrected(beta: float, step: int | Tensor) -> float | Tensor:
     """A decay that makes a moving average from zero unbiased at every step; 0 at the first.
 
     Source:
         Shazeer & Stern (2018), section 7.1.
     """
-    return beta * (1 - beta ** (step - 1)) / (1 - beta**step)
+    return beta * filled(beta, step - 1) / filled(beta, step)

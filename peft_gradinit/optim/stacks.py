@@ -21,6 +21,9 @@ from ..errors import ConfigError
 Layout = Literal["A", "B", "square", "weight"]
 """Shape of an entry of the state: of one of the factors, `(r, r)`, or `(out, in)`."""
 
+Count = int | Tensor
+"""Number of a step, from 1; of experts `(n, 1, 1)`, as each has its own."""
+
 ENTRIES = 2**24
 """Entries of the pairs in one stack, at most."""
 
@@ -37,7 +40,7 @@ class Stack(NamedTuple):
         gA: gradient of `A`; zeros if it has none.
         gB: gradient of `B`; zeros if it has none.
         scaling: what the products `B A` are multiplied by.
-        step: number of this step, from 1.
+        steps: number of this step for the state kept with `A`, and for that kept with `B`.
         moves: whether `A` and `B` are written back; frozen factors are not.
         is_output: whether their layer gives the logits of a language model.
     """
@@ -47,7 +50,7 @@ class Stack(NamedTuple):
     gA: Float[Tensor, "n r in"]
     gB: Float[Tensor, "n out r"]
     scaling: float
-    step: int
+    steps: tuple[Count, Count]
     moves: tuple[bool, bool]
     is_output: bool = False
 
@@ -69,9 +72,11 @@ class Slot:
 
     def key(self, state: Mapping[Any, Any]) -> tuple[Any, ...]:
         """Equal for pairs that can be stepped together."""
-        step = state[self.A]["step"] if self.A in state else 0
+        steps: Any = ()
+        if self.n_experts == 1:  # experts count for themselves
+            steps = [state[f].get("step", 0) if f in state else 0 for f in (self.A, self.B)]
         kinds = [(tuple(f.shape), f.dtype, f.device, _placed(f)) for f in (self.A, self.B)]
-        return *kinds, self.scaling, self.n_experts, self.is_output, self.moves, step
+        return *kinds, self.scaling, self.n_experts, self.is_output, self.moves, *steps
 
 
 def stacks(slots: Sequence[Slot], state: Mapping[Any, Any], size: Any) -> Iterator[list[Slot]]:

@@ -4,16 +4,15 @@ What a table says of an optimiser stands at its class: `name`, `title`, `paper`.
 """
 
 import dataclasses
-import difflib
-import inspect
 from typing import Any
 
 from ..errors import ConfigError
-from .base import Common, PairOptimizer
+from .base import PairOptimizer
 from .lora_muon import LoraMuon
 from .lora_one import LoraOne
 from .lora_pro import LoraPro
 from .lora_rite import LoraRite
+from .options import check_options, nearest, options_of
 
 OPTIMIZERS = (LoraMuon, LoraRite, LoraOne, LoraPro)
 
@@ -46,13 +45,8 @@ def optimizer(name: str, **options: Any) -> tuple[Factory, dict[str, Any]]:
     Raises:
         ConfigError: if there is no such optimiser or option, or `lr` is missing.
     """
-    known = _options(_class_of(name))
-    for option in options:
-        if option not in known:
-            raise ConfigError(
-                f"{name} has no option {option!r}{_near(option, known)}; it has {sorted(known)}."
-            )
-    if "lr" not in options:
+    check_options(name, options, options_of(_class_of(name)))
+    if options.get("lr") is None:
         raise ConfigError(f"{name} needs a rate; pass lr, as in optimizer({name!r}, lr=0.03).")
     return Factory(name), options
 
@@ -61,17 +55,6 @@ def _class_of(name: str) -> type[PairOptimizer]:
     by_name = {kind.name: kind for kind in OPTIMIZERS}
     if name not in by_name:
         raise ConfigError(
-            f"there is no optimiser {name!r}{_near(name, by_name)}; there are {list(by_name)}."
+            f"there is no optimiser {name!r}{nearest(name, by_name)}; there are {list(by_name)}."
         )
     return by_name[name]
-
-
-def _options(kind: type[PairOptimizer]) -> set[str]:
-    parameters = inspect.signature(kind).parameters.values()
-    own = {p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
-    return own | set(Common.__annotations__)
-
-
-def _near(name: str, known: Any) -> str:
-    close = difflib.get_close_matches(name, list(known), 1)
-    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -91,7 +91,7 @@ def decomposes(matrix: Tensor) -> bool:
 def adam_direction(
     gradient: Tensor,
     moments: tuple[Tensor, Tensor],
-    step: int,
+    step: int | Tensor,
     betas: tuple[float, float],
     eps: float,
 ) -> Tensor:
@@ -100,7 +100,7 @@ def adam_direction(
     Args:
         gradient: of any shape.
         moments: `m` and `v` of that shape.
-        step: 1 for the first.
+        step: 1 for the first; or the numbers of the steps, `(n, 1, 1)`.
         betas: decay of `m` and of `v`.
         eps: added to the root.
 
@@ -113,5 +113,13 @@ def adam_direction(
     first, second = moments
     first.lerp_(gradient, 1 - betas[0])
     second.mul_(betas[1]).addcmul_(gradient, gradient, value=1 - betas[1])
-    root = (second / (1 - betas[1] ** step)).sqrt_().add_(eps)
-    return first / (1 - betas[0] ** step) / root
+    root = (second / filled(betas[1], step)).sqrt_().add_(eps)
+    return first / filled(betas[0], step) / root
+
+
+def filled(beta: float, step: int | Tensor) -> float | Tensor:
+    """`1 - beta^step`: how much of a moving average from zero is data after that many."""
+    if isinstance(step, int):
+        return 1 - beta**step
+    smallest = torch.finfo(step.dtype).tiny
+    return -torch.expm1(step * math.log(max(beta, smallest)))

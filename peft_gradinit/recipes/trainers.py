@@ -1,12 +1,12 @@
 """The trainer of a recipe: which class, with which arguments, callbacks and optimiser."""
 
+import ast
 import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from peft import PeftConfig
 from torch import nn
 from transformers import Seq2SeqTrainer, Trainer, TrainingArguments
@@ -220,6 +220,32 @@ def _starter(
     return CalibrationCallback(trainer, **options)
 
 
+def parsed_arguments(text: str) -> dict[str, Any]:
+    """Options from the text of `optim_args`, as in `momentum=0.8,nesterov=false` or `betas=(0.9, 0.95)`.
+
+    Raises:
+        ConfigError: if the text is no list of names with values.
+    """
+    try:
+        call = ast.parse(f"options({text})", mode="eval").body
+        if isinstance(call, ast.Call) and not call.args:
+            found = {str(k.arg or ""): _value(k.value) for k in call.keywords}
+            if "" not in found:
+                return found
+    except (SyntaxError, ValueError):
+        pass  # as if it were no list of names
+    raise ConfigError(
+        f"training.optim_args={text!r} is no list of names with values, such as "
+        "'momentum=0.8,nesterov=false' or 'betas=(0.9, 0.95)'."
+    )
+
+
+def _value(written: ast.expr) -> Any:
+    if isinstance(written, ast.Name):  # a word: of YAML, or a string without quotation marks
+        return {"true": True, "false": False}.get(written.id.lower(), written.id)
+    return ast.literal_eval(written)
+
+
 def _suggests_for_pairs(training: TrainingSection) -> bool:
     return training.optim in PAIR_OPTIMIZERS and training.learning_rate == SUGGESTED
 
@@ -229,8 +255,7 @@ def _optimizer(training: TrainingSection, rate: float) -> Any:
     if training.optim not in PAIR_OPTIMIZERS:
         return None
     options: dict[str, Any] = {"lr": rate, "weight_decay": training.weight_decay}
-    pairs = [pair.partition("=") for pair in (training.said().get("optim_args") or "").split(",")]
-    options |= {name.strip(): yaml.safe_load(value) for name, _, value in pairs if name.strip()}
+    options |= parsed_arguments(training.said().get("optim_args") or "")
     if training.head_learning_rate is not None:
         options["head_lr"] = training.head_learning_rate
     return optimizer(training.optim, **options)

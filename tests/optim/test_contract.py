@@ -427,3 +427,37 @@ def test_stacks_of_bounded_size_take_the_same_steps(row, monkeypatch):
     run(cut, row.make(cut))
     for a, b in zip(factors(whole), factors(cut), strict=True):
         torch.testing.assert_close(a, b)
+
+
+# States of others -----------------------------------------------------------------------------------
+
+
+def test_the_state_of_another_optimiser_is_refused():
+    saved = run_and_save(ROWS["lora_rite"])
+    with pytest.raises(ConfigError, match=r"LoRA-Muon was given the state of another optimiser"):
+        LoraMuon(toy(), lr=0.1).load_state_dict(saved)
+    saved = run_and_save(ROWS["lora_one-adamw"])
+    with pytest.raises(ConfigError, match=r"has mode='adamw', where LoRA-One has mode='gd'"):
+        ROWS["lora_one-gd"].make(toy()).load_state_dict(saved)
+
+
+def run_and_save(row):
+    model = toy()
+    optimizer = row.make(model)
+    run(model, optimizer, 1)
+    return optimizer.state_dict()
+
+
+@every_row
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float64), (torch.float64, torch.float32)])
+def test_a_state_of_another_precision_goes_on(row, dtypes):
+    first, then = dtypes
+    model, other = toy(dtype=first), toy(dtype=then)
+    optimizer, again = row.make(model), row.make(other)
+    run(model, optimizer, 2)
+    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    other.load_state_dict(model.state_dict())
+    run(other, again, 2, first=2)
+    run(model, optimizer, 2, first=2)
+    for got, want in zip(factors(other), factors(model), strict=True):
+        assert relative_error(got.double(), want.double()) < 1e-3

@@ -7,6 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers import ViTConfig, ViTModel
 
 from peft_gradinit import pairs
 from peft_gradinit.errors import ConfigError
@@ -100,6 +101,35 @@ def test_steps_of_the_output_layer_do_not_grow_with_the_vocabulary(wrap, tie):
         got = torch.linalg.matrix_norm(moved, 2).item()
         assert got == pytest.approx(ETA / 2 * unit, rel=1e-3), pair.name
     assert sum(optimizer.param_groups[0]["outputs"]) == 1
+
+
+def test_the_output_layer_is_found_behind_an_encoder():
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.images = ViTModel(
+                ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+            )
+            self.text = pico_llama(vocab_size=320, tie_word_embeddings=False)
+
+    config = LoraConfig(r=4, target_modules=["up_proj", "lm_head", "query"])
+    model = get_peft_model(Both(), config)
+    (group,) = LoraMuon(model, lr=ETA).param_groups
+    names = [pair.name for pair in pairs(model)]
+    found = [name for name, given in zip(names, group["outputs"], strict=True) if given]
+    assert found == ["text.lm_head"]
+
+
+@pytest.mark.parametrize("side", ["A", "B"])
+def test_the_product_decays_alike_if_one_factor_is_frozen(side):
+    model, pair = single()
+    getattr(pair, side).requires_grad_(False)
+    before = pair.B.detach() @ pair.A.detach()
+    optimizer = LoraMuon(model, lr=0.1, weight_decay=0.5)
+    moving = pair.B if side == "A" else pair.A
+    moving.grad = torch.zeros_like(moving)
+    optimizer.step()
+    torch.testing.assert_close(pair.B.detach() @ pair.A.detach(), 0.95 * before)
 
 
 def test_state_of_before_the_output_layer_was_told_apart_is_read():

@@ -249,6 +249,60 @@ def test_dora_biases_and_heads_are_adamws():
         assert torch.equal(p, q), name
 
 
+def test_magnitudes_of_convolutions_are_not_decayed():
+    class Images(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.linear = nn.Conv2d(3, 4, 3), nn.Linear(4, 4)
+
+    config = LoraConfig(r=2, target_modules=["conv", "linear"], use_dora=True)
+    model = get_peft_model(Images(), config)
+    optimizer = LoraMuon(model, lr=0.03, head_lr=0.1, head_weight_decay=0.5)
+    decays = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    found = {n: decays[id(p)] for n, p in model.named_parameters() if "magnitude" in n}
+    assert list(found.values()) == [0.0, 0.0]
+    of_conv = [p for n, p in model.named_parameters() if "conv.lora_A" in n]
+    assert [decays[id(p)] for p in of_conv] == [0.5]
+
+
+def bd_lora():
+    from peft.tuners.lora.config import BdLoraConfig
+
+    blocks = BdLoraConfig(nblocks=2, match_strict=False, target_modules_bd_b=["k_proj"])
+    return LoraConfig(r=4, target_modules=["q_proj", "k_proj"], use_bdlora=blocks)
+
+
+def kasa():
+    from peft.tuners.lora.config import KasaConfig
+
+    return LoraConfig(r=4, target_modules=["q_proj"], kasa_config=KasaConfig())
+
+
+@every_row
+@pytest.mark.parametrize("config", [bd_lora, kasa])
+@pytest.mark.filterwarnings("ignore")
+def test_variants_with_other_products_are_refused(row, config):
+    model = get_peft_model(pico_llama(), config())
+    with pytest.raises(ConfigError, match=r"_proj adapts its weight in another way \((Bd|Ka)"):
+        row.make(model, head_lr=1e-3)
+
+
+def test_a_factor_in_two_pairs_is_refused():
+    model = toy()
+    first, second, _ = pairs(model)
+    second.layer.lora_A["default"].weight = first.A
+    with pytest.raises(ConfigError, match="LoRA-Muon: first and second share a factor"):
+        LoraMuon(model, lr=0.03)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_factor_that_an_embedding_looks_into_is_refused():
+    config = LoraConfig(r=4, target_modules=["embed_tokens", "lm_head"], ensure_weight_tying=True)
+    model = get_peft_model(pico_llama(tie_word_embeddings=True), config)
+    with pytest.raises(ConfigError, match=r"share a factor, .* leave ensure_weight_tying out"):
+        LoraMuon(model, lr=0.03, head_lr=1e-3)
+
+
 def test_factors_of_embeddings_are_adamws():
     model = get_peft_model(pico_llama(), LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"]))
     optimizer = LoraMuon(model, lr=0.03, head_lr=1e-2)
@@ -270,7 +324,7 @@ def test_svfit_has_no_pairs():
     model = get_peft_model(
         pico_llama(), SVFitConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
     )
-    with pytest.raises(ConfigError, match="SVFit has one vector a layer"):
+    with pytest.raises(ConfigError, match="nor has SVFit"):
         LoraMuon(model, lr=0.1)
 
 

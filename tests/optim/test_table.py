@@ -1,6 +1,8 @@
 """What `Trainer` is given, and every error about options."""
 
+import numpy as np
 import pytest
+import torch
 from torch import nn
 
 from peft_gradinit.errors import ConfigError
@@ -31,6 +33,7 @@ def test_options_of_the_method_go_to_the_group_of_the_pairs():
         ("lora_muon", {"lr": 1, "betas": (0, 0)}, "lora_muon has no option 'betas'"),
         ("lora_pro", {"lr": 1, "head_Ir": 1}, r"\(did you mean 'head_lr'\?\)"),
         ("lora_muon", {}, "lora_muon needs a rate; pass lr"),
+        ("lora_rite", {"lr": None}, "lora_rite needs a rate; pass lr"),
     ],
 )
 def test_wrong_names_are_refused_before_there_is_a_model(name, options, message):
@@ -52,11 +55,45 @@ def test_wrong_names_are_refused_before_there_is_a_model(name, options, message)
         (LoraRite, {"lr": 1, "betas": (0.9, 1.0)}, r"betas\[1\] must be at least 0 and below 1"),
         (LoraRite, {"lr": 1, "betas": 0.9}, "betas must be two numbers, got 0.9"),
         (LoraOne, {"lr": 1, "eps": -1}, "eps must be at least 0 and below 1, got -1"),
+        (LoraMuon, {"lr": None}, "lr must be a number of at least 0, got None"),
+        (LoraMuon, {"lr": 1, "weight_decay": None}, "weight_decay must be a number of at least 0"),
+        (LoraMuon, {"lr": 1, "nesterov": "false"}, "nesterov must be True or False, got 'false'"),
+        (LoraMuon, {"lr": 1, "wieght_decay": 0.1}, r"LoRA-Muon has no option 'wieght_decay' \(did"),
+        (LoraMuon, {"lr": 1, "betas": (0.9, 0.95)}, "LoRA-Muon has no option 'betas'; it has"),
+        (LoraRite, {"lr": 1, "beta1": 0.9}, r"no option 'beta1' \(did you mean 'betas'\?\)"),
+        (LoraMuon, {"lr": 1, "adapter_name": None}, "adapter_name must be a name or a list of"),
+        (LoraMuon, {"lr": 1, "adapter_name": ["default", "otehr"]}, r"adapter named \['otehr'\]"),
     ],
 )
 def test_numbers_without_a_meaning_are_refused(kind, options, message):
     with pytest.raises(ConfigError, match=message):
         kind(toy(), **options)
+
+
+def test_numbers_of_numpy_are_numbers():
+    group = LoraMuon(toy(), lr=np.float32(0.5)).param_groups[0]
+    assert (group["lr"], type(group["lr"])) == (0.5, float)
+
+
+@pytest.mark.parametrize("given", [lambda m: m.parameters(), lambda m: [{"params": []}]])
+def test_parameters_in_place_of_the_model_are_an_error(given):
+    with pytest.raises(ConfigError, match=r"LoRA-Muon is made from the model, .*=optimizer\("):
+        LoraMuon(given(toy()), lr=0.1)
+
+
+def test_a_group_that_is_added_needs_its_rate():
+    model = toy()
+    optimizer = LoraMuon(model, lr=0.03)
+    head = list(model.base_model.model.head.parameters())
+    with pytest.raises(ConfigError, match=r"the group names no rate; pass .* make a new optimiser"):
+        optimizer.add_param_group({"params": head})
+    optimizer.add_param_group({"params": head, "lr": 1e-3})
+    before = [p.detach().clone() for p in head]
+    for p in head:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    for old, p in zip(before, head, strict=True):
+        torch.testing.assert_close(old - p.detach(), torch.full_like(p, 1e-3))  # as AdamW's first
 
 
 def test_what_is_in_no_pair_needs_a_rate():

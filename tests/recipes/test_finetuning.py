@@ -26,6 +26,7 @@ from peft_gradinit.recipes.evaluation import _generated
 from peft_gradinit.recipes.metrics import compute
 from peft_gradinit.recipes.progress import Losses
 from peft_gradinit.recipes.shipped import shipped
+from peft_gradinit.recipes.trainers import parsed_arguments
 from peft_gradinit.recipes.training import PAIR_OPTIMIZERS
 from peft_gradinit.records import InitReport
 from tests.recipes.images import save_vit
@@ -111,6 +112,26 @@ def test_options_of_an_optimiser_of_pairs_reach_it(tmp_path, monkeypatch):
     monkeypatch.setattr("peft_gradinit.recipes.reading.load_model", None)  # told before
     with pytest.raises(ConfigError, match=r"lora_muon has no option 'momentun' \(did you mean"):
         run(PICO, tmp_path / "bad", *more, "training.optim_args='momentun=0.5'")
+
+
+@pytest.mark.parametrize(
+    ("text", "options"),
+    [
+        ("", {}),
+        ("momentum=0.0,nesterov=false", {"momentum": 0.0, "nesterov": False}),
+        ("dampening=1e-4, mode=gd", {"dampening": 1e-4, "mode": "gd"}),
+        ("betas=(0.9,0.95)", {"betas": (0.9, 0.95)}),
+        ("betas=[0.9, 0.95],", {"betas": [0.9, 0.95]}),
+    ],
+)
+def test_arguments_of_an_optimiser_are_read_as_python_writes_them(text, options):
+    assert parsed_arguments(text) == options
+
+
+@pytest.mark.parametrize("text", ["0.9", "betas=(0.9", "**x", "a=1)+(b", "a=b()", "a=1;b=2"])
+def test_arguments_of_an_optimiser_that_are_none_are_refused(text):
+    with pytest.raises(ConfigError, match=rf"training\.optim_args='{re.escape(text)}' is no list"):
+        parsed_arguments(text)
 
 
 def test_optimisers_that_are_unknown_or_without_a_rate_are_refused():
