@@ -41,7 +41,7 @@ trainer = SFTTrainer(
     peft_config=LoraOneConfig(
         r=8,
         lora_alpha=16,
-        target_modules="auto",  # the calibration chooses layers and ranks
+        target_modules="all-linear",
         task_type="CAUSAL_LM",
         calibration="deferred",  # until the trainer has prepared the chats
     ),

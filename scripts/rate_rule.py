@@ -287,7 +287,7 @@ def table(conditions: list[Condition]) -> Table:
     return rows
 
 
-COLUMNS = ("", "rate", "that fits all", "off by, worst", "off by, mean")
+COLUMNS = ("", "rate", "mean of the best", "off by, worst", "off by, mean")
 
 
 def table_of_pairs(found: dict[str, OfPairs]) -> Table:

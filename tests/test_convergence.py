@@ -386,14 +386,15 @@ def test_published_tables_are_those_of_the_published_figures():
         assert sorted(shown) == sorted(path.name for path in folder.glob("*.png"))
 
 
-FULL = ("full", "full+muon")
+MORE = {"full": math.inf, "full+muon": math.inf, "dora": 1.13}
+"""Rows that train more numbers than LoRA, which the page says: all of them, and DoRA's magnitudes."""
 
 
 def test_methods_of_the_study_at_equal_numbers_train_no_more_than_lora():
     for task in load(STUDIES["numbers"]):
         of_lora = task.methods["lora"].n_trained
         for method, summary in task.methods.items():
-            assert method in FULL or summary.n_trained <= of_lora, (task.task, method)
+            assert summary.n_trained <= of_lora * MORE.get(method, 1.0), (task.task, method)
 
 
 def _of_readme(summary):

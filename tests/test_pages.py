@@ -25,16 +25,24 @@ def blocks(page):
 @pytest.mark.parametrize("page", ["README.md", "docs/explanations/ranks.md"])
 def test_first_examples_run_as_printed(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    code = blocks(page)[0].replace("Trainer(model, ...", "Trainer(model, arguments")
-    arguments = TrainingArguments("run", use_cpu=True, report_to=[])
-    names = {"Trainer": Trainer, "arguments": arguments}
+    made = []
+
+    class Kept(Trainer):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            made.append(self)
+
+    rows = [{name: values[0] for name, values in batch.items()} for batch in token_batches(2)]
+    args = TrainingArguments("run", use_cpu=True, report_to=[], max_steps=1, save_strategy="no")
+    names = {"Trainer": Kept, "args": args, "data": rows}
     names |= {"model": pico_llama(), "train_dataloader": token_batches()}
-    exec(code, names)
+    exec(blocks(page)[0], names)
     printed = capsys.readouterr().out
     assert f"LoRA-One: {15 if page == 'README.md' else 14} modules" in printed
     assert "learning rate" in printed
     if page == "README.md":
-        assert isinstance(names["trainer"].create_optimizer(), LoraMuon)
+        assert isinstance(made[0].optimizer.optimizer, LoraMuon)
+        assert made[0].state.global_step == 1
         assert (tmp_path / "out" / "adapter_model.safetensors").exists()
     else:
         assert len(set(init_report(names["model"]).ranks().values())) > 1
