@@ -146,7 +146,8 @@ def _colour(method: str) -> str:
 def _limits(task: TaskSummary, width: float) -> tuple[float, float]:
     """From below the best loss to above LoRA's: rates that are far off would hide the rest."""
     found = task.methods.values()
-    best = min(loss for s in found for loss in (s.loss, *s.search.values()) if loss is not None)
+    losses = (loss for s in found for loss in (s.loss, s.suggested_loss, *s.search.values()))
+    best = min(loss for loss in losses if loss is not None)
     room = max(task.aim - best, 0.02 * task.aim)
     return best - 0.15 * room, task.aim + width * room
 
