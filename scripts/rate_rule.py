@@ -48,6 +48,7 @@ PROBE = 1e-4
 POWER_STEPS = 5
 RATES, SHARES = guidance.RATES, guidance.SHARES
 """What the package suggests for optimisers of pairs: a rate, or a share of AdamW's."""
+OF_PACKAGE = RATES | SHARES
 
 
 @dataclass(frozen=True)
@@ -170,8 +171,7 @@ def _of_pairs(name: str, tasks: list[TaskSummary]) -> OfPairs:
             condition = f"{task.task}, {start}"
             found.over_adamw[condition] = interpolated(_searched(summary)) / unit
             found.models[condition] = task.task
-            rate = unit * (RATES | SHARES)[name]
-            found.excess[condition] = excess_at(rate, _searched(summary))
+            found.excess[condition] = excess_at(unit * OF_PACKAGE[name], _searched(summary))
     return found
 
 
@@ -308,7 +308,7 @@ def row_of_page(name: str, of: OfPairs, models: list[str]) -> list[str]:
     losses = [of.worst_excess(model) for model in models]
     return [
         f"`{name}`",
-        f"{(RATES | SHARES)[name]:.2g}{of_adamw}",
+        f"{OF_PACKAGE[name]:.2g}{of_adamw}",
         f"{of.share:.2g}",
         f"{worst:.1f} times",
         f"{mean:.1f} times",

@@ -59,8 +59,10 @@ class PairOptimizer(torch.optim.Optimizer):
         check_layout(model, self.title)
         check_options(self.title, common, options_of(type(self)))
         values: dict[str, Any] = {name: as_python(v) for name, v in (defaults() | common).items()}
-        of_none = {"adapter_name"} | ({"head_lr"} if values["head_lr"] is None else set())
-        check_positive(self.title, **{k: v for k, v in values.items() if k not in of_none})
+        numbers = {k: v for k, v in values.items() if k != "adapter_name"}
+        if values["head_lr"] is None:
+            del numbers["head_lr"]
+        check_positive(self.title, **numbers)
         found = trainable_pairs(model, values["adapter_name"], self.title)
         lr, decay = values["lr"], values["weight_decay"]
         of_pairs = group_of_pairs(model, found, self.title, lr=lr, weight_decay=decay, **options)
@@ -99,7 +101,7 @@ class PairOptimizer(torch.optim.Optimizer):
                 'pass {"params": ..., "lr": ...}. Pairs of another adapter cannot be added: make a new '
                 "optimiser with adapter_name=[...]."
             )
-        super().add_param_group({"weight_decay": 0.0, **param_group})
+        super().add_param_group(param_group)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Step every parameter that has a gradient.
@@ -173,9 +175,11 @@ class PairOptimizer(torch.optim.Optimizer):
         """Zeros for the state of a pair that has none."""
         for factor in (slot.A, slot.B):
             entries = self.state[factor]
-            entries.setdefault("step", 0)
-            if slot.n_experts > 1:  # older checkpoints have one number
-                counts = torch.as_tensor(entries["step"], dtype=torch.float32)
+            step = entries.get("step", 0)
+            if slot.n_experts == 1:
+                entries["step"] = int(step)  # a checkpoint may hold a tensor
+            else:  # older checkpoints have one number
+                counts = torch.as_tensor(step, dtype=torch.float32)
                 entries["step"] = counts.to(_device(factor)).expand(slot.n_experts)
         for name, layout in layouts.items():
             owner, entry = self._place(slot, name)
@@ -277,14 +281,14 @@ class PairOptimizer(torch.optim.Optimizer):
 
     def _check_same(self, loaded: Mapping[str, Any]) -> None:
         own = options_of(type(self)) - set(Common.__annotations__)
-        missing = sorted(own - loaded.keys())
-        mode = self.param_groups[0].get("mode")
-        if missing or (mode and loaded["mode"] != mode):
-            got = f"mode={loaded['mode']!r}" if not missing else f"no {', '.join(missing)}"
+        if missing := sorted(own - loaded.keys()):
+            got, want = f"no {', '.join(missing)}", f"{sorted(own)}"
+        else:
+            got, want = (f"mode={g.get('mode')!r}" for g in (loaded, self.param_groups[0]))
+        if got != want:
             raise ConfigError(
                 f"{self.title} was given the state of another optimiser: its group has {got}, where "
-                f"{self.title} has {f'mode={mode!r}' if not missing else sorted(own)}. Load it into an "
-                "optimiser of the kind that saved it."
+                f"{self.title} has {want}. Load it into an optimiser of the kind that saved it."
             )
 
 

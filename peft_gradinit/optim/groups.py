@@ -130,10 +130,9 @@ def groups_of_rest(
     Raises:
         ConfigError: if there are such parameters and no rate for them.
     """
-    known = {id(factor) for pair in found for factor in (pair.A, pair.B)}
-    rest = [(n, p) for n, p in model.named_parameters() if p.requires_grad and id(p) not in known]
+    rest = _rest(model, found)
     if rest and lr is None:
-        names = ", ".join(plain_name(name) for name, _ in rest[:3])
+        names = ", ".join(name for name, _ in rest[:3])
         more = f" and {len(rest) - 3} more" if len(rest) > 3 else ""
         raise ConfigError(
             f"{optimizer}: {names}{more} train as well and are in no pair; AdamW steps them. Pass "
@@ -211,22 +210,25 @@ def _check_apart(model: nn.Module, found: Sequence[Pair], optimizer: str) -> Non
         ConfigError: if there are such, which would be stepped twice.
     """
     factors = [(pair.name, factor) for pair in found for factor in (pair.A, pair.B)]
-    ids = {id(factor) for _, factor in factors}
-    others = [
-        (plain_name(name), p)
-        for name, p in model.named_parameters()
-        if p.requires_grad and id(p) not in ids
-    ]
     seen: dict[Any, str] = {}
-    for name, factor in (*factors, *others):
-        place = _place(factor)
-        if place is not None and place in seen:
+    for name, parameter in (*factors, *_rest(model, found)):
+        place = _place(parameter)
+        if place is None:
+            continue
+        if place in seen:
             raise ConfigError(
                 f"{optimizer}: {seen[place]} and {name} share a factor, which would be stepped twice "
                 "and by two rules; adapt one of them, leave ensure_weight_tying out, or train with "
                 "torch.optim.AdamW."
             )
         seen[place] = name
+
+
+def _rest(model: nn.Module, found: Sequence[Pair]) -> list[tuple[str, nn.Parameter]]:
+    """The parameters that train and are in no pair, after their names."""
+    known = {id(factor) for pair in found for factor in (pair.A, pair.B)}
+    named = model.named_parameters()
+    return [(plain_name(n), p) for n, p in named if p.requires_grad and id(p) not in known]
 
 
 def _place(parameter: Any) -> Any:

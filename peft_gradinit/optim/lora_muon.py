@@ -38,7 +38,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from .base import PairOptimizer
+from .base import PairOptimizer, decayed
 from .options import Common, check_flag, check_fraction
 from .stacks import Layout, Stack
 from .whitening import gram_power
@@ -100,10 +100,9 @@ class LoraMuon(PairOptimizer):
         ]
         dA, dB = lora_muon_directions(stack.A, stack.B, *moments, dampening=options["dampening"])
         half = options["lr"] / 2 * reach(stack) / abs(stack.scaling)
-        root = (1 - product_decay(options)) ** (1 / sum(stack.moves))
-        both = all(stack.moves)
-        new_A = split_decay(stack.A, dA, half, root, both=both)
-        return new_A, split_decay(stack.B, dB, half, root, both=both)
+        decay = product_decay(options)
+        stepped = split_decay if all(stack.moves) else whole_decay
+        return stepped(stack.A, dA, half, decay), stepped(stack.B, dB, half, decay)
 
 
 def reach(stack: Stack) -> float:
@@ -157,11 +156,15 @@ def lora_muon_directions(
     return _one_side(mA.mT, RB).mT, _one_side(mB, RA)
 
 
-def split_decay(
-    factor: Tensor, direction: Tensor, rate: float, root: float, *, both: bool
-) -> Tensor:
-    """`s f - rate * d / s`, so that the product of two factors decays by `s^2`; of one, `s f - rate * d`."""
-    return (factor * root).sub_(direction, alpha=rate / root if both else rate)
+def split_decay(factor: Tensor, direction: Tensor, rate: float, decay: float) -> Tensor:
+    """`s f - rate * d / s` with `s = (1 - decay)^(1/2)`: the product decays by `1 - decay`."""
+    root = math.sqrt(1 - decay)
+    return (factor * root).sub_(direction, alpha=rate / root)
+
+
+def whole_decay(factor: Tensor, direction: Tensor, rate: float, decay: float) -> Tensor:
+    """`(1 - decay) f - rate * d`, where the other factor stands still: the product decays alike."""
+    return decayed(factor, decay).sub_(direction, alpha=rate)
 
 
 def _one_side(moment: Tensor, root: Tensor) -> Tensor:

@@ -232,7 +232,7 @@ def parsed_arguments(text: str) -> dict[str, Any]:
             found = {str(k.arg or ""): _value(k.value) for k in call.keywords}
             if "" not in found:
                 return found
-    except (SyntaxError, ValueError):
+    except (SyntaxError, TypeError, ValueError):
         pass  # as if it were no list of names
     raise ConfigError(
         f"training.optim_args={text!r} is no list of names with values, such as "

@@ -252,16 +252,8 @@ NOT_PUBLISHED = frozenset({
     *PAIR_LEVERS,
     *("lora_linear", "lora_output_linear", "lora_one_auto_output_linear"),
     *("lora_output", "lora_one_ranks", "lora_one_auto", "lora_one_auto_output"),
-    *(
-        "dora",
-        "dora_less",
-        "lora_one_ranks_dora",
-        "peft_corda",
-        "corda",
-        "pissa_anchored",
-        "lora_ga_auto",
-        "lora_ga_auto_output",
-    ),
+    *("dora", "dora_less", "lora_one_ranks_dora", "lora_ga_auto", "lora_ga_auto_output"),
+    *("peft_corda", "corda", "pissa_anchored"),
     *(name for name in METHODS if "+" in name),
 })
 """Rows that `run` makes, and whose figures are not in `measured/` yet."""

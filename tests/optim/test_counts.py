@@ -50,8 +50,7 @@ def test_an_expert_that_is_reached_late_steps_as_a_pair_that_begins_then(row):
             own.step()
     for got, want in zip(pair.matrices()[1], (late.A, late.B), strict=True):
         torch.testing.assert_close(got, want.detach(), rtol=1e-6, atol=1e-9)
-    if "step" in whole.state[pair.A]:
-        assert whole.state[pair.A]["step"].tolist() == [8, 3, 8, 8]
+    assert whole.state[pair.A]["step"].tolist() == [8, 3, 8, 8]
 
 
 @every_row
@@ -149,4 +148,20 @@ def test_a_frozen_factor_does_not_cost_the_count_of_a_checkpoint_of_torch_distri
         set_optimizer_state_dict(other, again, kept)
     for m, o in ((model, optimizer), (other, again)):
         run(m, o, 3, first=30)
+    assert same(factors(model), factors(other))
+
+
+@every_row
+def test_a_count_that_comes_back_as_a_tensor_goes_on(row):
+    model = toy()
+    optimizer = row.make(model)
+    run(model, optimizer, 2)
+    other = copy.deepcopy(model)
+    again = row.make(other)
+    kept = copy.deepcopy(optimizer.state_dict())
+    for entries in kept["state"].values():
+        entries["step"] = torch.tensor(entries["step"])
+    again.load_state_dict(kept)
+    for m, o in ((model, optimizer), (other, again)):
+        run(m, o, 2, first=2)
     assert same(factors(model), factors(other))

@@ -128,7 +128,9 @@ def test_arguments_of_an_optimiser_are_read_as_python_writes_them(text, options)
     assert parsed_arguments(text) == options
 
 
-@pytest.mark.parametrize("text", ["0.9", "betas=(0.9", "**x", "a=1)+(b", "a=b()", "a=1;b=2"])
+@pytest.mark.parametrize(
+    "text", ["0.9", "betas=(0.9", "**x", "a=1)+(b", "a=b()", "a=1;b=2", "a={[1]: 2}"]
+)
 def test_arguments_of_an_optimiser_that_are_none_are_refused(text):
     with pytest.raises(ConfigError, match=rf"training\.optim_args='{re.escape(text)}' is no list"):
         parsed_arguments(text)
