@@ -47,7 +47,10 @@ def optimizer(name: str, **options: Any) -> tuple[Factory, dict[str, Any]]:
     """
     check_options(name, options, options_of(_class_of(name)))
     if options.get("lr") is None:
-        raise ConfigError(f"{name} needs a rate; pass lr, as in optimizer({name!r}, lr=0.03).")
+        raise ConfigError(
+            f"{name} needs a rate; pass lr, such as what suggest_learning_rate(model, "
+            f"optimizer={name!r}) gives."
+        )
     return Factory(name), options
 
 
