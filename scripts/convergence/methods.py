@@ -79,12 +79,20 @@ def a_rank_less_with_dora(model: PreTrainedModel, task: Task, batches: list[Rows
     return get_peft_model(model, config)
 
 
-def by_gradient_with_dora(model: PreTrainedModel, task: Task, batches: list[Rows]) -> nn.Module:
+def with_dora(word: str | None = None, **options: Any) -> Start:
     """Our LoRA-One with DoRA and ranks by gradient; ranks and magnitudes are as many numbers as LoRA's."""
-    lora = get_peft_model(copy.deepcopy(model), LoraConfig(**adapter_of(task)))
-    budget = sum(p.A.numel() + p.B.numel() - p.B.shape[0] for p in pairs(lora))
-    options = {**EQUAL_NUMBERS, "budget": budget, "use_dora": True}
-    return calibrated(LoraOneConfig, **options)(model, task, batches)
+
+    def start(model: PreTrainedModel, task: Task, batches: list[Rows]) -> nn.Module:
+        lora = get_peft_model(copy.deepcopy(model), LoraConfig(**adapter_of(task)))
+        budget = sum(p.A.numel() + p.B.numel() - p.B.shape[0] for p in pairs(lora))
+        if word is not None:
+            budget -= model.get_output_embeddings().weight.shape[0]
+        chosen: dict[str, Any] = {**EQUAL_NUMBERS, "budget": budget, "use_dora": True, **options}
+        if word is not None:
+            return automatic(LoraOneConfig, word, **chosen)(model, task, batches)
+        return calibrated(LoraOneConfig, **chosen)(model, task, batches)
+
+    return start
 
 
 def svfit(**options: Any) -> Start:
@@ -172,7 +180,14 @@ METHODS: dict[str, Method] = {
         has_output=True,
     ),
     "lora_one_ranks_dora": Method(
-        "LoRA-One, ranks by gradient, DoRA", by_gradient_with_dora, 3.2e-3, **CALIBRATED
+        "LoRA-One, ranks by gradient, DoRA", with_dora(), 3.2e-3, **CALIBRATED
+    ),
+    "lora_one_auto_output_dora": Method(
+        "LoRA-One, `auto+output`, DoRA",
+        with_dora("auto+output"),
+        3.2e-3,
+        **CALIBRATED,
+        has_output=True,
     ),
     "lora_one_riemannian": Method(
         "LoRA-One, Riemannian",
@@ -226,7 +241,7 @@ for kind in OPTIMIZERS:
         suggests=kind.name,
         has_output=True,
     )
-for name in ("lora_one", "lora_one_auto", "lora_one_ranks_dora"):
+for name in ("lora_one", "lora_one_auto", "lora_one_ranks_dora", "lora_one_auto_output_dora"):
     METHODS[f"{name}+lora_muon"] = replace(
         METHODS[name],
         title=f"{METHODS[name].title}; optimiser LoRA-Muon",
@@ -252,7 +267,8 @@ NOT_PUBLISHED = frozenset({
     *PAIR_LEVERS,
     *("lora_linear", "lora_output_linear", "lora_one_auto_output_linear"),
     *("lora_output", "lora_one_ranks", "lora_one_auto", "lora_one_auto_output"),
-    *("dora", "dora_less", "lora_one_ranks_dora", "lora_ga_auto", "lora_ga_auto_output"),
+    *("dora", "dora_less", "lora_one_ranks_dora", "lora_one_auto_output_dora"),
+    *("lora_ga_auto", "lora_ga_auto_output"),
     *("peft_corda", "corda", "pissa_anchored"),
     *(name for name in METHODS if "+" in name),
 })
