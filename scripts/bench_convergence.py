@@ -14,7 +14,6 @@ with settings of your own. `--device cuda` trains on a GPU; take few `--jobs` th
 """
 
 import argparse
-import math
 import os
 import sys
 from pathlib import Path
@@ -27,9 +26,9 @@ from convergence.costs import measure_costs
 from convergence.levers import LEVERS
 from convergence.methods import METHODS
 from convergence.pair_levers import PAIR_LEVERS
-from convergence.report import beside, overview, without_sweep, write_report
+from convergence.report import beside, longer, overview, without_sweep, write_report
 from convergence.settings import FOLDER, Settings, load_settings
-from convergence.study import BASELINE, Study, carry_out, load_task, prepare_process
+from convergence.study import PARTS, Study, carry_out, load_task, prepare_process
 from convergence.summary import TaskSummary, load, save, summarise_task
 
 USUAL = [name for name in METHODS if name not in LEVERS | PAIR_LEVERS]
@@ -50,7 +49,9 @@ def main() -> None:
     )
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=USUAL, metavar="M")
     parser.add_argument(
-        "--only-search", action="store_true", help="no more than the search for the learning rate"
+        "--only",
+        choices=PARTS,
+        help="of `run`: no more than the search for the learning rate; or the shorter or longer runs alone",
     )
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes side by side")
     parser.add_argument("--device", default="cpu", help="where to train: cpu, cuda, cuda:1, …")
@@ -75,7 +76,7 @@ def main() -> None:
             options.methods,
             options.jobs,
             options.device,
-            only_search=options.only_search,
+            options.only,
         )
     elif options.command == "costs":
         measure_costs(studies, options.methods, options.jobs, options.device)
@@ -116,7 +117,11 @@ def shown(study: str, tasks: list[TaskSummary]) -> dict[str, str]:
     """The tables of a study that the page has."""
     tables = {f"equal {study}": overview(tasks)}
     if study == "numbers":
-        tables |= {"without a sweep": without_sweep(tasks), "costs and changes": beside(tasks)}
+        tables |= {
+            "without a sweep": without_sweep(tasks),
+            "longer runs": longer(tasks),
+            "costs and changes": beside(tasks),
+        }
     return tables
 
 
@@ -138,9 +143,7 @@ def _fault(command: str, studies: list[Study]) -> str | None:
 
 def _study(folder: Path, task: str) -> Study:
     earlier = _published(load_settings(task), "numbers")
-    search = earlier.methods[BASELINE].search if earlier else {}
-    best = min((loss for loss in search.values() if loss is not None), default=math.inf)
-    return Study(folder, task, best)
+    return Study(folder, task, earlier.searches() if earlier else None)
 
 
 def _published(settings: Settings, study: str) -> TaskSummary | None:

@@ -39,12 +39,12 @@ from convergence.plan import (  # noqa: E402
     steps_to,
     usable_range,
 )
-from convergence.report import COLUMNS, beside, interval, markdown  # noqa: E402
+from convergence.report import COLUMNS, beside, interval, longer, markdown  # noqa: E402
 from convergence.settings import load_settings  # noqa: E402
 from convergence.study import REFERENCES, Study, carry_out  # noqa: E402
-from convergence.summary import load, save, summarise_task  # noqa: E402
+from convergence.summary import Summary, TaskSummary, load, save, summarise_task  # noqa: E402
 from convergence.tasks import TASKS, fold  # noqa: E402
-from convergence.training import Key, run  # noqa: E402
+from convergence.training import Key, run, warmup_steps  # noqa: E402
 from rate_rule import (  # noqa: E402
     RULES,
     Condition,
@@ -189,7 +189,7 @@ def bench(command, folder, *more):
 def test_study_goes_on_where_it_was_and_reports_itself(tmp_path):
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
     assert "is not over" in bench("report", tmp_path)
-    searched = bench("run", tmp_path, "--only-search")
+    searched = bench("run", tmp_path, "--only", "search")
     assert set(re.findall(r"seed (\d), (\d+) steps", searched)) == {("0", "10")}
     printed = bench("run", tmp_path)
     assert "digits lora_ga lr" in printed
@@ -197,7 +197,7 @@ def test_study_goes_on_where_it_was_and_reports_itself(tmp_path):
     assert {"lora", "lora_ga"} == {p.parent.name for p in results}
     runs = [json.loads(p.read_text()) for p in results]
     of_lora = {(r["seed"], r["steps"]) for r in runs if r["method"] == "lora"}
-    assert of_lora == {(s, n) for s in (0, 1, 2, 3) for n in (6, 10)}
+    assert of_lora == {(s, n) for s in (0, 1, 2, 3) for n in (6, 10, 40)}
     results[0].unlink()
     again = bench("run", tmp_path)
     assert again.count("digits lora") == 1  # what was lost, and nothing else
@@ -227,6 +227,7 @@ def test_study_goes_on_where_it_was_and_reports_itself(tmp_path):
     reported = {float(f"{r['curve'][-1][1]:.6g}") for r in runs if r["seed"]}
     assert all(set(summary.losses) <= reported for summary in kept.methods.values())
     assert {len(summary.suggested_losses) for summary in kept.methods.values()} == {3}
+    assert [len(summary.long_losses) for summary in kept.in_order().values()] == [3, 0]
     for name in ("rates_digits.png", "curves_digits.png"):
         assert (tmp_path / "out/convergence" / name).read_bytes().startswith(b"\x89PNG")
 
@@ -340,7 +341,7 @@ def test_two_variants_of_a_task_keep_their_runs_apart(tmp_path, monkeypatch):
         "convergence.study.ProcessPoolExecutor", lambda *a, **b: ThreadPoolExecutor(1)
     )
 
-    carry_out(studies, ["lora"], 1, only_search=True)
+    carry_out(studies, ["lora"], 1, only="search")
 
     found = [{round(loss) for loss in study.search("lora").values()} for study in studies]
     assert found == [{1}, {2}]
@@ -365,6 +366,52 @@ def test_variants_are_neither_mixed_nor_published(
     with pytest.raises(SystemExit):
         bench_convergence.main()
     assert what in capsys.readouterr().err
+
+
+def saved_run(study, method, lr, seed, steps, loss):
+    key = Key("digits", method, lr, seed, steps)
+    study.save(key, {**dataclasses.asdict(key), "curve": [[steps, loss, 0.5]]})
+
+
+def test_longer_runs_begin_at_a_published_rate_and_join_what_is_published(tmp_path):
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+    rates = searched(3.2e-3, parabola(5.6e-3, 0.4))
+    study = Study(tmp_path, str(tmp_path / "tiny.yaml"), {"lora": rates})
+    published = summary_of(search=rates, losses=[0.3, 0.2, 0.1])
+    earlier = TaskSummary("digits", "", 10, {"lora": published, "lora_ga": published})
+    assert study.best("lora_ga") is None
+    assert study.pending("lora_ga", "longer") == []
+    asked = []
+    while keys := study.pending("lora", "longer"):
+        for key in keys:
+            asked.append((key.lr, key.seed))
+            saved_run(
+                study, "lora", key.lr, key.seed, key.steps, parabola(3.2e-3)(key.lr) + key.seed
+            )
+            assert key.steps == 40
+
+    together = summarise_task(study, ["lora", "lora_ga"], earlier)
+
+    found = together.methods["lora"]
+    assert asked[0] == (5.6e-3, 0)
+    assert {lr for lr, seed in asked if seed} == {3.2e-3}  # its own best, not the published one
+    assert (found.long_lr, found.long_losses) == (3.2e-3, [2.0, 3.0, 4.0])
+    assert found.losses == published.losses
+    assert together.methods["lora_ga"] == published
+    header, _, row = longer([together]).splitlines()
+    assert (header, row) == ("| | digits |", "| LoRA | 3.000 |")
+
+
+def summary_of(**known):
+    lists = ("accuracies", "reach", "short_losses", "suggested_losses", "forgetting", "curve")
+    numbers = ("lr", "short_lr", "suggested_lr", "start_steps", "n_trained")
+    empty = {name: [] for name in lists} | dict.fromkeys(numbers, 1.0)
+    return Summary(**empty, usable=(1e-3, 1e-2), **known)
+
+
+@pytest.mark.parametrize(("n_steps", "warmup"), [(6, 0), (80, 5), (48, 4), (320, 20)])
+def test_warmup_of_longer_runs_is_as_long_a_part(n_steps, warmup):
+    assert warmup_steps(load_settings("docstrings").training, n_steps) == warmup
 
 
 def test_rows_with_an_output_layer_are_for_language_models(tmp_path):

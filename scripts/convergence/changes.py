@@ -19,8 +19,6 @@ from peft_gradinit.files import write_json
 from peft_gradinit.linalg import TruncatedSVD, intruder_dimensions, truncated_svd
 
 from .method import HEADS
-from .methods import METHODS
-from .plan import best_rate, next_rates
 from .study import Study, load_task, prepare_process
 from .training import Key, run
 
@@ -45,12 +43,10 @@ def measure_changes(
 
 
 def _key(study: Study, method: str) -> Key | None:
-    losses = study.search(method)
-    if next_rates(METHODS[method].first_rate, losses):
+    lr = study.best(method) if study.has(method) else None
+    if lr is None:
         return None
-    return Key(
-        study.settings.task, method, best_rate(losses), study.settings.reported[0], study.steps
-    )
+    return Key(study.settings.task, method, lr, study.settings.reported[0], study.steps)
 
 
 def _measure(task_name: str, key: Key, device: str) -> dict[str, float | None]:

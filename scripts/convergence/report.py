@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 
 from .methods import METHODS
@@ -157,21 +158,35 @@ def _short_cells(task: TaskSummary, summary: Summary) -> list[str]:
 
 def without_sweep(tasks: list[TaskSummary]) -> str:
     """Losses at the suggested rates, next to LoRA's at its own, as a Markdown table."""
+    return _by_task(tasks, lambda summary: summary.suggested_losses)
+
+
+def longer(tasks: list[TaskSummary]) -> str:
+    """Losses of runs that are four times as long, next to LoRA's, as a Markdown table."""
+    return _by_task(tasks, lambda summary: summary.long_losses)
+
+
+def _by_task(tasks: list[TaskSummary], losses: Callable[[Summary], list[float]]) -> str:
+    """Losses of some kind of run, next to LoRA's of that kind: a row a method, a column a task."""
     lines = ["| | " + " | ".join(t.task for t in tasks) + " |", "|---" * (len(tasks) + 1) + "|"]
     for method in METHODS:
-        cells = [_without_sweep(task, method) for task in tasks]
+        cells = [_next_to_baseline(task, method, losses) for task in tasks]
         if any(cells):
             lines.append(f"| {_name(method)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _without_sweep(task: TaskSummary, method: str) -> str:
-    summary, baseline = task.methods.get(method), task.methods[BASELINE]
-    if summary is None or not summary.suggested_losses:
+def _next_to_baseline(
+    task: TaskSummary, method: str, losses: Callable[[Summary], list[float]]
+) -> str:
+    summary, of_baseline = task.methods.get(method), losses(task.methods[BASELINE])
+    if summary is None or not losses(summary):
         return ""
-    pairs = zip(summary.suggested_losses, baseline.suggested_losses, strict=True)
-    difference = interval([loss - of_lora for loss, of_lora in pairs], signed=True)
-    return f"{summary.suggested_loss:.3f}" + ("" if method == BASELINE else f" ({difference})")
+    loss = f"{statistics.mean(losses(summary)):.3f}"
+    if method == BASELINE or not of_baseline:
+        return loss
+    pairs = zip(losses(summary), of_baseline, strict=True)
+    return f"{loss} ({interval([one - other for one, other in pairs], signed=True)})"
 
 
 BESIDE_COLUMNS = ("start", "step", "memory", "old data", "intruders", "size of the change")

@@ -7,7 +7,7 @@ import math
 import multiprocessing
 import statistics
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from pathlib import Path
 
@@ -22,12 +22,24 @@ from .tasks import TASKS, Task, on_device
 from .training import Key, run, start_steps
 
 BASELINE = "lora"
-REFERENCES = (BASELINE, "full")
+REFERENCES = (BASELINE, "lora_output", "full")
 WITH_OUTPUT = ("topics", "functions", "reference")
 """Tasks whose model has an output layer."""
 SHORTER = 0.6
 """Shorter runs, calibration included, of the references and of those of our types that end near the
 baseline, with a schedule and a best rate of their own: what a user would do who is in a hurry."""
+LONGER = 4
+"""How many times as long the longer runs are, with a schedule and a best rate of their own."""
+ALSO_LONGER = (
+    *("full", BASELINE, "lora_output", "dora", "lora_one_auto", "lora_one_auto_output"),
+    *("lora_one_ranks+lora_muon", "lora_one_ranks_dora+lora_muon"),
+    *("lora_output+lora_muon", "lora_one_auto_output+lora_muon"),
+)
+"""Methods that have longer runs."""
+PARTS = ("search", "shorter", "longer")
+"""Runs that can be asked for alone."""
+Searches = Mapping[str, Losses]
+"""Mean final loss by learning rate, by method."""
 
 
 class Study:
@@ -36,12 +48,13 @@ class Study:
     Args:
         folder: of all results; those of other settings lie beside these.
         task: name of the task, or path of its file.
-        of_baseline: published best loss of LoRA's search, for a folder that lacks its runs.
+        published: searches that a folder need not have for runs of other lengths, and for what is
+            measured at the best rate.
     """
 
-    def __init__(self, folder: Path, task: str, of_baseline: float = math.inf):
+    def __init__(self, folder: Path, task: str, published: Searches | None = None):
         self.task = task
-        self.of_baseline = of_baseline
+        self.published = published or {}
         self.settings = load_settings(task)
         self.folder = folder / self.settings.task / self.settings.key
         self.steps = self.settings.training.steps
@@ -53,6 +66,10 @@ class Study:
     def shorter(self, method: str) -> int:
         """Steps of a method's shorter runs: what calibrating leaves of 60 %."""
         return round(self.steps * SHORTER - start_steps(METHODS[method], self.settings))
+
+    def longer(self) -> int:
+        """Steps of longer runs."""
+        return self.steps * LONGER
 
     def path_of(self, key: Key) -> Path:
         """Where a run is kept."""
@@ -99,26 +116,45 @@ class Study:
         rates = [r["suggested_lr"] for r in searched if r.get("suggested_lr")]
         return float(f"{statistics.median(rates):.2g}") if rates else None
 
-    def pending(self, method: str, *, only_search: bool = False) -> list[Key]:
-        """Runs that a method needs next: the search, then seeds, the suggested rate, shorter runs."""
+    def best(self, method: str) -> float | None:
+        """The best rate of whole runs, by a search that is over, here or published."""
+        for losses in (self.search(method), self.published.get(method, {})):
+            if not next_rates(METHODS[method].first_rate, losses):
+                return best_rate(losses)
+        return None
+
+    def pending(self, method: str, only: str | None = None) -> list[Key]:
+        """Runs that a method needs next.
+
+        Args:
+            method: name.
+            only: one of `PARTS`. Default: the search, then the reported seeds, the suggested rate, and
+                the shorter and longer runs of those methods that have them.
+        """
         if not self.has(method):
             return []
+        lengths = {"shorter": self.shorter(method), "longer": self.longer()}
+        if only in lengths:
+            return self._pending_of_length(method, lengths[only])
         losses = self.search(method)
         rates = next_rates(METHODS[method].first_rate, losses)
         if rates:
             return self._missing(method, rates, self.steps, self.settings.searched)
-        if only_search:
+        if only == "search":
             return []
         suggested = self.suggested(method)
         rates = [best_rate(losses)] + ([] if suggested is None else [suggested])
         wanted = self._missing(method, rates, self.steps, self.settings.reported)
         if method in REFERENCES or (METHODS[method].ours and self._is_near_baseline(losses)):
-            wanted += self._pending_shorter(method, best_rate(losses))
+            wanted += self._pending_of_length(method, lengths["shorter"])
+        if method in ALSO_LONGER:
+            wanted += self._pending_of_length(method, lengths["longer"])
         return wanted
 
-    def _pending_shorter(self, method: str, first: float) -> list[Key]:
-        steps = self.shorter(method)
-        losses = self.search(method, steps)
+    def _pending_of_length(self, method: str, steps: int) -> list[Key]:
+        losses, first = self.search(method, steps), self.best(method)
+        if first is None:
+            return []
         if rates := neighbouring_rates(first, losses):
             return self._missing(method, rates, steps, self.settings.searched)
         return self._missing(method, [best_rate(losses)], steps, self.settings.reported)
@@ -130,7 +166,8 @@ class Study:
 
     def _is_near_baseline(self, losses: Losses) -> bool:
         """Whether a method ends near plain LoRA; one that does not is not run for fewer steps."""
-        of_baseline = min(self.search(BASELINE).values(), default=self.of_baseline)
+        known = self.search(BASELINE) or self.published.get(BASELINE, {})
+        of_baseline = min(known.values(), default=math.inf)
         return min(losses.values()) <= of_baseline * (1 + TOLERANCE)
 
 
@@ -145,8 +182,7 @@ def carry_out(
     methods: Iterable[str],
     n_processes: int,
     device: str = "cpu",
-    *,
-    only_search: bool = False,
+    only: str | None = None,
 ) -> None:
     """Run what is pending until nothing is.
 
@@ -155,7 +191,7 @@ def carry_out(
         methods: names.
         n_processes: side by side, each with one thread.
         device: where they train.
-        only_search: without the reported seeds, the suggested rate and shorter runs.
+        only: one of `PARTS`.
     """
     methods = list(methods)
     context = multiprocessing.get_context("spawn")
@@ -167,7 +203,7 @@ def carry_out(
                 for study in studies
                 for m in methods
                 if (study.task, m) not in failed
-                for key in study.pending(m, only_search=only_search)
+                for key in study.pending(m, only)
             ]
             for study, key in wanted:
                 if (study, key) not in running.values() and len(running) < 2 * n_processes:

@@ -5,8 +5,9 @@ import json
 import math
 import statistics
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from scipy import stats
 
@@ -48,6 +49,8 @@ class Summary:
         costs: of `costs`, if measured.
         spread: half of the 95 % interval of every loss of the curve; empty in older summaries.
         changes: of `changes`, if measured.
+        long_lr: the best rate of runs that are four times as long.
+        long_losses: their final loss, of every seed.
     """
 
     lr: float
@@ -67,6 +70,8 @@ class Summary:
     costs: dict[str, float] = field(default_factory=dict)
     spread: list[float] = field(default_factory=list)
     changes: dict[str, float | None] = field(default_factory=dict)
+    long_lr: float | None = None
+    long_losses: list[float] = field(default_factory=list)
 
     @property
     def loss(self) -> float:
@@ -111,6 +116,13 @@ class TaskSummary:
         """The methods in the order of the table of methods."""
         return {m: self.methods[m] for m in METHODS if m in self.methods}
 
+    def searches(self) -> dict[str, dict[float, float]]:
+        """Mean final losses by learning rate, by method; infinite where runs diverged."""
+        return {
+            method: {lr: math.inf if loss is None else loss for lr, loss in of.search.items()}
+            for method, of in self.methods.items()
+        }
+
     @property
     def aim(self) -> float:
         """Tuned LoRA's mean final loss."""
@@ -125,13 +137,13 @@ def summarise_task(
     Args:
         study: of the task.
         methods: names.
-        earlier: a summary of the same settings; methods that have no runs here are taken from it.
+        earlier: a summary of the same settings; what has no runs here is taken from it.
     """
     kept = {} if earlier is None else earlier.methods
-    baseline = _summarise(study, BASELINE, math.inf) or kept.get(BASELINE)
+    baseline = _whole(study, BASELINE, math.inf) or kept.get(BASELINE)
     if baseline is None:
         return None
-    found = {m: _summarise(study, m, baseline.loss) for m in methods}
+    found = {m: _whole(study, m, baseline.loss) or kept.get(m) for m in (BASELINE, *methods)}
     settings = study.settings
     return TaskSummary(
         task=settings.task,
@@ -140,19 +152,18 @@ def summarise_task(
             f"{settings.seeds} seeds"
         ),
         steps=study.steps,
-        methods=kept | {BASELINE: baseline} | {m: s for m, s in found.items() if s is not None},
+        methods=kept | {m: replace(s, **_beside(study, m)) for m, s in found.items() if s},
         key=settings.key,
     )
 
 
-def _summarise(study: Study, method: str, aim: float) -> Summary | None:
+def _whole(study: Study, method: str, aim: float) -> Summary | None:
+    """Of whole runs, if all of them are there."""
     search = study.search(method)
     if next_rates(METHODS[method].first_rate, search):
         return None
     lr, suggested = best_rate(search), study.suggested(method)
     runs = [r for r in study.runs(method) if r["seed"] in study.settings.reported]
-    short_search = study.search(method, study.shorter(method))
-    short_lr = best_rate(short_search) if short_search else None
     whole = _chosen(runs, lr, study.steps)
     if len(whole) < study.settings.seeds:
         return None
@@ -165,8 +176,8 @@ def _summarise(study: Study, method: str, aim: float) -> Summary | None:
         losses=list(map(final_loss, whole)),
         accuracies=[r["curve"][-1][2] for r in whole],
         reach=[_reach(r, aim) for r in whole],
-        short_lr=short_lr,
-        short_losses=_losses(study, runs, short_lr, study.shorter(method)),
+        short_lr=None,
+        short_losses=[],
         suggested_lr=suggested,
         suggested_losses=_losses(study, runs, suggested, study.steps),
         forgetting=[
@@ -178,8 +189,6 @@ def _summarise(study: Study, method: str, aim: float) -> Summary | None:
             [points[0][0] + before, statistics.mean(p[1] for p in points)]
             for points in zip(*(r["curve"] for r in whole), strict=True)
         ],
-        costs=study.kept("costs").get(method, {}),
-        changes=study.kept("changes").get(method, {}),
         spread=[
             half_interval([p[1] for p in points])
             for points in zip(*(r["curve"] for r in whole), strict=True)
@@ -187,9 +196,21 @@ def _summarise(study: Study, method: str, aim: float) -> Summary | None:
     )
 
 
+def _beside(study: Study, method: str) -> dict[str, Any]:
+    """What is known beside whole runs: runs of other lengths, costs, changes."""
+    known = {name: study.kept(name).get(method) for name in ("costs", "changes")}
+    for name, steps in (("short", study.shorter(method)), ("long", study.longer())):
+        search = study.search(method, steps)
+        lr = best_rate(search) if search else None
+        losses = _losses(study, study.runs(method), lr, steps)
+        known |= {f"{name}_lr": lr, f"{name}_losses": losses} if losses else {}
+    return {name: value for name, value in known.items() if value}
+
+
 def _losses(study: Study, runs: list[dict], lr: float | None, steps: int) -> list[float]:
-    """Final losses of every seed; none unless all seeds are there."""
-    losses = [final_loss(run) for run in _chosen(runs, lr, steps)]
+    """Final losses of every reported seed; none unless all of them are there."""
+    reported = [run for run in runs if run["seed"] in study.settings.reported]
+    losses = [final_loss(run) for run in _chosen(reported, lr, steps)]
     return losses if len(losses) == study.settings.seeds else []
 
 

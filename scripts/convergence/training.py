@@ -122,8 +122,9 @@ def calibration_batches(task: Task, seed: int) -> list[Rows]:
 
 
 def warmup_steps(training: Training, n_steps: int) -> int:
-    """Of a run: those of the task, but no more than a tenth of the run."""
-    return min(training.warmup_steps, n_steps // 10)
+    """Of a run: those of the task, in proportion in a longer one; no more than a tenth of the run."""
+    longer = max(1.0, n_steps / training.steps)
+    return min(round(training.warmup_steps * longer), n_steps // 10)
 
 
 def train(
