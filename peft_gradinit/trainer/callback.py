@@ -29,6 +29,7 @@ from ..tuners import (
 )
 from .logs import log_start, logged_rate
 from .optimizers import (
+    MadeAt,
     before_optimizer,
     check_rate,
     give_heads_a_rate,
@@ -51,6 +52,10 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
 SUGGESTED = "suggested"
+_GIVEN_OPTIMIZER = (
+    "the trainer was given an optimiser, which has its learning rate; make it with "
+    "suggest_learning_rate(model).suggested, or let the trainer make one."
+)
 
 
 class CalibrationCallback(TrainerCallback):
@@ -122,6 +127,7 @@ class CalibrationCallback(TrainerCallback):
         )
         self._has_started = self._has_warned = self._has_told = False
         self._new: list[str] = []
+        self._made_at: MadeAt | None = None
         before_optimizer(trainer, self._begin_early, self._adjust_optimizer)
 
     # Before the optimiser ---------------------------------------------------------------------
@@ -149,8 +155,13 @@ class CalibrationCallback(TrainerCallback):
             self.trainer.args.learning_rate = self._suggested(peft_model)
 
     def _adjust_optimizer(self, optimizer: "Optimizer") -> None:
-        if self.head_learning_rate is not None and self in self.trainer.callback_handler.callbacks:
-            give_heads_a_rate(optimizer, self._peft_model(), self.head_learning_rate)
+        if self not in self.trainer.callback_handler.callbacks:
+            return
+        n_heads = 0
+        if self.head_learning_rate is not None:
+            n_heads = give_heads_a_rate(optimizer, self._peft_model(), self.head_learning_rate)
+        rates = [group["lr"] for group in optimizer.param_groups]
+        self._made_at = MadeAt(self.trainer.args.learning_rate, rates, n_heads)
 
     # When training begins ---------------------------------------------------------------------
 
@@ -181,7 +192,9 @@ class CalibrationCallback(TrainerCallback):
         elif not self._new:
             self._warn_of_no_work(state)
         if self.learning_rate is not None:
-            rescale_rates(self.trainer, self._suggested(peft_model))
+            if self._made_at is None:
+                raise ConfigError(_GIVEN_OPTIMIZER)
+            rescale_rates(self.trainer, self._suggested(peft_model), self._made_at)
         if not state.global_step and (self._new or not self._has_told):
             self._tell(peft_model)
         self._new, self._has_told = [], True
@@ -297,10 +310,7 @@ def _check_rates(trainer: "Trainer", rate: object, head_rate: object) -> None:
             "trainer's arguments, from suggest_learning_rate(model) once the adapter has its start."
         )
     if trainer.optimizer is not None:
-        raise ConfigError(
-            "the trainer was given an optimiser, which has its learning rate; make it with "
-            "suggest_learning_rate(model).suggested, or let the trainer make one."
-        )
+        raise ConfigError(_GIVEN_OPTIMIZER)
     if rate is not None and (kind := other_than_adam(trainer)):
         raise ConfigError(
             f"learning_rate={SUGGESTED!r} is for Adam and its kin, but the trainer makes {kind}; "

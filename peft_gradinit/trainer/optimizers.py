@@ -4,6 +4,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from peft.utils import AuxiliaryTrainingWrapper
@@ -96,28 +97,50 @@ def whole_on_device(trainer: "Trainer", model: nn.Module) -> Iterator[None]:
         model.to(device)
 
 
-def rescale_rates(trainer: "Trainer", rate: float) -> None:
+@dataclass(frozen=True)
+class MadeAt:
+    """The rates that an optimiser was made with.
+
+    Attributes:
+        rate: that of the trainer's arguments.
+        of_groups: that of every group.
+        n_own: how many groups, the last ones, have a rate that does not depend on the arguments'.
+    """
+
+    rate: float
+    of_groups: list[float]
+    n_own: int = 0
+
+
+def rescale_rates(trainer: "Trainer", rate: float, made_at: MadeAt) -> None:
     """Set the rate of an optimiser and a schedule that were made with another one.
 
-    The first group has the rate itself; the ratios of the others to it stay.
+    The ratios of the groups' rates to that of the arguments stay. Groups that have other rates by now have
+    them from a checkpoint, and keep them.
     """
     groups: Any = cast("Any", trainer.optimizer).param_groups
     trainer.args.learning_rate = rate
-    factor = rate / groups[0].get("initial_lr", groups[0]["lr"])
-    if math.isclose(factor, 1.0):
-        return
-    for group in groups:
+    n_scaled = len(made_at.of_groups) - made_at.n_own
+    factors = [1.0] * len(groups)
+    for i, (group, made) in enumerate(zip(groups[:n_scaled], made_at.of_groups, strict=False)):
+        if not math.isclose(group.get("initial_lr", group["lr"]), made):
+            continue
+        factors[i] = rate / made_at.rate
         for name in {"lr", "initial_lr"} & group.keys():
-            group[name] = group[name] * factor
+            group[name] = group[name] * factors[i]
     schedule: Any = trainer.lr_scheduler
     schedule = getattr(schedule, "scheduler", schedule)  # inside Accelerate's wrapper
     if hasattr(schedule, "base_lrs"):  # not one that waits for a plateau
-        schedule.base_lrs = [base * factor for base in schedule.base_lrs]
+        bases = zip(schedule.base_lrs, factors, strict=True)
+        schedule.base_lrs = [base * factor for base, factor in bases]
         schedule._last_lr = [group["lr"] for group in groups]
 
 
-def give_heads_a_rate(optimizer: "Optimizer", model: nn.Module, rate: float) -> None:
+def give_heads_a_rate(optimizer: "Optimizer", model: nn.Module, rate: float) -> int:
     """Move the modules that are trained in full into groups of their own, with this rate.
+
+    Returns:
+        How many groups there are of them, at the end of the optimiser's.
 
     Raises:
         ConfigError: if there are none.
@@ -136,6 +159,7 @@ def give_heads_a_rate(optimizer: "Optimizer", model: nn.Module, rate: float) -> 
         )
     for group in moved:
         optimizer.add_param_group(group)
+    return len(moved)
 
 
 def check_rate(trainer: "Trainer", suggested: LearningRate) -> None:

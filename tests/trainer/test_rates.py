@@ -16,7 +16,7 @@ from peft_gradinit import (
 )
 from peft_gradinit.errors import ConfigError
 from peft_gradinit.optim import optimizer
-from peft_gradinit.trainer.optimizers import rescale_rates
+from peft_gradinit.trainer.optimizers import MadeAt, rescale_rates
 from tests.helpers import adapted, pico_llama, quiet, token_batches
 from tests.trainer.runs import ROWS, trainer_of
 from tests.trainer.trl_runs import config_of as trl_config_of
@@ -76,7 +76,7 @@ def test_a_schedule_that_waits_for_a_plateau_begins_at_the_suggested_rate(tmp_pa
     rates = run(trainer, learning_rate="suggested")
     want = init_report(trainer.model).learning_rate.suggested
     assert rates[0] == pytest.approx([want] * len(rates[0]))
-    rescale_rates(trainer, want / 2)
+    rescale_rates(trainer, want / 2, MadeAt(want, rates[0]))
     assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(want / 2)
 
 
@@ -175,10 +175,45 @@ def test_a_rate_far_from_the_suggested_one_is_said_once(tmp_path):
 def test_rates_are_rescaled_with_their_ratios_and_the_schedule(tmp_path):
     trainer = trainer_of(tmp_path, model=lora_one(), cls=Trainer, learning_rate=1e-2)
     run(trainer)
-    trainer.optimizer.param_groups[1]["initial_lr"] = 4e-2
-    rescale_rates(trainer, 1e-3)
-    assert [g["initial_lr"] for g in trainer.optimizer.param_groups] == pytest.approx([1e-3, 4e-3])
-    assert trainer.lr_scheduler.base_lrs[0] == pytest.approx(1e-3)
+    trainer.optimizer.param_groups[0]["initial_lr"] = 4e-2
+    rescale_rates(trainer, 1e-3, MadeAt(1e-2, [4e-2, 1e-2]))
+    assert [g["initial_lr"] for g in trainer.optimizer.param_groups] == pytest.approx([4e-3, 1e-3])
+    assert trainer.lr_scheduler.base_lrs == pytest.approx([1e-3, 1e-3])
+
+
+def test_rates_of_heads_and_of_checkpoints_stay(tmp_path):
+    trainer = trainer_of(tmp_path, model=lora_one(), cls=Trainer, learning_rate=1e-2)
+    run(trainer)
+    for made_at in (MadeAt(1e-2, [1e-2, 1e-2], n_own=2), MadeAt(2e-2, [2e-2, 2e-2])):
+        rescale_rates(trainer, 1e-3, made_at)
+        assert [g["initial_lr"] for g in trainer.optimizer.param_groups] == [1e-2, 1e-2]
+        assert trainer.lr_scheduler.base_lrs == [1e-2, 1e-2]
+
+
+class FirstGroupOfItsOwn(Trainer):
+    """Its optimiser has a rate of its own for the first factor."""
+
+    def create_optimizer(self, model=None):
+        first, *rest = [p for p in self.model.parameters() if p.requires_grad]
+        groups = [{"params": [first], "lr": 1e-3}, {"params": rest}]
+        self.optimizer = torch.optim.AdamW(groups, lr=self.args.learning_rate)
+        return self.optimizer
+
+
+def test_the_suggested_rate_replaces_that_of_the_arguments_and_no_other(tmp_path):
+    trainer = trainer_of(tmp_path, model=lora_one(), cls=FirstGroupOfItsOwn, learning_rate=5e-5)
+    rates = run(trainer, learning_rate="suggested")
+    assert rates[0] == pytest.approx([1e-3, init_report(trainer.model).learning_rate.suggested])
+
+
+def test_an_optimiser_that_was_given_later_is_refused(tmp_path):
+    trainer = trainer_of(tmp_path, model=lora_one(), cls=Trainer)
+    callback = CalibrationCallback(trainer, learning_rate="suggested")
+    trainer.add_callback(callback)
+    trained = [p for p in trainer.model.parameters() if p.requires_grad]
+    trainer.optimizer = torch.optim.AdamW(trained, lr=1e-3)
+    with pytest.raises(ConfigError, match="was given an optimiser, which has its learning rate"):
+        trainer.train()
 
 
 # Logs --------------------------------------------------------------------------------------------
