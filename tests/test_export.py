@@ -33,6 +33,7 @@ from tests.helpers import (
     token_batches,
     train_steps,
 )
+from tests.moe.models import BOTH, mixtral
 
 EVERY = [*(m.name for m in METHODS), "lora"]
 every_method = pytest.mark.parametrize("method", EVERY)
@@ -188,6 +189,17 @@ def test_truncation_to_a_sufficient_rank_is_exact_and_lower_ones_approach_it(met
     assert distances[14] <= EXACT < distances[3] < distances[1]
 
 
+@pytest.mark.filterwarnings("ignore:Adapter 'default'. . LoRA tensor")  # PEFT's, of any bias
+@pytest.mark.parametrize("method", ["lora_ga", "lora_one", "lora"])
+def test_biases_of_factors_keep_their_scaling(method, tmp_path):
+    options = {"target_modules": ["q_proj", "v_proj"], "lora_alpha": 12, "lora_bias": True}
+    peft_model = get_peft_model(pico_llama(attention_bias=True), config(method, **options))
+    train_steps(peft_model, 3, lr=0.1)
+    export_adapter(peft_model, tmp_path / "out", rank=8)  # truncates nothing
+    plain = PeftModel.from_pretrained(pico_llama(attention_bias=True), tmp_path / "out")
+    assert relative_error(logits(plain), logits(peft_model.eval())) <= EXACT
+
+
 def lora_layers(model):
     return [m for m in model.modules() if hasattr(m, "lora_A") and "default" in m.lora_A]
 
@@ -264,6 +276,34 @@ def test_merging_holds_what_peft_can_merge(method, options, tmp_path):
     peft_model = trained(method, name="german", **options)
     export_adapter(peft_model, tmp_path / "out", "merged", adapter_name="german")
     assert relative_error(logits(merged(tmp_path / "out")), logits(peft_model)) <= EXACT
+
+
+@pytest.mark.parametrize("targets", [BOTH, BOTH[:1], BOTH[1:]], ids=len)
+@pytest.mark.parametrize("method", ["lora_ga", "eva", "lora"])
+def test_every_parameter_of_experts_is_merged(method, targets, tmp_path):
+    options = {"target_modules": ["q_proj"], "target_parameters": list(targets)}
+    peft_model = trained(method, mixtral(), **options)
+    peft_model.add_adapter("second", config(method, **{**options, "target_modules": ["v_proj"]}))
+    want = logits(peft_model)
+    before = base_weights(peft_model)
+    export_adapter(peft_model, tmp_path / "out", "merged")
+    assert relative_error(logits(merged(tmp_path / "out", type(mixtral()))), want) <= EXACT
+    assert same_weights(before, base_weights(peft_model))
+    peft_model.set_adapter("second")
+    export_adapter(peft_model, tmp_path / "second", "merged", adapter_name="second")
+    other = merged(tmp_path / "second", type(mixtral()))
+    assert relative_error(logits(other), logits(peft_model)) <= EXACT
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.parametrize("method", ["lora_one", "lora"])
+def test_an_adapted_head_around_trained_tokens_is_merged(method, tmp_path):
+    options = {"target_modules": ["q_proj", "lm_head"], "trainable_token_indices": [3, 5]}
+    peft_model = trained(method, pico_llama(tie_word_embeddings=True), **options)
+    export_adapter(peft_model, tmp_path / "out", "merged")
+    model = merged(tmp_path / "out")
+    assert relative_error(logits(model), logits(peft_model)) <= EXACT
+    assert not torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
 
 
 @every_method

@@ -89,9 +89,14 @@ def _merged(module: nn.Module, adapter_name: str) -> nn.Module:
         raise ExportError(f"target='merged' cannot merge a {type(module).__name__}.")
     if not isinstance(module, BaseTunerLayer):
         return module
+    # Each parameter of a module of experts has a wrapper of its own, around the one before.
+    inner: Any = module.base_layer
+    is_wrapped = isinstance(inner, BaseTunerLayer | AuxiliaryTrainingWrapper)
     if adapter_name not in module._all_available_adapter_names():
-        return module.get_base_layer()
+        return _merged(inner, adapter_name) if is_wrapped else inner
     duplicate = copy.deepcopy(module)
+    if is_wrapped:  # of the duplicate, since merging writes
+        duplicate.base_layer = _merged(duplicate.base_layer, adapter_name)
     if isinstance(duplicate, MultiheadAttention):
         return duplicate.unload_and_optionally_merge_module(
             merge=True, safe_merge=True, adapter_names=[adapter_name]

@@ -13,6 +13,7 @@ def allocate_ranks(
     budget: int,
     *,
     costs: Mapping[str, int] | None = None,
+    once: Mapping[str, int] | None = None,
     min_rank: int = 0,
     max_rank: int | None = None,
 ) -> dict[str, int]:
@@ -31,6 +32,7 @@ def allocate_ranks(
             explained variance; sorted here. A layer cannot get more ranks than it has scores.
         budget: total of the ranks, kept exactly; with `costs`, of the costs, never exceeded.
         costs: what one rank of each layer costs, such as its trained numbers. Default: 1 each.
+        once: what a layer that gets ranks costs besides, such as DoRA's magnitudes. Default: nothing.
         min_rank: the least that every layer gets. 0: a layer may lose its adapter.
         max_rank: the most that a layer gets. Default: as many as it has scores.
 
@@ -44,30 +46,37 @@ def allocate_ranks(
     most = {
         name: len(v) if max_rank is None else min(max_rank, len(v)) for name, v in ordered.items()
     }
-    costs = costs or dict.fromkeys(ordered, 1)
-    _check(ordered, budget, min_rank, most, costs)
+    costs, once = costs or dict.fromkeys(ordered, 1), once or dict.fromkeys(ordered, 0)
+
+    def price(name: str, rank: int) -> int:
+        """What one more rank costs."""
+        return costs[name] + (0 if rank else once[name])
+
+    least = sum(min_rank * costs[n] + (once[n] if min_rank else 0) for n in ordered)
+    largest = sum(r * costs[name] + (once[name] if r else 0) for name, r in most.items())
+    _check(ordered, min_rank, most)
+    if not least <= budget <= largest:
+        unit = "ranks" if all(costs[name] == 1 for name in ordered) else "trained numbers"
+        raise ShapeError(
+            f"a budget of {budget} {unit} cannot be kept by {len(ordered)} layers that take between "
+            f"{least} and {largest} together (min_rank={min_rank}); change the budget, min_rank or "
+            "max_rank, or measure more components (rho)."
+        )
     candidates = sorted(
-        (-score / costs[name], index, name)
+        (-score / price(name, index), index, name)
         for name, values in ordered.items()
         for index, score in enumerate(values[: most[name]])
         if index >= min_rank
     )
-    ranks = dict.fromkeys(ordered, min_rank)
-    left = budget - min_rank * sum(costs[name] for name in ordered)
+    ranks, left = dict.fromkeys(ordered, min_rank), budget - least
     for _, _, name in candidates:
-        if costs[name] <= left:
+        if (asked := price(name, ranks[name])) <= left:
             ranks[name] += 1
-            left -= costs[name]
+            left -= asked
     return ranks
 
 
-def _check(
-    ordered: Mapping[str, list[float]],
-    budget: int,
-    min_rank: int,
-    most: Mapping[str, int],
-    costs: Mapping[str, int],
-) -> None:
+def _check(ordered: Mapping[str, list[float]], min_rank: int, most: Mapping[str, int]) -> None:
     for name, values in ordered.items():
         if any(math.isnan(value) for value in values):
             raise ShapeError(f"{name} has a score that is NaN; scores must be numbers: {values}.")
@@ -76,12 +85,3 @@ def _check(
                 f"{name} can have between 0 and {most[name]} ranks, but min_rank={min_rank} was "
                 "asked for; lower min_rank, or measure more components."
             )
-    least = min_rank * sum(costs[name] for name in ordered)
-    largest = sum(n * costs[name] for name, n in most.items())
-    if not least <= budget <= largest:
-        unit = "ranks" if all(costs[name] == 1 for name in ordered) else "trained numbers"
-        raise ShapeError(
-            f"a budget of {budget} {unit} cannot be kept by {len(ordered)} layers that take between "
-            f"{least} and {largest} together (min_rank={min_rank}); change the budget, min_rank or "
-            "max_rank, or measure more components (rho)."
-        )

@@ -19,6 +19,7 @@ PROVENANCE_FILE = "gradinit.json"
 """Name of the file beside it, with the facts that `adapter_config.json` has no place for."""
 
 A_KEY, B_KEY = ".lora_A.weight", ".lora_B.weight"
+B_BIAS_KEY = ".lora_B.bias"
 """Ends of the keys of a linear layer's factors."""
 
 
@@ -87,7 +88,8 @@ def linear_layers(
 ) -> tuple[dict[str, Factors], dict[str, Tensor]]:
     """Split the entries of a saved adapter into factors of linear layers and all other entries.
 
-    The factors are float32, by name in the base model, with the scaling of `config` inside `B`.
+    The factors are float32, by name in the base model, with the scaling of `config` inside `B`, and
+    inside its bias among the other entries, if there is one.
 
     Raises:
         ValueError: if a factor is missing or has another rank than `config` says.
@@ -110,6 +112,8 @@ def linear_layers(
             )
         scale = scaling(alpha_of(config, name), r, use_rslora=config.use_rslora)
         layers[name] = Factors(A.float(), scale * B.float())
+        if (bias := others.get(stem + B_BIAS_KEY)) is not None:
+            others[stem + B_BIAS_KEY] = (scale * bias.float()).to(bias.dtype)
     return layers, others
 
 

@@ -1,13 +1,13 @@
 """From a model and a config to the factors of a start; the model is not edited here."""
 
 from .allocation import resized, without_empty
-from .base import base_fingerprint, base_hashes
+from .base import base_fingerprint, base_hashes, is_trained_in_full
 from .config import GradInitConfig
 from .experts import mean_scores
 from .output import with_output_layer
 from .spectral import SpectralConfig
 from .start import Start, compute_start, measured, planned_targets
-from .switching import adapter_alone, adapters_disabled
+from .switching import adapter_alone, adapters_disabled, check_not_merged
 from .target import Target
 from .targets import (
     adapted_by_peft,

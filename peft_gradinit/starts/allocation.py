@@ -40,14 +40,17 @@ def allocated(
     if not config.allocates_ranks:
         return dict(targets)
     scores = _scores(targets, result, config)
-    costs = _costs(targets.values(), config)
+    costs, once = _costs(targets.values(), config), _once(targets.values(), config)
     # What "auto+output" adds was not asked for.
     asked = {t.adapted: min(t.r, t.requested_r) for t in targets.values() if t.shape is not None}
     counted = asked if config.automatic else scores
     ranks = allocate_ranks(
         scores,
-        _budget(sum(asked[name] * costs[name] for name in counted), config, model),
+        _budget(
+            sum(asked[n] * costs[n] + (once[n] if asked[n] else 0) for n in counted), config, model
+        ),
         costs=costs,
+        once=once,
         min_rank=config.min_rank,
         max_rank=config.max_rank,
     )
@@ -90,6 +93,12 @@ def _costs(targets: Iterable[Target], config: GradInitConfig) -> dict[str, int]:
         else:
             costs[target.adapted] = costs.get(target.adapted, 0) + sum(target.shape)
     return costs
+
+
+def _once(targets: Iterable[Target], config: GradInitConfig) -> dict[str, int]:
+    """What a layer takes of the budget besides its ranks: DoRA's magnitudes, biases of `B`."""
+    n = 0 if config.budget == "ranks" else config.use_dora + config.lora_bias
+    return {t.adapted: n * t.shape[0] if t.shape is not None else 0 for t in targets}
 
 
 def _budget(asked: int, config: GradInitConfig, model: nn.Module) -> int:

@@ -24,13 +24,19 @@ def base_fingerprint(model: nn.Module, config: Any, saved: Collection[str] = ())
             tied to them: embeddings of a resized vocabulary, or those with trained tokens.
     """
     hashes = base_hashes(model)
-    heads = set(config.modules_to_save or ())
     brought = {hashes[name] for key in saved if (name := _base_name(key)) in hashes}
     return {
         name: value
         for name, value in hashes.items()
-        if not heads & set(name.split(".")) and value not in brought
+        if not is_trained_in_full(name, config) and value not in brought
     }
+
+
+def is_trained_in_full(name: str, config: Any) -> bool:
+    """Whether `modules_to_save` names a module, or one that holds it, by the end of its name as in PEFT."""
+    parts = name.split(".")
+    paths = [".".join(parts[: i + 1]) for i in range(len(parts))]
+    return any(path.endswith(end) for path in paths for end in config.modules_to_save or ())
 
 
 def _base_name(key: str) -> str:

@@ -8,6 +8,7 @@ from torch import nn
 
 from ..errors import ConfigError
 from ..records import alpha_growth, rank_of
+from .base import is_trained_in_full
 from .options import is_automatic
 from .targets import adapted_by_peft, output_layer, targets_of, with_converted_targets
 
@@ -39,8 +40,8 @@ def with_output_layer(model: nn.Module, config: ConfigT) -> ConfigT:
         A config of the same type. `target_modules` are names.
 
     Raises:
-        ConfigError: if the model has no linear output layer, the config adapts it already or gives
-            it to `modules_to_save`, ranks differ by layer or are chosen by a calibration, or no
+        ConfigError: if the model has no linear output layer, the config adapts it already, excludes
+            it or gives it to `modules_to_save`, ranks differ by layer or are chosen by a calibration, or no
             rank is left for the other layers.
     """
     _check(config)
@@ -51,7 +52,7 @@ def with_output_layer(model: nn.Module, config: ConfigT) -> ConfigT:
             "config as it is."
         )
     ((name, shape),) = found.items()
-    if name.rpartition(".")[2] in (config.modules_to_save or ()):
+    if is_trained_in_full(name, config):
         raise ConfigError(f"{name} is in modules_to_save, which trains it whole; take it out.")
     config = with_converted_targets(config, model)
     adapted = adapted_by_peft(model, config)
@@ -66,7 +67,13 @@ def with_output_layer(model: nn.Module, config: ConfigT) -> ConfigT:
             f"cannot pay for it: a rank of them trains {freed:,}; raise r, or name more layers."
         )
     own = min(MOST_TIMES_R * config.r, (given * freed - once) // sum(shape))
-    return _changed(config, adapted, name, config.r - given, own)
+    changed = _changed(config, adapted, name, config.r - given, own)
+    if name not in adapted_by_peft(model, changed):
+        raise ConfigError(
+            f"exclude_modules={config.exclude_modules!r} keeps {name} without an adapter; take it out "
+            "there, or use the config as it is."
+        )
+    return changed
 
 
 def _check(config: LoraConfig) -> None:

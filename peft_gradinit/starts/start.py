@@ -19,7 +19,7 @@ from .allocation import allocated, offered_rank
 from .base import base_hashes
 from .checks import check_complete, check_failures, those_that_train
 from .config import GradInitConfig
-from .switching import adapters_disabled
+from .switching import adapters_disabled, check_not_merged
 from .target import Target
 from .targets import resolve_targets, with_converted_targets
 
@@ -76,8 +76,9 @@ def compute_start(
     `runner` is the wrapper of a sharded model.
 
     Raises:
-        ConfigError: if `calibration` is `None`.
+        ConfigError: if `calibration` is `None`, or an adapter is merged into the base weights.
     """
+    check_not_merged(model)
     if not config.needs().reads_data:
         fingerprint = _fingerprint(model, targets, config, {"seed": 0})
         return _start(model, targets, config, (fingerprint, None, Calibration(())), runner)

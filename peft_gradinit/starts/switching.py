@@ -11,17 +11,21 @@ from torch import nn
 from ..errors import ConfigError
 
 
+def check_not_merged(model: nn.Module) -> None:
+    """Refuse a start from base weights that an adapter is merged into."""
+    for layer in _adapted_layers(model):
+        if isinstance(layer, BaseTunerLayer) and layer.merged:
+            raise ConfigError(
+                f"the adapters {layer.merged_adapters} are merged into the base weights, from which "
+                "a new adapter starts; call unmerge_adapter() first."
+            )
+
+
 @contextmanager
 def adapters_disabled(model: nn.Module) -> Iterator[None]:
     """Run the base model alone; `ConfigError` if an adapter is merged into it."""
-    layers = _adapted_layers(model)
-    for layer in layers:
-        if isinstance(layer, BaseTunerLayer) and layer.merged:
-            raise ConfigError(
-                f"the adapters {layer.merged_adapters} are merged into the base weights, which "
-                "cannot be calibrated so; call unmerge_adapter() first."
-            )
-    with _attributes(layers, _disable_adapters=True):
+    check_not_merged(model)
+    with _attributes(_adapted_layers(model), _disable_adapters=True):
         yield
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError, TargetError, warn
 from ..layouts import is_offloaded
 from ..records import alpha_growth, alpha_of, patterns, rank_of
+from .base import is_trained_in_full
 from .config import GradInitConfig
 from .experts import expert_shape, expert_weights
 from .options import AUTO_WITH_OUTPUT, is_automatic
@@ -56,8 +57,7 @@ def _add_output(config: LoraConfig, model: nn.Module) -> None:
     recorder = _TargetRecorder(model, copy.deepcopy(config), {})
     recorder.record()
     all_linear: Any = recorder.peft_config[_RECORDED].target_modules
-    in_full = config.modules_to_save or ()
-    added = {name for name in output_layer(model) if name.rpartition(".")[2] not in in_full}
+    added = {name for name in output_layer(model) if not is_trained_in_full(name, config)}
     names_of_all: Any = added.union(all_linear)  # PEFT makes a set of a list
     config.target_modules = names_of_all
     vars(config)["added"] = frozenset(added)

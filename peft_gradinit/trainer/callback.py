@@ -6,7 +6,6 @@ needs the trainer's data and its loss, and must leave no trace in its counters, 
 loader or the random state: an understudy runs it instead of the trainer.
 """
 
-import copy
 import dataclasses
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -44,6 +43,7 @@ from .understudy import (
     as_in_training,
     bookkeeping,
     is_online,
+    loss_in_training,
     understudy_of,
 )
 
@@ -265,7 +265,7 @@ class CalibrationCallback(TrainerCallback):
             calibration = dataclasses.replace(
                 self._calibration,
                 data=TrainingBatches(understudy),
-                loss_fn=lambda _, inputs: understudy.compute_loss(running, copy.copy(inputs)),
+                loss_fn=lambda _, inputs: loss_in_training(understudy, running, inputs),
                 loss_is_collective=True,  # losses of TRL gather their metrics
                 accelerator=trainer.accelerator,
                 progress=not quiet,

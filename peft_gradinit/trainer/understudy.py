@@ -69,6 +69,8 @@ def understudy_of(trainer: "Trainer") -> Any:
     understudy.current_gradient_accumulation_steps = 1
     understudy.args = args = copy.copy(trainer.args)
     args.report_to = []
+    # The pass weighs the mean loss of each process's own batch.
+    args.average_tokens_across_devices = False
     _on_one_device(understudy)
     # Losses that switch checkpointing off for a reference switch it on again with these options.
     for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
@@ -77,6 +79,13 @@ def understudy_of(trainer: "Trainer") -> Any:
     understudy.callback_handler = copy.copy(trainer.callback_handler)
     understudy.callback_handler.callbacks = []
     return understudy
+
+
+def loss_in_training(understudy: Any, model: nn.Module, inputs: Any) -> Any:
+    """The trainer's loss of a batch, with the number of terms that `training_step` gives it."""
+    device = understudy.args.device
+    (batch,), n_terms = understudy.get_batch_samples(iter([copy.copy(inputs)]), 1, device)
+    return understudy.compute_loss(model, batch, num_items_in_batch=n_terms)
 
 
 def _on_one_device(understudy: Any) -> None:

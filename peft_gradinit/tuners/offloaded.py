@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import TargetError
 from ..layouts import has_offloaded, is_offloaded, offloaded_value, onloaded
+from ..starts import is_trained_in_full
 
 
 class OffloadedBase:
@@ -68,9 +69,8 @@ class OffloadedBase:
 
 def check_modules_to_save(model: nn.Module, config: Any) -> None:
     """Refuse to train an offloaded module in full."""
-    wanted = tuple(config.modules_to_save or ())
     for name, module in model.named_modules():
-        if name.rpartition(".")[2] in wanted and any(map(is_offloaded, module.modules())):
+        if is_trained_in_full(name, config) and any(map(is_offloaded, module.modules())):
             raise TargetError(
                 f"modules_to_save has {name}, which is offloaded: its copy would be dropped after "
                 "each forward, and so never train; give it a place on the device in device_map."

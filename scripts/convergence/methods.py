@@ -84,9 +84,7 @@ def with_dora(word: str | None = None, **options: Any) -> Start:
 
     def start(model: PreTrainedModel, task: Task, batches: list[Rows]) -> nn.Module:
         lora = get_peft_model(copy.deepcopy(model), LoraConfig(**adapter_of(task)))
-        budget = sum(p.A.numel() + p.B.numel() - p.B.shape[0] for p in pairs(lora))
-        if word is not None:
-            budget -= model.get_output_embeddings().weight.shape[0]
+        budget = sum(p.A.numel() + p.B.numel() for p in pairs(lora))
         chosen: dict[str, Any] = {**EQUAL_NUMBERS, "budget": budget, "use_dora": True, **options}
         if word is not None:
             return automatic(LoraOneConfig, word, **chosen)(model, task, batches)

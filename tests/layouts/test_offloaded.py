@@ -366,6 +366,7 @@ def test_blocks_offloaded_as_one_piece_are_refused(method, tmp_path):
 @every_method
 def test_a_copy_of_an_offloaded_module_is_not_trained(method, tmp_path):
     model = offloaded("cpu", tmp_path)
-    with pytest.raises(TargetError, match=r"modules_to_save has lm_head, which is offloaded"):
-        started(method, model, modules_to_save=["lm_head"])
+    for end in ("lm_head", "head"):
+        with pytest.raises(TargetError, match=r"modules_to_save has lm_head, which is offloaded"):
+            started(method, model, modules_to_save=[end])
     assert torch.equal(logits(model), logits(pico_llama()))

@@ -66,6 +66,17 @@ def test_equal_costs_are_a_budget_of_ranks():
         assert allocate_ranks(SCORES, 7 * budget, costs=same) == allocate_ranks(SCORES, budget)
 
 
+@pytest.mark.parametrize("least", [0, 1])
+def test_what_a_layer_costs_once_is_paid_by_those_that_get_ranks(least):
+    once = {"wide": 3, "narrow": 9, "flat": 0}
+    for budget in range(22, 53):
+        ranks = allocate_ranks(SCORES, budget, costs=COSTS, once=once, min_rank=least)
+        paid = sum(COSTS[name] * r + (once[name] if r else 0) for name, r in ranks.items())
+        assert budget - max(c + once[name] for name, c in COSTS.items()) < paid <= budget
+    with pytest.raises(ShapeError, match=rf"53 trained numbers.*between {22 * least} and 52"):
+        allocate_ranks(SCORES, 53, costs=COSTS, once=once, min_rank=least)
+
+
 def test_a_budget_that_costs_cannot_keep_is_named():
     with pytest.raises(ShapeError, match=r"9 trained numbers.*between 10 and 40"):
         allocate_ranks(SCORES, 9, costs=COSTS, min_rank=1)

@@ -12,6 +12,7 @@ from transformers import Trainer, TrainerCallback
 from peft_gradinit import (
     CalibrationCallback,
     SVFitConfig,
+    init_report,
     initialize,
 )
 from peft_gradinit.errors import ConfigError, NotInitializedError
@@ -117,6 +118,29 @@ def test_losses_given_as_a_function_and_label_smoothing_are_used(tmp_path):
     assert not same_factors(anchors(by_function), anchors(plain))
     smoothed = begin(trainer_of(tmp_path, label_smoothing_factor=0.3, **IN_ORDER))
     assert not same_factors(anchors(smoothed), anchors(plain))
+
+
+def loss_of_sum(outputs, labels, num_items_in_batch):
+    logits = outputs.logits[:, :-1].flatten(0, 1)
+    loss = nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum")
+    return loss / num_items_in_batch
+
+
+class LossOfSum(InOrder):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs.pop("labels")
+        return loss_of_sum(model(**inputs), labels, num_items_in_batch)
+
+
+@pytest.mark.parametrize("given", ["override", "function"])
+def test_losses_that_divide_by_the_number_of_terms_get_it(given, tmp_path):
+    trainer = trainer_of(tmp_path, **({"cls": LossOfSum} if given == "override" else IN_ORDER))
+    if given == "function":
+        trainer.compute_loss_func = loss_of_sum
+    got, want = begin(trainer), begin(trainer_of(tmp_path, **IN_ORDER))
+    assert init_report(got).facts.loss == pytest.approx(init_report(want).facts.loss)
+    for name, (A, B) in anchors(want).items():
+        assert relative_error(anchors(got)[name][1] @ anchors(got)[name][0], B @ A) <= 1e-4
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

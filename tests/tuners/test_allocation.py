@@ -91,6 +91,20 @@ def test_a_budget_of_parameters_is_what_uniform_ranks_train(method, allocation, 
     assert uniform // 2 - max(by_layer.values()) < n_trained(half) <= uniform // 2
 
 
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"lora_bias": True}], ids=str)
+@pytest.mark.parametrize("min_rank", [0, 1])
+def test_magnitudes_and_biases_are_trained_numbers(options, min_rank):
+    options = {**options, "min_rank": min_rank}
+    base = {"model": pico_llama(attention_bias=True, mlp_bias=True)}
+    whole = allocated(LoraOneConfig, "gradient_energy", **base, budget=3000, **options)
+    assert 3000 - 300 < n_trained(whole) <= 3000
+    base = {"model": pico_llama(attention_bias=True, mlp_bias=True)}
+    uniform = n_trained(allocated(LoraOneConfig, "uniform", **base, **options))
+    base = {"model": pico_llama(attention_bias=True, mlp_bias=True)}
+    equal = allocated(LoraOneConfig, "gradient_energy", **base, budget="parameters", **options)
+    assert uniform - 300 < n_trained(equal) <= uniform
+
+
 def test_the_rank_that_gains_most_for_its_numbers_comes_first():
     """Whatever else, no layer could give a rank to another and gain."""
     peft_model = allocated(LoraOneConfig, "gradient_energy", budget="parameters", rho=4)

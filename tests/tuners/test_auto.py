@@ -106,7 +106,12 @@ def test_a_tied_output_layer_leaves_the_embedding_alone():
 
 
 @pytest.mark.parametrize(
-    "options", [{"exclude_modules": "lm_head"}, {"modules_to_save": ["lm_head"]}]
+    "options",
+    [
+        {"exclude_modules": "lm_head"},
+        {"modules_to_save": ["lm_head"]},
+        {"modules_to_save": ["head"]},  # PEFT compares ends of names
+    ],
 )
 def test_an_output_layer_that_is_excluded_or_trained_in_full_is_no_candidate(options):
     assert "lm_head" not in init_report(chosen(**options)).ranks()

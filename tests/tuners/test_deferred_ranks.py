@@ -5,6 +5,7 @@ import gc
 import pytest
 import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -19,7 +20,10 @@ from peft_gradinit import (
 )
 from peft_gradinit.errors import ConfigError, NotInitializedError
 from peft_gradinit.records import records_of
+from peft_gradinit.starts import resized
 from peft_gradinit.tuners import deferred_adapters
+from peft_gradinit.tuners.lora.pairs import live_targets
+from peft_gradinit.tuners.lora.reshaping import reshaped
 from tests.helpers import logits, pico_llama, quiet, relative_error, token_batches, train_steps
 from tests.moe.models import BOTH, qwen3_moe
 
@@ -222,3 +226,35 @@ def test_weights_that_lack_a_layer_do_not_start_an_adapter_whose_layers_all_have
     fresh = get_peft_model(pico_llama(), config_of(LoraOneConfig, "deferred", **options))
     set_peft_model_state_dict(fresh, saved)
     assert deferred_adapters(fresh) == ["default"]
+
+
+def fail_after(model, targets, left):
+    """Change the ranks, note which parameters of the first layer's experts are adapted, and fail."""
+    with reshaped(model, "default", targets):
+        for path, module in model.named_modules():
+            if isinstance(module, ParamWrapper) and ".layers.0." in path:
+                left.add(f"{path.replace('.base_layer', '')}.{module.parameter_name}")
+        raise KeyError
+
+
+@pytest.mark.parametrize(("first", "second"), [(0, 0), (0, 2), (2, 0)])
+def test_experts_whose_wrappers_lie_in_one_another_lose_the_right_one(first, second):
+    """The wrapper of one parameter lies in that of the other."""
+    ranks = {f"model.layers.0.mlp.{name}": r for name, r in zip(BOTH, (first, second), strict=True)}
+    options = {"target_modules": ["q_proj"], "target_parameters": list(BOTH), "r": 2}
+    model = get_peft_model(qwen3_moe(), config_of(LoraGAConfig, "deferred", **options))
+    before, were = kinds(model), dict(model.named_modules())
+    targets = live_targets(model.base_model.model, "default")
+    wanted = {
+        name: resized(t, ranks.get(t.adapted, t.r), model.peft_config["default"])
+        for name, t in targets.items()
+    }
+    assert set(ranks) <= {t.adapted for t in targets.values()}
+
+    left = set()
+    with pytest.raises(KeyError):
+        fail_after(model.base_model.model, wanted, left)
+
+    assert left == {name for name, r in ranks.items() if r}
+    assert kinds(model) == before
+    assert all(module is were[name] for name, module in model.named_modules())

@@ -23,6 +23,7 @@ from tests.helpers import (
     token_batches,
     train_steps,
 )
+from tests.methods.rows import INFO, config_of, started
 
 MODELS = [pytest.param(pico_llama, id="llama"), pytest.param(pico_gpt2, id="gpt2-conv1d-tied")]
 
@@ -117,6 +118,18 @@ def test_merging_and_unmerging_gives_the_function_and_the_base_back():
     for name, weight in base_weights(peft_model).items():
         # PEFT adds and subtracts, so the base comes back to float32 rounding of the sum.
         assert relative_error(weight, before[name]) <= 1e-6
+
+
+@pytest.mark.parametrize("method", INFO)
+def test_no_start_is_taken_from_merged_weights(method):
+    peft_model = started(method)
+    train_steps(peft_model)
+    peft_model.merge_adapter()
+    with pytest.raises(ConfigError, match=r"\['default'\] are merged .*unmerge_adapter\(\) first"):
+        peft_model.add_adapter("second", config_of(method))
+    assert list(peft_model.peft_config) == ["default"]
+    peft_model.unmerge_adapter()
+    peft_model.add_adapter("second", config_of(method))
 
 
 def test_delta_weight_is_the_change_of_the_effective_weight():

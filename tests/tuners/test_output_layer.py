@@ -91,6 +91,9 @@ def test_a_dear_output_layer_takes_more_than_one_rank():
     ("options", "words"),
     [
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"modules_to_save": ["head"]}, "modules_to_save"),  # PEFT compares ends of names
+        ({"exclude_modules": ["lm_head"]}, r"exclude_modules=.* keeps lm_head without an adapter"),
+        ({"exclude_modules": "lm_h.*"}, "exclude_modules='lm_h.*' keeps lm_head without"),
         ({"target_modules": ["q_proj", "lm_head"]}, "name lm_head already"),
         ({"rank_pattern": {"q_proj": 4}}, "rank_pattern"),
         ({"alpha_pattern": {"q_proj": 4}}, "alpha_pattern"),

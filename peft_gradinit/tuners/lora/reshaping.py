@@ -54,14 +54,13 @@ def reshaped(model: nn.Module, adapter_name: str, targets: Mapping[str, Target])
         yield False
         return
     _check_free(model, adapter_name, changed.values())
-    paths = {id(module): path for path, module in model.named_modules()}
     undo: list[Undo] = []
     try:
         for name, layer in changed.items():
             if wanted[name].r:
                 undo.append(_resize(layer, adapter_name, wanted[name]))
             else:
-                undo.append(_remove(model, paths[id(layer)], layer, adapter_name))
+                undo.append(_remove(model, layer, adapter_name))
         yield True
     except BaseException:
         for step in reversed(undo):
@@ -209,9 +208,11 @@ def _zeros(tensor: Tensor, dim: int, size: int) -> Tensor:
     return tensor.detach().new_zeros(shape)
 
 
-def _remove(model: nn.Module, path: str, layer: LoraLayer, adapter_name: str) -> Undo:
+def _remove(model: nn.Module, layer: LoraLayer, adapter_name: str) -> Undo:
     """Take an adapter out of a layer, and the wrapper away if it was the only one."""
     if set(layer._all_available_adapter_names()) == {adapter_name}:
+        # A wrapper inside another one, as those of experts are, has a new path once that is gone.
+        path = next(path for path, module in model.named_modules() if module is layer)
         parent, _, child = path.rpartition(".")
         owner = model.get_submodule(parent)
         setattr(owner, child, layer.base_layer)

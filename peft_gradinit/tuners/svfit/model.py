@@ -24,7 +24,7 @@ from ...records import (
     patterns,
     plain_config,
 )
-from ...starts import SpectralConfig, adapted_by_peft, base_fingerprint
+from ...starts import SpectralConfig, adapted_by_peft, base_fingerprint, check_not_merged
 from ...statistics import Fingerprint
 from ..checks import check_adapter_name, check_injected_once
 from ..copying import copied_from, copy_adapter
@@ -66,7 +66,7 @@ class SVFitModel(WithReports, RecordedSaves, OffloadedBase, BaseTuner):
     def _inject(self, model: nn.Module, adapter_name: str, options: tuple[Any, ...]) -> None:
         config = cast("SpectralConfig", self.peft_config[adapter_name])
         source = copied_from(self.peft_config, adapter_name)
-        _check_not_merged(model)
+        check_not_merged(model)
         check_modules_to_save(model, config)
         weights = base_fingerprint(model, config)
         _leave_out_experts(config, model)
@@ -191,15 +191,6 @@ def _check_loads(model: nn.Module, plain: LoraConfig, layers: set[str]) -> None:
             "would be lost, or come in their place; leave such layers out of target_modules, or "
             "set save_format='compact'."
         )
-
-
-def _check_not_merged(model: nn.Module) -> None:
-    for layer in model.modules():
-        if isinstance(layer, BaseTunerLayer) and layer.merged:
-            raise ConfigError(
-                f"the adapters {layer.merged_adapters} are merged into the base weights, whose "
-                "singular vectors a new adapter needs; call unmerge_adapter() first."
-            )
 
 
 def _finite_matrix(name: str, layer: SVFitLinear) -> Tensor:
