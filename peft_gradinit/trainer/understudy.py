@@ -82,10 +82,24 @@ def understudy_of(trainer: "Trainer") -> Any:
 
 
 def loss_in_training(understudy: Any, model: nn.Module, inputs: Any) -> Any:
-    """The trainer's loss of a batch, with the number of terms that `training_step` gives it."""
-    device = understudy.args.device
-    (batch,), n_terms = understudy.get_batch_samples(iter([copy.copy(inputs)]), 1, device)
+    """The trainer's loss of a batch.
+
+    A loss of the user's gets the number of terms, as in training, since it may divide by that. That of the
+    model is the mean of the terms without it; Transformers counts one more of every row for some models.
+    """
+    batch = copy.copy(inputs)
+    if not _has_own_loss(understudy):
+        return understudy.compute_loss(model, batch)
+    (batch,), n_terms = understudy.get_batch_samples(iter([batch]), 1, understudy.args.device)
     return understudy.compute_loss(model, batch, num_items_in_batch=n_terms)
+
+
+def _has_own_loss(trainer: Any) -> bool:
+    """Whether the loss is neither Transformers' nor TRL's."""
+    if trainer.compute_loss_func is not None or "compute_loss" in vars(trainer):
+        return True
+    owner = next(kind for kind in type(trainer).__mro__ if "compute_loss" in vars(kind))
+    return owner.__module__.partition(".")[0] not in ("transformers", "trl")
 
 
 def _on_one_device(understudy: Any) -> None:
