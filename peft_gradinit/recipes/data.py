@@ -1,6 +1,7 @@
 """Rows of a dataset: read, chosen, and turned into what a model takes."""
 
 import functools
+import glob
 import re
 import warnings
 from collections.abc import Mapping
@@ -27,6 +28,8 @@ _BUILDERS = {
     ".tsv": "csv",
     ".txt": "text",
 }
+_ONLY = "train"
+"""The split of data without splits, as `datasets` calls it."""
 _FAILURES = (OSError, ValueError, KeyError, RuntimeError, ImportError, DatasetGenerationError)
 
 
@@ -108,7 +111,7 @@ def _read(path: str, name: str | None, split: str, section: DataSection) -> Rows
             raise ConfigError(f"there are no data {path!r}{nearest(path, known)}; known: {known}.")
         return embedded.DATA[path](split)
     try:
-        return _read_stored(path, name, split, section)
+        rows = _read_stored(path, name, split, section)
     except GradInitErrors:
         raise
     except _FAILURES as error:
@@ -118,6 +121,9 @@ def _read(path: str, name: str | None, split: str, section: DataSection) -> Rows
             f"{reason[0] if reason else repr(error)} Give a Hub name, a folder, or a file ending "
             f"in {', '.join(_BUILDERS)}."
         ) from error
+    if _n_rows(rows) == 0:
+        raise DataError(f"the data {path!r} have no row in the split {split!r}; give another one.")
+    return rows
 
 
 GradInitErrors = (ConfigError, DataError)
@@ -134,21 +140,71 @@ def _read_stored(path: str, name: str | None, split: str, section: DataSection) 
         if place.stat().st_size == 0:
             raise DataError(f"the data file {path!r} is empty.")
         options: dict[str, Any] = {"delimiter": "\t"} if place.suffix == ".tsv" else {}
-        part = split if "[" in split else "train"  # a file is one split, whatever its name
-        part = re.sub(r"^\w+", "train", part)
-        return datasets.load_dataset(builder, data_files=str(place), split=part, **options)
+        files = glob.escape(str(place))  # `datasets` takes it for a pattern
+        part = _part_of_one(path, split, section)
+        return datasets.load_dataset(builder, data_files=files, split=part, **options)
     if (place / "dataset_info.json").exists() or (place / "dataset_dict.json").exists():
         stored = datasets.load_from_disk(str(place))
         if isinstance(stored, datasets.DatasetDict):
-            if split not in stored:
-                raise DataError(f"{path!r} has the splits {sorted(stored)}, got {split!r}.")
-            return stored[split]
-        return stored
+            return _part(stored, path, split)
+        return _part({_ONLY: stored}, path, _part_of_one(path, split, section))
     if not place.exists() and (path.startswith((".", "/")) or place.suffix in _BUILDERS):
         raise DataError(f"there are no data at {path!r}.")
     return datasets.load_dataset(
         path, name, split=split, revision=section.revision, streaming=section.streaming
     )
+
+
+def _part_of_one(path: str, split: str, section: DataSection) -> str:
+    """What is read of a file, or of a saved dataset, whose only split is `train`.
+
+    A file of evaluation data alone may go by any name. A name that is none of the training data's is
+    refused: it would give the rows that are trained on.
+
+    Args:
+        path: the file or folder.
+        split: a name, with or without slices.
+        section: where the training data are.
+
+    Returns:
+        The same slices of `train`.
+
+    Raises:
+        DataError: if another split is asked for.
+    """
+    parts = [part.strip().partition("[") for part in split.split("+")]  # "train[:9]+train[20:]"
+    is_trained_on = Path(path).resolve() == Path(section.path).resolve()
+    if is_trained_on and any(name != _ONLY for name, *_ in parts):
+        raise DataError(
+            f"the data {path!r} have one split, {_ONLY!r}, got {split!r}. Leave the name out, or "
+            f"give slices, such as '{_ONLY}[90%:]'; to evaluate, give data.n_eval, data.eval_path, "
+            "or slices of both."
+        )
+    return "+".join("".join((_ONLY, *slices)) for _, *slices in parts)
+
+
+def _part(stored: Mapping[str, datasets.Dataset], path: str, split: str) -> datasets.Dataset:
+    """Rows of a dataset that `save_to_disk` wrote.
+
+    Args:
+        stored: its splits.
+        path: its folder, for the error.
+        split: names with or without slices, as `datasets.load_dataset` takes them.
+
+    Returns:
+        The rows.
+
+    Raises:
+        DataError: if there is no such split.
+    """
+    lengths = {name: len(rows) for name, rows in stored.items()}
+    try:
+        parts = datasets.ReadInstruction.from_spec(split).to_absolute(lengths)
+    except (ValueError, AssertionError) as error:
+        raise DataError(f"{path!r} has the splits {sorted(stored)}, got {split!r}.") from error
+    return datasets.concatenate_datasets([
+        stored[part.splitname].select(range(part.from_, part.to)) for part in parts
+    ])
 
 
 def _chosen(rows: Rows, section: DataSection) -> Rows:
@@ -159,6 +215,11 @@ def _chosen(rows: Rows, section: DataSection) -> Rows:
             raise DataError(f"data.where: there is no column {column!r}{hint}; columns: {known}.")
         search = functools.partial(_matches, column=column, pattern=pattern)
         rows = rows.filter(search)
+    if _n_rows(rows) == 0:
+        raise DataError(
+            f"none of the rows of {section.path!r} matches data.where={section.where}; each is a "
+            "column, and a regular expression that matches somewhere in it."
+        )
     return rows if section.shuffle_seed is None else rows.shuffle(seed=section.shuffle_seed)
 
 
@@ -186,11 +247,30 @@ def _renamed(rows: Rows, names: dict[str, str]) -> Rows:
 
 
 def _matches(row: dict[str, Any], *, column: str, pattern: str) -> bool:
-    return re.search(pattern, str(row[column])) is not None
+    return row[column] is not None and re.search(pattern, str(row[column])) is not None
 
 
 def _held_out(rows: Rows, section: DataSection, evaluation: bool) -> Rows:
-    n = section.n_eval or 0
+    """The first `n_eval` rows, to evaluate on, or all others.
+
+    Args:
+        rows: all of them.
+        section: how many there are of each.
+        evaluation: the rows to evaluate on.
+
+    Returns:
+        Rows.
+
+    Raises:
+        ConfigError: if there are none to evaluate on.
+        DataError: if there are none to train on.
+    """
+    n, n_rows = section.n_eval or 0, _n_rows(rows)
+    if n_rows is not None and n >= n_rows:
+        raise DataError(
+            f"data.n_eval={n} leaves nothing of the {n_rows} rows to train on; give a smaller one, or "
+            "other rows to evaluate on, by data.eval_path and data.eval_split."
+        )
     if evaluation:
         if n == 0:
             raise ConfigError(
@@ -201,7 +281,14 @@ def _held_out(rows: Rows, section: DataSection, evaluation: bool) -> Rows:
 
 
 def _first(rows: Rows, n: int | None) -> Rows:
-    return rows if n is None else rows.take(n)
+    """At most `n` rows; older versions of `datasets` raise where there are fewer."""
+    n_rows = _n_rows(rows)
+    return rows if n is None else rows.take(n if n_rows is None else min(n, n_rows))
+
+
+def _n_rows(rows: Rows) -> int | None:
+    """How many there are; `None` for a stream."""
+    return None if isinstance(rows, datasets.IterableDataset) else len(rows)
 
 
 def _is_kept(row: dict[str, Any]) -> bool:

@@ -195,25 +195,36 @@ class Encoder:
         return {**row, column: words[row[column]]}
 
     def _value(self, row: Mapping[str, Any], source: str) -> Any:
+        """What a row holds in a column, or a template filled with its columns.
+
+        Args:
+            row: of the dataset.
+            source: the column's name, or the template.
+
+        Returns:
+            The value.
+
+        Raises:
+            DataError: if there is no such column, or it is empty.
+        """
         if source in row:
-            value = row[source]
-        elif fields := {field for _, field, _, _ in Formatter().parse(source) if field}:
-            missing = sorted(fields - row.keys())
-            if missing:
-                hint = nearest(missing[0], self.columns)
-                raise DataError(
-                    f"the template {source!r} asks for the column {missing[0]!r}{hint}; the columns "
-                    f"are {self.columns}."
-                )
-            return source.format_map(dict(row))
-        else:
+            _check_filled(row, [source])
+            return row[source]
+        fields = {field for _, field, _, _ in Formatter().parse(source) if field}
+        missing = sorted(fields - row.keys())
+        if missing:
+            hint = nearest(missing[0], self.columns)
+            raise DataError(
+                f"the template {source!r} asks for the column {missing[0]!r}{hint}; the columns "
+                f"are {self.columns}."
+            )
+        if not fields:
             raise DataError(
                 f"there is no column {source!r}{nearest(source, self.columns)}; the columns are "
                 f"{self.columns}."
             )
-        if value is None:
-            raise DataError(f"the column {source!r} is empty in a row; filter such rows out first.")
-        return value
+        _check_filled(row, sorted(fields))
+        return source.format_map(dict(row))
 
     def _kept(self, completion: str) -> str | None:
         if self.section.completion_keep is None:
@@ -224,6 +235,15 @@ class Encoder:
     def _ids(self, text: str) -> list[int]:
         ids = list(self.processor(text)["input_ids"])
         return ids[:-1] if ids and ids[-1] == self.processor.eos_token_id else ids
+
+
+def _check_filled(row: Mapping[str, Any], columns: list[str]) -> None:
+    for column in columns:
+        if row[column] is None:
+            raise DataError(
+                f"the column {column!r} is empty in a row; filter such rows out first (data.where: "
+                f"{{{column}: .}} in a recipe)."
+            )
 
 
 def _as_messages(messages: Any) -> list[dict[str, Any]]:

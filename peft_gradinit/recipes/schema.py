@@ -76,7 +76,10 @@ class DataSection(Section):
     )
     name: str | None = Field(default=None, description="Configuration of the Hub's dataset.")
     revision: str | None = Field(default=None, description="Commit, tag or branch on the Hub.")
-    split: str = Field(default="train", description="Rows to train or calibrate on.")
+    split: str = Field(
+        default="train",
+        description="Rows to train or calibrate on; of a file, `train` or slices of it.",
+    )
     eval_path: str | None = Field(default=None, description="Default: `path`.")
     eval_name: str | None = Field(default=None, description="Default: `name`.")
     eval_split: str | None = Field(
@@ -147,6 +150,18 @@ class DataSection(Section):
         default=False,
         description="Fill sequences of `max_length` with rows (causal models), as TRL packs them.",
     )
+
+    @model_validator(mode="after")
+    def _evaluation_is_asked_for(self) -> "DataSection":
+        """Refuse what is said of evaluation data and would not be read."""
+        said = ("eval_path", "eval_name", "eval_rename")
+        unread = [name for name in said if getattr(self, name)] if self.eval_split is None else []
+        if unread:
+            raise ValueError(
+                f"{', '.join(unread)} belongs to eval_split, which is missing; give the split, such as "
+                "test"
+            )
+        return self
 
     @property
     def length(self) -> int:

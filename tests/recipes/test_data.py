@@ -13,7 +13,14 @@ from tokenizers.processors import TemplateProcessing
 from transformers import BertConfig, PreTrainedTokenizerFast, ViTConfig
 
 from peft_gradinit.errors import ConfigError, DataError
-from peft_gradinit.recipes import DataSection, ModelSection, encode, labels_of, load_rows
+from peft_gradinit.recipes import (
+    DataSection,
+    ModelSection,
+    encode,
+    labels_of,
+    load_rows,
+    section_of,
+)
 from peft_gradinit.recipes.collation import collator
 from peft_gradinit.recipes.embedded import MODULES, pico_tokenizer
 from peft_gradinit.recipes.encoding import Encoder
@@ -92,6 +99,78 @@ def test_evaluation_data_of_their_own(tmp_path):
     assert load_rows(both)["text"][:] == TEXTS[:1]
     with pytest.raises(DataError, match="no column 'nothing'"):
         load_rows(both.model_copy(update={"eval_rename": {"nothing": "x"}}), evaluation=True)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "disk"])
+def test_data_of_one_split_are_never_evaluated_on_what_they_train_on(tmp_path, kind):
+    path = written(tmp_path, kind)
+    sliced = section(path, split="train[:2]", eval_split="train[2:]")
+    assert load_rows(sliced)["text"][:] == TEXTS[:2]
+    assert load_rows(sliced, evaluation=True)["text"][:] == TEXTS[2:]
+    joined = load_rows(section(path, split="train[:1]+train[2:]"))
+    assert joined["text"][:] == [TEXTS[0], TEXTS[2]]
+    for options in ({"eval_split": "test"}, {"eval_split": "test[1:]", "eval_path": str(path)}):
+        with pytest.raises(DataError, match=r"one split, 'train', got 'test.*give data\.n_eval"):
+            load_rows(section(path, **options), evaluation=True)
+    with pytest.raises(DataError, match="one split, 'train', got 'validation'"):
+        load_rows(section(path, split="validation"))
+    other = section(path, eval_path=str(written(tmp_path, "csv")), eval_split="test[1:]")
+    assert load_rows(other, evaluation=True)["text"][:] == TEXTS[1:]
+
+
+def test_slices_of_saved_splits(tmp_path):
+    rows = load_rows(section(written(tmp_path, "dict"), split="train[:1]+train[2:]"))
+    assert rows["text"][:] == [TEXTS[0], TEXTS[2]]
+
+
+@pytest.mark.parametrize("name", ["eval_path", "eval_name", "eval_rename"])
+def test_evaluation_data_without_a_split_are_refused(name):
+    value = {"a": "b"} if name == "eval_rename" else "other"
+    with pytest.raises(ConfigError, match=f"{name} belongs to eval_split, which is missing"):
+        section_of(DataSection, path="some", **{name: value})
+
+
+@pytest.mark.parametrize("n_eval", [3, 40])
+def test_holding_out_every_row_is_refused(tmp_path, n_eval):
+    held = section(written(tmp_path, "jsonl"), n_eval=n_eval)
+    for evaluation in (False, True):
+        with pytest.raises(DataError, match=rf"n_eval={n_eval} leaves nothing of the 3 rows"):
+            load_rows(held, evaluation=evaluation)
+
+
+def test_more_rows_than_there_are_is_all_of_them(tmp_path):
+    assert len(load_rows(section(written(tmp_path, "jsonl"), n_train=40))) == 3
+
+
+def test_no_rows_are_told_with_what_left_them_out(tmp_path):
+    path = written(tmp_path, "jsonl")
+    with pytest.raises(
+        DataError, match=r"none of the rows of .* matches data\.where=\{'text': 'z'"
+    ):
+        load_rows(section(path, where={"text": "z"}, n_eval=1))
+    with pytest.raises(DataError, match=r"have no row in the split 'train\[:0\]'"):
+        load_rows(section(written(tmp_path, "disk"), split="train[:0]"))
+
+
+@pytest.mark.parametrize("name", ["data [v1]", "a*b?", "[!x]"])
+def test_names_of_folders_are_no_patterns(tmp_path, name):
+    folder = tmp_path / name
+    folder.mkdir()
+    assert load_rows(section(written(folder, "jsonl")))["text"][:] == TEXTS
+
+
+def test_empty_columns_are_refused_alone_and_in_templates():
+    rows = [{"q": "a", "context": "c"}, {"q": "b", "context": None}]
+    for prompt in ("context", "Q: {q} {context}"):
+        with pytest.raises(DataError, match="the column 'context' is empty in a row"):
+            encoded(rows, prompt=prompt, completion="q")
+
+
+def test_empty_columns_match_no_pattern(tmp_path):
+    rows = [{"q": "a", "context": "c"}, {"q": "b", "context": None}]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    asked = section(tmp_path / "data.jsonl", where={"context": "."})
+    assert load_rows(asked)["q"][:] == ["a"]
 
 
 @pytest.mark.parametrize(
