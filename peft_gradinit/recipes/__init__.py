@@ -11,6 +11,7 @@ try:
     from .models import empty_model, load_model, load_processor, task_of
     from .reading import Reader
     from .schema import CalibrationSection, DataSection, MethodSection, ModelSection
+    from .values import read_yaml
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         f"recipes need {error.name}, which is not installed; pip install 'peft_gradinit[cli]'",
@@ -36,6 +37,7 @@ __all__ = [
     "load_processor",
     "load_recipe",
     "load_rows",
+    "read_yaml",
     "section_of",
     "sequence_length",
     "task_of",

@@ -4,6 +4,7 @@ from .allocation import resized, without_empty
 from .base import base_fingerprint, base_hashes, is_trained_in_full
 from .config import GradInitConfig
 from .experts import mean_scores
+from .options import TARGET_WORDS
 from .output import with_output_layer
 from .spectral import SpectralConfig
 from .start import Start, compute_start, measured, planned_targets

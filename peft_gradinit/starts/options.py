@@ -4,12 +4,16 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, TypeVar
 
+from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
+
 from ..calibration import Need
 from ..errors import ConfigError
 from ..numbers import is_finite_number, is_integer
 
 AUTO, AUTO_WITH_OUTPUT = "auto", "auto+output"
 """Values of `target_modules`: the calibration chooses the layers, the output layer among them."""
+TARGET_WORDS = (INCLUDE_LINEAR_LAYERS_SHORTHAND, AUTO, AUTO_WITH_OUTPUT)
+"""Values of `target_modules` that are neither names nor a regular expression."""
 ConfigT = TypeVar("ConfigT")
 RankAllocation = Literal["uniform", "explained_variance", "gradient_energy"]
 _ALLOCATIONS = ("uniform", "explained_variance", "gradient_energy")

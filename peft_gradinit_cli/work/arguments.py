@@ -13,8 +13,10 @@ from peft_gradinit.recipes import (
     DataSection,
     MethodSection,
     ModelSection,
+    read_yaml,
     section_of,
 )
+from peft_gradinit.starts import TARGET_WORDS
 
 from .jobs import NO_DATA, Job
 
@@ -76,9 +78,10 @@ def device_of(name: str) -> torch.device:
 
 def _names(text: str) -> str | list[str]:
     """Plain names become a list, in which PEFT looks for suffixes; else it is one regular expression."""
-    if text == "all-linear" or not re.fullmatch(r"[\w.,]+", text):
+    names = [name.strip() for name in text.split(",")]
+    if text in TARGET_WORDS or not all(re.fullmatch(r"[\w.]*", name) for name in names):
         return text
-    return text.split(",")
+    return [name for name in names if name]
 
 
 def _options(pairs: list[str]) -> dict[str, Any]:
@@ -101,7 +104,7 @@ def _key_and_value(pair: str) -> tuple[str, Any]:
     if not equals:
         raise ConfigError(f"--option takes KEY=VALUE, got {pair!r}.")
     try:
-        return key, yaml.safe_load(value)
+        return key, read_yaml(value)
     except yaml.YAMLError as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"--option {pair!r}: the value is not YAML: {reason}.") from error

@@ -1,7 +1,12 @@
 """What `peft-gradinit start` does."""
 
+import json
+import math
+import shlex
 from pathlib import Path
 from typing import cast
+
+import yaml
 
 from peft_gradinit.errors import ConfigError
 from peft_gradinit.export import check_directory, export_adapter
@@ -15,20 +20,23 @@ from .arguments import Fields, device_of, job_of
 
 CONTINUED = {
     "PEFT": """\
-PeftModel.from_pretrained(model, "{folder}", is_trainable=True)
+PeftModel.from_pretrained(model, {python}, is_trainable=True)
 TrainingArguments(learning_rate={rate})""",
     "LLaMA-Factory": """\
-adapter_name_or_path: {folder}
+adapter_name_or_path: {yaml}
 learning_rate: {rate}""",
     "axolotl": """\
-lora_model_dir: {folder}
+lora_model_dir: {yaml}
 learning_rate: {rate}""",
-    "ms-swift": "--adapters {folder} --learning_rate {rate}",
+    "ms-swift": "--adapters {shell} --learning_rate {rate}",
     "unsloth": """\
-FastLanguageModel.from_pretrained("{folder}")
+FastLanguageModel.from_pretrained({python})
 SFTConfig(learning_rate={rate})""",
 }
-"""How training continues from a saved adapter, by framework; lines to paste."""
+"""How training continues from a saved adapter, by framework; lines to paste.
+
+The folder is written as the language of the line has it: Python, YAML, or a shell's.
+"""
 
 
 def run(
@@ -107,5 +115,14 @@ def _show(report: InitReport, folder: Path, as_json: bool) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     for name, lines in CONTINUED.items():
         console.print(f"\n[bold]{name}[/]")
-        text = lines.format(folder=folder, rate=f"{rate.suggested:.1e}" if rate else "")
+        text = lines.format(**_written(str(folder)), rate=f"{rate.suggested:.1e}" if rate else "")
         console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _written(text: str) -> dict[str, str]:
+    """A text by the languages of `CONTINUED`."""
+    return {
+        "python": json.dumps(text, ensure_ascii=False),
+        "yaml": yaml.safe_dump(text, allow_unicode=True, width=math.inf).splitlines()[0],
+        "shell": shlex.quote(text),
+    }

@@ -18,6 +18,8 @@ from peft_gradinit.methods import METHODS
 from peft_gradinit.recipes import ModelSection, load_model
 from peft_gradinit.recipes.embedded import pico_tokenizer
 from peft_gradinit_cli.app import app
+from peft_gradinit_cli.commands.measured import Measured
+from peft_gradinit_cli.work.arguments import job_of
 from tests.cli.conftest import calibrate_arguments, check_snapshot, kinds
 from tests.helpers import adapted, logits, pico_llama, relative_error
 from tests.saved.adapters import logits_on_fresh_base
@@ -240,6 +242,23 @@ def test_options_of_the_method_and_targets(run, tmp_path):
     assert len(result.triplets) == 6
     assert result.fingerprint.options["centered"] is False
     assert {rank for _, _, rank in result.fingerprint.targets.values()} == {4}
+
+
+@pytest.mark.parametrize("targets", ["auto", "auto+output", "all-linear", "q_proj , v_proj,"])
+def test_words_for_targets_and_spaces_between_names(run, tmp_path, targets):
+    more = ("--method", "lora_one", "--target-modules", targets)
+    done = run(*calibrate_arguments(tmp_path / "c", *more))
+    assert done.code == 0, done.err
+    names = CalibrationResult.load(tmp_path / "c").fingerprint.targets
+    if targets.startswith("q"):
+        assert {name.rpartition(".")[2] for name in names} == {"q_proj", "v_proj"}
+    else:
+        assert ("lm_head" in names) == (targets == "auto+output")
+
+
+def test_numbers_of_options_are_read_as_people_write_them():
+    job = job_of(**Measured(option=["rho=1e1", "min_rank=2"]).sections("m", "d", "eva"))
+    assert job.method.options == {"rho": 10.0, "min_rank": 2}
 
 
 def test_inspect_a_calibration(run, calibration, workshop, tmp_path):

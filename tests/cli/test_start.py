@@ -1,6 +1,8 @@
 """`peft-gradinit start`: a plain adapter that other frameworks continue from, in the same run."""
 
+import ast
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -92,8 +94,9 @@ def test_other_methods_would_be_another_run_and_are_refused(method, fixed, run, 
     assert not torch.allclose(logits(live), logits(plain), atol=1e-3)
 
 
-def test_lines_can_be_pasted(run, tmp_path):
-    folder = tmp_path / "start"
+@pytest.mark.parametrize("name", ["start", "a start: é #1 'x'"])
+def test_lines_can_be_pasted(name, run, tmp_path):
+    folder = tmp_path / name
     done = run("start", MODEL, DATA, folder, *OPTIONS, "--lora-alpha", 8, "--use-rslora")
     assert done.code == 0, done.err
     config = PeftModel.from_pretrained(fresh(), folder).peft_config["default"]
@@ -106,7 +109,9 @@ def test_lines_can_be_pasted(run, tmp_path):
         assert values[key] == str(folder)
         assert isinstance(values["learning_rate"], float)
     for name in ("PEFT", "unsloth"):
-        compile(blocks[name], name, "exec")
+        parsed = ast.walk(ast.parse(blocks[name]))
+        assert str(folder) in [node.value for node in parsed if isinstance(node, ast.Constant)]
+    assert shlex.split(blocks["ms-swift"])[:2] == ["--adapters", str(folder)]
     json = run("start", MODEL, DATA, folder, *OPTIONS, "--overwrite", "--json").json
     assert json["method"] == "LoRA-One"
     assert set(json["ranks"].values()) == {4}
