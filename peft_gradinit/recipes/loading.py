@@ -15,6 +15,7 @@ from .schema import Recipe
 from .sections import Section, nearest
 from .shipped import recipe_path
 from .training import UNKNOWN
+from .values import read_yaml
 
 SectionT = TypeVar("SectionT", bound=Section)
 
@@ -48,7 +49,7 @@ def load_recipe(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> 
 
 def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        values = read_yaml(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the recipe {str(path)!r}: {error}.") from error
     except yaml.YAMLError as error:
@@ -75,7 +76,7 @@ def _override(values: dict[str, Any], text: str) -> str | None:
         if not isinstance(place, dict):
             return f"{text!r}: {section} is a value, not a section"
     try:
-        place[last] = yaml.safe_load(value)
+        place[last] = read_yaml(value)
     except yaml.YAMLError as error:
         return f"{text!r}: the value is not YAML: {error}"
     return None

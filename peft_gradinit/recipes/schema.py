@@ -12,7 +12,7 @@ from pydantic import Field, SerializeAsAny, ValidationInfo, field_validator, mod
 
 from ..methods import METHODS
 from .embedded import MINILM, MODELS
-from .sections import Positive, Section, Task, nearest
+from .sections import Place, Positive, Section, Task, nearest
 from .training import TrainingSection, parse_training
 
 DEFAULT_LENGTH = 1024
@@ -41,13 +41,13 @@ class Source(Section):
 class ModelSection(Section):
     """Which model is fine-tuned."""
 
-    name: str = Field(
+    name: Place = Field(
         description="Hub name, folder, or `embedded:minilm`, `embedded:smollm2`, "
         "`embedded:pico-llama`, which need no network."
     )
     task: Task | None = Field(default=None, description="Default: as the model's class says.")
     revision: str | None = Field(default=None, description="Commit, tag or branch on the Hub.")
-    tokenizer: str | None = Field(default=None, description="Default: that of the model.")
+    tokenizer: Place | None = Field(default=None, description="Default: that of the model.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="Type of the weights; `auto`: as they were saved."
     )
@@ -69,7 +69,7 @@ class DataSection(Section):
     `input_ids`.
     """
 
-    path: str = Field(
+    path: Place = Field(
         description="Hub name, folder (also of `save_to_disk`), `.jsonl`, `.json`, `.parquet`, "
         "`.csv`, `.txt` file, or `embedded:docstrings`, `embedded:functions`, "
         "`embedded:reference`."
@@ -80,7 +80,7 @@ class DataSection(Section):
         default="train",
         description="Rows to train or calibrate on; of a file, `train` or slices of it.",
     )
-    eval_path: str | None = Field(default=None, description="Default: `path`.")
+    eval_path: Place | None = Field(default=None, description="Default: `path`.")
     eval_name: str | None = Field(default=None, description="Default: `name`.")
     eval_split: str | None = Field(
         default=None, description="Default: `n_eval` rows are held out of `split`."
@@ -117,7 +117,7 @@ class DataSection(Section):
     messages: str | None = Field(
         default=None, description="Column of chats, put through the chat template."
     )
-    chat_template: str | None = Field(
+    chat_template: Place | None = Field(
         default=None, description="File with a Jinja template instead of the tokenizer's."
     )
     assistant_only_loss: bool = Field(
@@ -220,7 +220,7 @@ class CalibrationSection(Section):
     )
     sketch_size: Positive | None = Field(default=None, description="Columns; default: by the rank.")
     seed: int = Field(default=0, description="Seed of the sketches.")
-    result: str | None = Field(
+    result: Place | None = Field(
         default=None, description="Take a saved calibration instead of reading data."
     )
 
@@ -270,7 +270,7 @@ class Recipe(Section):
     title: str | None = Field(default=None, description="One line. Default: the name of the file.")
     source: Source | None = Field(default=None, description="Where the settings are from.")
     offline: bool = Field(default=False, description="Runs without a network.")
-    output: str = Field(description="Folder of everything that is written.")
+    output: Place = Field(description="Folder of everything that is written.")
     model: ModelSection = Field(description="Which model.")
     data: DataSection = Field(description="Which data.")
     method: MethodSection = Field(description="How the adapter starts.")
@@ -283,7 +283,7 @@ class Recipe(Section):
     )
     export: ExportSection = Field(default=ExportSection(), description="What is written.")
     push: PushSection | None = Field(default=None, description="Where it is uploaded to.")
-    baselines: list[str] = Field(
+    baselines: list[Place] = Field(
         default=[], description="Outputs of other runs, for the picture of the losses."
     )
 

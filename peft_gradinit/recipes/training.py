@@ -31,7 +31,7 @@ from trl.trainer.sft_config import SFTConfig
 from ..errors import warn
 from ..optim import OPTIMIZERS
 from ..trainer import SUGGESTED
-from .sections import Positive, Section, Task, nearest
+from .sections import Place, Positive, Section, Task, nearest
 
 ARGUMENTS: dict[Task, type[TrainingArguments]] = {
     "CAUSAL_LM": SFTConfig,
@@ -129,7 +129,7 @@ class TrainingSection(Section):
     save_steps: AboveZero | None = Field(
         default=None, description="Between two checkpoints; default: none are saved."
     )
-    resume_from_checkpoint: bool | str = Field(
+    resume_from_checkpoint: bool | Place = Field(
         default=False, description="`true`: continue from the last checkpoint; or its folder."
     )
     seed: int = Field(default=42, description="Seed of the order of the data, and of dropout.")

@@ -1,12 +1,13 @@
 """Every recipe in `configs/` is valid, honest about its source, and documented."""
 
+import functools
 import re
 from pathlib import Path
 
 import pytest
 import yaml
 
-from peft_gradinit.errors import GradInitError
+from peft_gradinit.errors import ConfigError, GradInitError
 from peft_gradinit.methods import METHODS
 from peft_gradinit.recipes import adapter_config, load_recipe
 from peft_gradinit.recipes.documentation import documentation
@@ -91,6 +92,23 @@ def broken(tmp_path, **changes):
             values[key] = value
     (tmp_path / "broken.yaml").write_text(yaml.safe_dump(values))
     return tmp_path / "broken.yaml"
+
+
+def test_the_tilde_is_the_home_folder_wherever_a_place_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    places = (
+        *("output", "model.name", "model.tokenizer", "data.path", "data.eval_path"),
+        *("data.chat_template", "calibration.result", "training.resume_from_checkpoint"),
+    )
+    changes = [f"{place}=~/x" for place in places]
+    recipe = load_recipe(
+        ROOT / "configs/offline/minilm_docstrings.yaml", [*changes, "baselines=[~/x, ./a//b]"]
+    )
+    for place in places:
+        assert functools.reduce(getattr, place.split("."), recipe) == str(tmp_path / "x"), place
+    assert recipe.baselines == [str(tmp_path / "x"), "./a//b"]
+    with pytest.raises(ConfigError, match="output: there is no such home folder"):
+        load_recipe(ROOT / "configs/offline/minilm_docstrings.yaml", ["output=~nobody-here/x"])
 
 
 def test_all_faults_are_shown_at_once_with_the_nearest_key(tmp_path):

@@ -60,6 +60,12 @@ def test_every_field_of_the_class_is_a_key(task):
             "lr_scheduler_kwargs",
             {"num_cycles": 2},
         ),
+        (
+            "CAUSAL_LM",
+            "lr_scheduler_kwargs={min_lr: 1e-5, a: [-.5e+1, 1E3, 1e, e5]}",
+            "lr_scheduler_kwargs",
+            {"min_lr": 1e-5, "a": [-5.0, 1000.0, "1e", "e5"]},
+        ),
         ("CAUSAL_LM", "logging_first_step=true", "logging_first_step", True),
         ("PREFERENCE", "beta=0.3", "beta", 0.3),
         ("PREFERENCE", "loss_type=[ipo]", "loss_type", ["ipo"]),
