@@ -13,12 +13,15 @@ from ..layouts import process_state
 from .encoding import Encoder
 from .labels import Numbers
 from .lengths import table_length
-from .metrics import check_metrics, compute
+from .metrics import check_metrics, compute, names_given
 from .models import empty_model
 from .reading import Reader
 from .rows import Rows, columns_of
 from .schema import Recipe
-from .sections import CLASSIFIED, Task
+from .sections import CLASSIFIED, Task, nearest
+
+_SPEEDS = ("runtime", "samples_per_second", "steps_per_second")
+"""What evaluations of every trainer give besides."""
 
 
 def check_evaluation(
@@ -34,7 +37,8 @@ def check_evaluation(
 
     Raises:
         ConfigError: if there is nothing to evaluate on, a metric is unknown or is not for what
-            the model gives, or metrics of a language model are asked for without generation.
+            the model gives, metrics of a language model are asked for without generation, or the
+            best checkpoint is to be chosen by what is not measured in training.
     """
     asked = recipe.evaluation
     in_training = getattr(arguments.eval_strategy, "value", arguments.eval_strategy)
@@ -50,6 +54,8 @@ def check_evaluation(
             "their rewards; leave them out."
         )
     check_metrics(asked.metrics, of_numbers=isinstance(reader.labels, Numbers))
+    if in_training != "no":
+        _check_best(arguments.metric_for_best_model, asked.metrics, reader.task)
     if rows is None or reader.task in CLASSIFIED or not asked.metrics:
         return
     if asked.max_new_tokens is None:
@@ -63,6 +69,34 @@ def check_evaluation(
         first = cast("dict[str, Any]", row)
         encoder.prompt(first)
         encoder.completion(first)
+
+
+def _check_best(asked: str | None, metrics: list[str], task: Task) -> None:
+    """Refuse a metric for the best checkpoint that no evaluation in training gives.
+
+    Args:
+        asked: `metric_for_best_model`.
+        metrics: those of the evaluation.
+        task: what the model is for; the trainers of TRL give more, which is not known here.
+
+    Raises:
+        ConfigError: if it is known that there is none.
+    """
+    if asked is None:
+        return
+    name, classified = asked.removeprefix("eval_"), task in CLASSIFIED
+    own = names_given(metrics) if classified else []
+    if own is None or (task in ("CAUSAL_LM", "PREFERENCE") and name not in metrics):
+        return
+    given = ["loss", *own]
+    if name not in {*given, *_SPEEDS}:
+        why = (
+            "add it to evaluation.metrics" if classified else "others are measured at the end alone"
+        )
+        raise ConfigError(
+            f"training.metric_for_best_model={asked!r} is not measured in training, but {given} are"
+            f"{nearest(name, given)}; name one of these{' or ' if classified else ', since '}{why}."
+        )
 
 
 def _check_room(recipe: Recipe, reader: Reader, n_new: int) -> None:
@@ -95,7 +129,9 @@ def evaluate_model(
     kept = {"loss": float(scores["loss"])}
     metrics, task = recipe.evaluation.metrics, reader.task
     if task in CLASSIFIED:
-        return kept | {k: float(v) for k, v in scores.items() if k.startswith("metric_")}
+        computed: Any = trainer.compute_metrics
+        names = computed.given if metrics else ()
+        return kept | {f"metric_{name}": float(scores[name]) for name in names}
     if task == "PREFERENCE":
         return kept | {k: float(v) for k, v in scores.items() if k.startswith("rewards/")}
     if metrics:
@@ -106,22 +142,38 @@ def evaluate_model(
     return kept
 
 
-def label_metrics(recipe: Recipe, reader: Reader) -> Any:
+class LabelMetrics:
+    """`compute_metrics` of a Trainer for classifiers.
+
+    Args:
+        names: which metrics.
+        of_numbers: whether the model is of regression.
+
+    Attributes:
+        given: what the values are called that it gave.
+    """
+
+    def __init__(self, names: list[str], *, of_numbers: bool) -> None:
+        self.names = names
+        self.of_numbers = of_numbers
+        self.given: tuple[str, ...] = ()
+
+    def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
+        """Compute the metrics of predictions."""
+        logits = prediction.predictions
+        logits = logits[0] if isinstance(logits, tuple) else logits
+        predicted = logits[:, 0] if self.of_numbers else logits.argmax(-1)
+        found = compute(self.names, predicted, prediction.label_ids)
+        self.given = tuple(found)
+        return found
+
+
+def label_metrics(recipe: Recipe, reader: Reader) -> LabelMetrics | None:
     """`compute_metrics` of a Trainer for classifiers; `None` if there is nothing to compute."""
     names = recipe.evaluation.metrics
     if not names or reader.task not in CLASSIFIED:
         return None
-    of_numbers = isinstance(reader.labels, Numbers)
-
-    def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
-        logits = prediction.predictions
-        logits = logits[0] if isinstance(logits, tuple) else logits
-        found = compute(
-            names, logits[:, 0] if of_numbers else logits.argmax(-1), prediction.label_ids
-        )
-        return {f"metric_{name}": value for name, value in found.items()}
-
-    return compute_metrics
+    return LabelMetrics(names, of_numbers=isinstance(reader.labels, Numbers))
 
 
 def answer_of(text: str, pattern: str | None) -> str:

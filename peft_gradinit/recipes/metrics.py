@@ -51,6 +51,11 @@ def compute(names: list[str], predictions: Any, references: Any) -> dict[str, fl
     return found
 
 
+def names_given(names: list[str]) -> list[str] | None:
+    """What `compute` calls the values of metrics; `None` if only those of the Hub know."""
+    return names if all(name in _BUILT_IN for name in names) else None
+
+
 def check_metrics(names: list[str], *, of_numbers: bool = False) -> None:
     """Refuse metrics that are neither built in nor to be had from the Hub, or compare no numbers.
 

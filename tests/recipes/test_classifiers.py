@@ -65,6 +65,46 @@ def test_a_recipe(kind, tmp_path):
     assert merged.label2id == {"1": 0, "2": 1, "5": 2}
 
 
+BEST = {
+    "learning_rate": 1e-3,
+    "max_steps": 2,
+    "save_steps": 1,
+    "load_best_model_at_end": True,
+    "logging_steps": 1,
+}
+
+
+@pytest.mark.parametrize("name", ["accuracy", "eval_macro_f1", "loss"])
+def test_the_best_checkpoint_is_chosen_by_a_metric_of_the_evaluation(name, tmp_path):
+    folder = save_classifier(tmp_path / "model")
+    data = {"path": reviews(tmp_path, [5, 1, 2] * 3), "n_eval": 6}
+    metrics = {"metrics": ["accuracy", "macro_f1"], "steps": 1}
+    training = {**BEST, "metric_for_best_model": name}
+    results = finetune(recipe(tmp_path, folder, data, training=training, evaluation=metrics))
+    assert results["metrics"].keys() == {"loss", "metric_accuracy", "metric_macro_f1"}
+    state = json.loads(
+        (tmp_path / "out" / "checkpoints" / "checkpoint-2" / "trainer_state.json").read_text()
+    )
+    logged = [entry for entry in state["log_history"] if "eval_loss" in entry]
+    key = f"eval_{name.removeprefix('eval_')}"
+    best = (min if name == "loss" else max)(entry[key] for entry in logged)
+    assert state["best_metric"] == best
+
+
+def test_a_best_checkpoint_by_what_is_not_measured_is_refused_first(tmp_path, monkeypatch):
+    monkeypatch.setattr("peft_gradinit.recipes.reading.load_model", None)
+    folder = save_classifier(tmp_path / "model")
+    data = {"path": reviews(tmp_path, [5, 1, 2] * 3), "n_eval": 6}
+    metrics = {"metrics": ["accuracy"], "steps": 1}
+    training = {**BEST, "metric_for_best_model": "acuracy"}
+    with pytest.raises(
+        ConfigError,
+        match=r"metric_for_best_model='acuracy' is not measured in training, but \['loss', 'accuracy'\] "
+        "are, did you mean 'accuracy'.*add it to evaluation.metrics",
+    ):
+        finetune(recipe(tmp_path, folder, data, training=training, evaluation=metrics))
+
+
 def test_a_label_of_the_evaluation_alone_is_told_before_a_model_is_loaded(tmp_path, monkeypatch):
     monkeypatch.setattr("peft_gradinit.recipes.reading.load_model", None)
     folder = save_classifier(tmp_path / "model")

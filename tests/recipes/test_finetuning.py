@@ -234,6 +234,13 @@ def test_what_comes_after_training_is_checked_before(
     assert not (tmp_path / "out").exists()
 
 
+def test_answers_are_generated_at_the_end_and_choose_no_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setattr("peft_gradinit.recipes.reading.load_model", None)
+    by = "training.metric_for_best_model=exact_match"
+    with pytest.raises(ConfigError, match=r"'exact_match' is not measured in training, .*loss"):
+        run(PICO, tmp_path / "out", by, "evaluation.steps=1")
+
+
 def test_an_evaluation_without_rows_is_refused(tmp_path):
     nothing = ("data.eval_split=null", "data.n_eval=null")
     with pytest.raises(ConfigError, match=r"metrics=\['exact_match'\] .*nothing to evaluate on"):
