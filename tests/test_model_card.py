@@ -16,7 +16,7 @@ from peft_gradinit.errors import AdapterError
 from peft_gradinit.records.card import complete_card
 from peft_gradinit.records.hub import hub_id
 from peft_gradinit.records.picture import draw_layers
-from peft_gradinit.records.publishing import published
+from peft_gradinit.records.publishing import published, unsaved
 from tests.exports import config, trained
 from tests.helpers import logits, pico_llama, quiet, token_batches, train_steps
 
@@ -62,6 +62,28 @@ def test_a_card_that_somebody_filled_in_is_kept(tmp_path):
     assert done.data.license == "mit"
     assert "**LoRA-GA** ([arXiv:2407.05000]" in done.text
     assert done.text.index("## LoRA-GA") < done.text.index("### Framework versions")
+
+
+def test_what_is_ours_goes_and_what_is_not_stays(tmp_path):
+    template = ModelCard.from_template(ModelCardData(license="mit"), model_summary="Writes odes.")
+    template.save(tmp_path / "README.md")
+    saved(tmp_path, "lora_one")
+    unsaved(tmp_path)
+    assert not {"gradinit.json", "gradinit.png"} & {path.name for path in tmp_path.iterdir()}
+    done = card(tmp_path)
+    assert "Writes odes." in done.text
+    assert done.data.license == "mit"
+    assert "LoRA-One" not in done.text
+    assert not {"peft_gradinit", "lora-one"} & set(done.data.tags)
+    unsaved(tmp_path)  # nothing is there to be removed
+    assert card(tmp_path).text == done.text
+
+
+def test_a_card_with_nothing_else_goes(tmp_path):
+    saved(tmp_path, "lora_one")
+    (tmp_path / "gradinit.json").write_text("damaged")
+    unsaved(tmp_path)
+    assert not (tmp_path / "README.md").exists()
 
 
 def test_local_base_is_not_named_but_stays_loadable(tmp_path):

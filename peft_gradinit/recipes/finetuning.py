@@ -18,6 +18,7 @@ from ..export import export_adapter
 from ..files import check_writable, write_json
 from ..layouts import process_state
 from ..methods import METHODS
+from ..records import unsaved
 from ..tuners import load_for_training
 from .data import load_rows
 from .evaluation import check_evaluation, evaluate_model
@@ -185,6 +186,7 @@ def _peak_rate(trainer: Trainer) -> float:
 
 def _write(model: PeftModel, recipe: Recipe, inputs: Inputs, results: dict[str, Any]) -> None:
     output = Path(recipe.output)
+    unsaved(output / "adapter")
     model.save_pretrained(str(output / "adapter"))
     if hasattr(inputs.reader.processor, "save_pretrained"):
         inputs.reader.processor.save_pretrained(str(output / "adapter"))

@@ -8,7 +8,7 @@ from .adapters import (
     same_layers,
     write_adapter,
 )
-from .card import CARD, PICTURE, complete_card, new_card
+from .card import complete_card, new_card
 from .digests import (
     check_digests,
     check_finite,
@@ -29,7 +29,6 @@ from .lora_file import (
     A_KEY,
     B_KEY,
     PREFIX,
-    PROVENANCE_FILE,
     alpha_growth,
     alpha_of,
     doubled,
@@ -43,9 +42,10 @@ from .lora_file import (
     scaling,
     unscaled,
 )
+from .names import CARD, PICTURE, PROVENANCE_FILE
 from .picture import BLOCK
 from .provenance import EXPORT_FORMAT, facts_of, read_provenance, write_provenance
-from .publishing import attend, saved
+from .publishing import attend, saved, unsaved
 from .reading import read_dict, read_tensors
 from .report import InitReport, LearningRate, ModuleReport, StepCheck, by_parameter
 from .table import as_text, table_of

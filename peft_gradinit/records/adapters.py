@@ -21,10 +21,11 @@ from ..linalg import Factors
 from ..numbers import is_finite_number, is_integer
 from .digests import check_digests, check_finite
 from .hub import adapter_folder
-from .lora_file import PROVENANCE_FILE, alpha_of, entries, linear_layers, scaling, unscaled
+from .lora_file import alpha_of, entries, linear_layers, scaling, unscaled
+from .names import CARD, PICTURE, PROVENANCE_FILE
 from .reading import read_dict
 
-_FILES = ("adapter_config.json", SAFETENSORS_WEIGHTS_NAME, "README.md", PROVENANCE_FILE)
+_FILES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, CARD, PICTURE, PROVENANCE_FILE)
 
 OVERWRITES_BASE = ("pissa", "olora", "corda", "lora_ga")
 """Starts of PEFT that write `W - s B0 A0` into the base; the file is no update of the original."""

@@ -6,6 +6,7 @@ anything that users wrote, and gets a section.
 """
 
 import json
+import re
 import statistics
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,10 @@ from safetensors import safe_open
 
 from ..files import check_is_file, whole_file
 from .hub import hub_id
-from .lora_file import PROVENANCE_FILE
+from .names import CARD, PICTURE, PROVENANCE_FILE
 from .picture import draw_layers
 from .reading import read_dict
 from .report import ModuleReport, by_parameter
-
-CARD = "README.md"
-PICTURE = "gradinit.png"
 
 _START, _END = "<!-- peft_gradinit: {} -->", "<!-- peft_gradinit: end of {} -->"
 _AUTO_CLASSES = {
@@ -57,6 +55,38 @@ def complete_card(directory: Path, repo_id: str | None = None) -> None:
     card.text = _with_section(card.text, facts).rstrip() + "\n"
     with whole_file(readme) as beside:
         card.save(beside)
+
+
+def remove_section(directory: Path) -> None:
+    """Take an adapter's section and its tags out of its card; a card with nothing else goes.
+
+    Args:
+        directory: of the adapter.
+    """
+    readme = directory / CARD
+    if not readme.exists():
+        return
+    check_is_file(readme)
+    card = ModelCard.load(readme)
+    start, end = (mark.format("default") for mark in (_START, _END))
+    before, _, rest = card.text.partition(start)
+    section, found, after = rest.partition(end)
+    if not found:
+        return
+    if not any(map(_is_own_line, f"{before}{after}".splitlines())):
+        readme.unlink()
+        return
+    card.text = f"{before.rstrip()}\n\n{after.strip()}\n"
+    own = _own_tags(section.strip().partition("\n")[0].removeprefix("## "))
+    card.data["tags"] = [tag for tag in card.data.get("tags") or [] if tag not in own]
+    with whole_file(readme) as beside:
+        card.save(beside)
+
+
+def _is_own_line(line: str) -> bool:
+    """Whether a line of a card, outside of our section, was written by a person or by `Trainer`."""
+    ours = r"\s*|# .+ (adapter|model)( for .+)?|### Framework versions|- \S+ \d\S*"
+    return re.fullmatch(ours, line) is None
 
 
 def new_card(directory: Path) -> None:
@@ -104,7 +134,7 @@ def _picture(directory: Path, facts: dict[str, Any]) -> bool:
 def _fill_metadata(data: Any, facts: dict[str, Any]) -> None:
     merged = facts["target"] == "merged"
     data["library_name"] = "transformers" if merged else "peft"
-    own = ["lora", facts["method"].lower(), "peft_gradinit"]
+    own = ["lora", *_own_tags(facts["method"])]
     tags = [t for t in data.get("tags") or [] if not t.startswith("base_model:adapter:")]
     if facts["base"]:
         own += [] if merged else [f"base_model:adapter:{facts['base']}"]
@@ -116,6 +146,10 @@ def _fill_metadata(data: Any, facts: dict[str, Any]) -> None:
         data["pipeline_tag"] = "text-generation"
     if facts.get("dataset") and not data.get("datasets"):
         data["datasets"] = [facts["dataset"]]
+
+
+def _own_tags(method: str) -> list[str]:
+    return [method.lower(), "peft_gradinit"]
 
 
 def _one(value: Any) -> Any:

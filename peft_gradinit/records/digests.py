@@ -122,8 +122,9 @@ def _compare(directory: Path, name: str, digests: Mapping[str, str], got: str) -
         raise AdapterError(
             f"{str(directory / name)!r} is damaged or of another save than the gradinit.json beside "
             f"it: its SHA-256 is {got[:12]}… where {str(digests[name])[:12]}… is expected. A run "
-            "that is killed while it saves leaves such a mixture; restore the saved adapter, or "
-            "load another checkpoint."
+            "that is killed while it saves leaves such a mixture, and so does another adapter that "
+            "PEFT saves over one of this package. Restore the saved adapter or load another "
+            "checkpoint; if the other adapter is the one you want, remove the gradinit.json."
         )
 
 

@@ -8,7 +8,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from ..errors import DataError
-from .lora_file import PROVENANCE_FILE
+from .names import PROVENANCE_FILE
 
 
 def hub_id(name: str | None) -> str | None:

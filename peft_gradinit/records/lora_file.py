@@ -15,9 +15,6 @@ from ..linalg import Factors
 PREFIX = "base_model.model."
 """Beginning of the keys in a file that was saved from a `PeftModel`."""
 
-PROVENANCE_FILE = "gradinit.json"
-"""Name of the file beside it, with the facts that `adapter_config.json` has no place for."""
-
 A_KEY, B_KEY = ".lora_A.weight", ".lora_B.weight"
 B_BIAS_KEY = ".lora_B.bias"
 """Ends of the keys of a linear layer's factors."""

@@ -12,7 +12,7 @@ from ..files import write_json
 from .digests import digest_of_facts, file_digests
 from .hub import hub_id
 from .live import AdapterRecord
-from .lora_file import PROVENANCE_FILE
+from .names import PROVENANCE_FILE
 from .publishing import saved
 from .reading import read_dict
 

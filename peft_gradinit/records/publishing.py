@@ -14,8 +14,9 @@ from peft.utils import CONFIG_NAME
 from torch import nn
 
 from ..files import write_json
-from .card import complete_card
+from .card import complete_card, remove_section
 from .hub import hub_id
+from .names import CARD, PICTURE, PROVENANCE_FILE
 from .reading import read_dict
 
 _ALWAYS = frozenset({
@@ -41,10 +42,24 @@ def published(directory: Path, repo_id: str | None = None) -> None:
     """Prepare a directory of adapters for the Hub: no local path in configs, a complete card."""
     below = directory.glob(f"*/{CONFIG_NAME}")
     # A directory with a card of its own is no adapter of this one but a checkpoint of Trainer.
-    named = [path for path in below if not (path.parent / "README.md").exists()]
+    named = [path for path in below if not (path.parent / CARD).exists()]
     for path in (*directory.glob(CONFIG_NAME), *named):
         _remove_local_path(path)
         complete_card(path.parent, repo_id)
+
+
+def unsaved(directory: Path) -> None:
+    """Remove what this package wrote beside an adapter, before another is saved over it.
+
+    PEFT replaces its own files alone. What is left of ours would tell of the adapter before.
+
+    Args:
+        directory: of the adapter; it need not exist.
+    """
+    if (directory / PROVENANCE_FILE).exists():
+        remove_section(directory)
+        (directory / PICTURE).unlink(missing_ok=True)
+        (directory / PROVENANCE_FILE).unlink()
 
 
 def attend(model: nn.Module) -> None:

@@ -29,6 +29,7 @@ from peft_gradinit.recipes.shipped import shipped
 from peft_gradinit.recipes.trainers import parsed_arguments
 from peft_gradinit.recipes.training import PAIR_OPTIMIZERS
 from peft_gradinit.records import InitReport
+from peft_gradinit.records.adapters import read_adapter
 from tests.recipes.images import save_vit
 
 ROOT = Path(__file__).parent.parent.parent
@@ -185,6 +186,19 @@ def test_the_adapter_is_the_one_that_was_evaluated(tmp_path):
     with torch.no_grad():
         loss = model(**batch).loss.item()
     assert loss == pytest.approx(results["metrics"]["loss"], rel=1e-3)
+
+
+def test_nothing_is_left_of_the_adapter_of_a_run_before(tmp_path):
+    quick = ("training.max_steps=1", "evaluation.metrics=[]")
+    run(PICO, tmp_path / "out", *quick)
+    adapter = tmp_path / "out" / "adapter"
+    assert "LoRA-One" in (adapter / "README.md").read_text()
+    run(PICO, tmp_path / "out", *quick, "method.name=lora", "method.options={}")
+    assert len(read_adapter(adapter).layers) > 0
+    names = {path.name for path in adapter.iterdir()}
+    assert not {"gradinit.json", "gradinit.png"} & names
+    text = (adapter / "README.md").read_text()
+    assert not re.search("lora-one|gradinit", text, re.IGNORECASE)
 
 
 def test_resuming_continues_the_same_run(tmp_path):

@@ -292,6 +292,16 @@ def test_files_of_two_saves_are_refused(file, tmp_path):
         read_adapter(tmp_path / "two")
 
 
+def test_a_plain_adapter_over_one_of_ours_is_told(tmp_path):
+    trained().save_pretrained(tmp_path)
+    plain = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    get_peft_model(pico_llama(), plain).save_pretrained(tmp_path)
+    with pytest.raises(AdapterError, match=r"saves over one of this package.* remove the gradinit"):
+        read_adapter(tmp_path)
+    (tmp_path / "gradinit.json").unlink()
+    assert read_adapter(tmp_path).layers
+
+
 def test_changed_gradinit_json_is_refused(tmp_path):
     trained().save_pretrained(tmp_path)
     json_with("gradinit.json", fingerprint=None)(tmp_path)
