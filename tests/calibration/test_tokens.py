@@ -16,7 +16,12 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from peft_gradinit.calibration.feed.tokens import loss_weight, n_input_tokens, n_sequences
+from peft_gradinit.calibration.feed.tokens import (
+    has_tokens,
+    loss_weight,
+    n_input_tokens,
+    n_sequences,
+)
 from tests.helpers import pico_gpt2, pico_llama, token_batches
 
 
@@ -128,11 +133,20 @@ IDS = torch.ones(2, 3, dtype=torch.long)
         (IDS, 6),
         (torch.ones(2, 3), 2),
         ({"scalar": torch.tensor(1.0), "label": torch.ones(2)}, 2),
+        ({"anchor": {"input_ids": IDS, "attention_mask": MASK}, "positive": {"input_ids": IDS}}, 9),
+        ({"texts": ["a", "b"], "pair": {"left": {"input_ids": IDS}, "score": torch.ones(2)}}, 6),
+        ({"clip": {"input_features": torch.ones(2, 9, 4)}}, 2),
+        ({"text": {"input_ids": IDS}, "negatives": {"input_ids": torch.ones(8, 3).long()}}, 30),
     ],
 )
 def test_input_tokens_leave_out_padding(batch, tokens):
     assert n_input_tokens(batch) == tokens
     assert n_sequences(batch) == 2
+
+
+def test_rows_of_dicts_within_dicts_are_of_tokens_if_one_is():
+    assert has_tokens({"anchor": {"input_ids": IDS}, "scores": torch.ones(2)})
+    assert not has_tokens({"clip": {"input_features": torch.ones(2, 9, 4)}})
 
 
 def test_a_batch_without_tensors_counts_as_one():

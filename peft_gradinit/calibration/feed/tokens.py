@@ -17,7 +17,7 @@ _SHIFTED_CLASSES = ("LMHeadModel", "DoubleHeadsModel")
 
 
 def n_sequences(batch: Any) -> int:
-    """Leading dimension of the batch's first tensor; 1 if there is none."""
+    """Leading dimension of the batch's first tensor, also in dicts within it; 1 if there is none."""
     first = _first_tensor(batch)
     return 1 if first is None else first.shape[0]
 
@@ -31,7 +31,8 @@ def sequence_tokens(batch: Any) -> Tensor:
     """Tokens of each sequence, padding not counted; ones if the batch has no tokens.
 
     They are counted in a mask, in token ids or in embeddings, but not in a mask of audio. A tuple
-    has tokens if its first tensor holds ids.
+    has tokens if its first tensor holds ids. Dicts within a dict (an anchor and its positive, say)
+    are sides of the same rows, and their tokens add up.
     """
     if isinstance(batch, Mapping):
         masks_tokens = _is_text(batch) or not _is_signal(batch)
@@ -46,6 +47,9 @@ def sequence_tokens(batch: Any) -> Tensor:
         for key in ("input_ids", "inputs_embeds"):
             if isinstance(tokens := batch.get(key), Tensor) and tokens.dim() >= 2:
                 return _equally_long(tokens)
+        n, inner = n_sequences(batch), [s for s in _sides(batch) if has_tokens(s)]
+        if n and inner and all(n_sequences(side) % n == 0 for side in inner):  # of several a row
+            return torch.stack([sequence_tokens(s).reshape(n, -1).sum(1) for s in inner]).sum(0)
     elif (tokens := _ids(batch)) is not None:
         return _equally_long(tokens)
     return torch.ones(n_sequences(batch), dtype=torch.long, device="cpu")
@@ -62,7 +66,12 @@ def has_tokens(batch: Any) -> bool:
     if _is_text(batch) or _is_signal(batch):
         return _is_text(batch)
     masks = ("attention_mask", "decoder_attention_mask", "prompt_mask")
-    return any(isinstance(batch.get(key), Tensor) for key in masks)
+    masked = any(isinstance(batch.get(key), Tensor) for key in masks)
+    return masked or any(has_tokens(side) for side in _sides(batch))
+
+
+def _sides(batch: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return [value for value in batch.values() if isinstance(value, Mapping)]
 
 
 def _is_text(batch: Mapping[str, Any]) -> bool:
@@ -138,4 +147,5 @@ def _first_tensor(batch: Any) -> Tensor | None:
         values = [batch.get("input_ids"), *batch.values()]
     else:
         values = list(batch) if isinstance(batch, tuple | list) else [batch]
-    return next((v for v in values if isinstance(v, Tensor) and v.dim() > 0), None)
+    inner = (_first_tensor(v) if isinstance(v, Mapping) else v for v in values)
+    return next((v for v in inner if isinstance(v, Tensor) and v.dim() > 0), None)
