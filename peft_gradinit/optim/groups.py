@@ -136,7 +136,7 @@ def groups_of_rest(
         more = f" and {len(rest) - 3} more" if len(rest) > 3 else ""
         raise ConfigError(
             f"{optimizer}: {names}{more} train as well and are in no pair; AdamW steps them. Pass "
-            "head_lr, its rate (1e-2, say), or freeze them."
+            "head_lr, its rate (1e-2, say; training.head_learning_rate of a recipe), or freeze them."
         )
     vectors = [p for n, p in rest if p.ndim <= 1 or _MAGNITUDE in n]
     matrices = [p for n, p in rest if p.ndim > 1 and _MAGNITUDE not in n]

@@ -41,6 +41,9 @@ _NOT_FIELDS = {
 }
 """Keys of `TrainingSection` that the arguments have under other conditions, or not at all."""
 
+_BESIDE_PAIRS = ("modules_to_save", "trainable_token_indices", "use_dora", "lora_bias")
+"""Options of an adapter by which more is trained than its pairs."""
+
 _GENERAL = {field.name for field in dataclasses.fields(TrainingArguments)}
 _CHECKPOINTING = (
     f"{'activation' if 'activation_checkpointing' in _GENERAL else 'gradient'}_checkpointing"
@@ -77,7 +80,8 @@ def arguments_of(recipe: Recipe, task: Task, *, evaluates: bool) -> TrainingArgu
         An object of the class of the task.
 
     Raises:
-        ConfigError: if the class has no such field, or refuses a value.
+        ConfigError: if the class has no such field, or refuses a value; if the optimiser has no
+            such option, or lacks a rate.
     """
     training = recipe.training
     if faults := check_training(training, task):
@@ -93,8 +97,27 @@ def arguments_of(recipe: Recipe, task: Task, *, evaluates: bool) -> TrainingArgu
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
         raise ConfigError(f"training: {error}") from error
     _check_reports(arguments)
-    _optimizer(training, rate=1.0)  # refuses options that it has not
+    _, options = _optimizer(training, rate=1.0) or (None, {})  # refuses options that it has not
+    if options and "head_lr" not in options:
+        _check_all_in_pairs(recipe, task)
     return arguments
+
+
+def _check_all_in_pairs(recipe: Recipe, task: Task) -> None:
+    """Refuse an optimiser of pairs without a rate for what trains beside them, if the recipe tells.
+
+    Raises:
+        ConfigError: if there is a head of classes, or an option by which more is trained.
+    """
+    options = recipe.method.options
+    asked = [f"method.options.{name}" for name in _BESIDE_PAIRS if options.get(name)]
+    asked += ["method.options.bias"] if options.get("bias", "none") != "none" else []
+    if task == "SEQ_CLS" or asked:
+        what = " and ".join(asked) or f"the head of {task}"
+        raise ConfigError(
+            f"training.optim={recipe.training.optim!r} steps the pairs of the adapter, but {what} "
+            "trains as well, by AdamW; give its rate as training.head_learning_rate (1e-3, say)."
+        )
 
 
 def _defaults(recipe: Recipe, task: Task, *, evaluates: bool) -> dict[str, Any]:

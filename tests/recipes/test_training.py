@@ -130,6 +130,26 @@ def test_a_fault_names_the_key_and_the_nearest_one(task, change, message):
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("task", "options", "what"),
+    [
+        ("SEQ_CLS", "{}", "the head of SEQ_CLS"),
+        ("CAUSAL_LM", "{use_dora: true}", "method.options.use_dora"),
+        ("CAUSAL_LM", "{bias: lora_only}", "method.options.bias"),
+    ],
+)
+def test_a_rate_for_what_is_in_no_pair_is_asked_for_before_the_start(task, options, what):
+    def made(*more):
+        rates = ("training.optim=lora_muon", "training.learning_rate=0.03")
+        changes = (f"model.task={task}", f"method.options={options}")
+        return arguments_of(load_recipe(PICO, [*rates, *changes, *more]), task, evaluates=True)
+
+    with pytest.raises(ConfigError, match=rf"but {what} trains .*training\.head_learning_rate"):
+        made()
+    assert made("training.head_learning_rate=1e-3").max_steps
+    assert made("training.optim_args='head_lr=1e-3'").max_steps
+
+
 def test_a_preference_without_a_rate_is_refused(tmp_path):
     values = yaml.safe_load(PICO.read_text())
     values["model"]["task"], values["training"] = "PREFERENCE", {"beta": 0.1}
