@@ -1,5 +1,7 @@
 """A start for LLaMA-Factory: `python -m peft_gradinit.integrations.llamafactory train.yaml`.
 
+`key=value` after the file wins over it, as for `llamafactory-cli train`.
+
 LLaMA-Factory has no hook for adapters, but continues from a saved one (`adapter_name_or_path`). So
 the start is computed on its own model, data, template and collator, saved in `output_dir/start`,
 and LLaMA-Factory trains from there. Written for LLaMA-Factory 0.9.5, supervised fine-tuning.
@@ -13,13 +15,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-import yaml
 from llamafactory.data import (
     SFTDataCollatorWith4DAttentionMask,
     get_dataset,
     get_template_and_fix_tokenizer,
 )
-from llamafactory.hparams import get_train_args
+from llamafactory.hparams import get_train_args, read_args
 from llamafactory.model import load_model, load_tokenizer
 from llamafactory.train.tuner import run_exp
 from peft import PeftModel, get_peft_model
@@ -126,5 +127,20 @@ def _config(finetuning_args: Any, options: dict[str, Any]) -> GradInitConfig:
     return cast("GradInitConfig", deferred_config(name, of_framework, options))
 
 
+def main() -> None:
+    """Train as a file says, and values `key=value` that win over it.
+
+    Raises:
+        ConfigError: if there is no file of YAML or JSON; LLaMA-Factory would also take flags.
+    """
+    arguments = read_args() if sys.argv[1:] else []
+    if not isinstance(arguments, Mapping):
+        raise ConfigError(
+            f"expected a file ending in .yaml, .yml or .json, and key=value after it, got "
+            f"{sys.argv[1:]}; write the flags into a file."
+        )
+    train(arguments)
+
+
 if __name__ == "__main__":
-    train(yaml.safe_load(Path(sys.argv[1]).read_text(encoding="utf-8")))
+    main()

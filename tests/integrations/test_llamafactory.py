@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
 
@@ -70,6 +71,32 @@ def test_a_run_goes_on_from_the_start(method, title, folder, tmp_path):
     assert 0.5 * suggested < max(moved) < 8 * suggested
     config = PeftModel.from_pretrained(base, tmp_path).peft_config["default"]
     assert (config.peft_type.value, config.lora_alpha) == ("LORA", 8)
+
+
+def test_values_of_the_command_line_win_over_the_file(folder, tmp_path, monkeypatch):
+    from peft_gradinit.integrations import llamafactory
+
+    options = {"method": "eva", "max_tokens": 512}
+    written = arguments(folder, tmp_path / "out", learning_rate=0.5, gradinit=options)
+    (tmp_path / "train.yaml").write_text(yaml.safe_dump(written))
+    given, run = [], llamafactory.run_exp
+    monkeypatch.setattr(llamafactory, "run_exp", lambda args: (given.append(args), run(args)))
+    changes = ["max_steps=1", "learning_rate=0.001", "gradinit.method=lora_one"]
+    monkeypatch.setattr("sys.argv", ["llamafactory", str(tmp_path / "train.yaml"), *changes])
+    llamafactory.main()
+    (theirs,) = given
+    assert (theirs["max_steps"], theirs["learning_rate"]) == (1, 0.001)
+    saved = json.loads((tmp_path / "out" / "start" / "gradinit.json").read_text())
+    assert saved["method"] == "LoRA-One"
+
+
+@pytest.mark.parametrize("words", [[], ["--stage", "sft"]])
+def test_a_command_line_without_a_file_is_refused(words, monkeypatch):
+    from peft_gradinit.integrations.llamafactory import main
+
+    monkeypatch.setattr("sys.argv", ["llamafactory", *words])
+    with pytest.raises(ConfigError, match=r"expected a file ending in \.yaml.*write the flags"):
+        main()
 
 
 def test_what_cannot_work_is_told(folder, tmp_path):

@@ -1,8 +1,11 @@
 """Arguments of LLaMA-Factory 0.9.5, as far as the plug-in reads them."""
 
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+import yaml
 
 DEFAULTS = {
     "finetuning": {
@@ -15,6 +18,23 @@ DEFAULTS = {
     "training": {"output_dir": None, "learning_rate": 5e-5, "max_steps": -1},
 }  # fmt: skip
 _OTHERS = {"do_train", "use_cpu", "report_to", "cutoff_len", "per_device_train_batch_size"}
+
+
+def read_args(args=None):
+    """Theirs merges by OmegaConf: `a.b=c` goes into the section `a`, values are YAML."""
+    if args is not None:
+        return args
+    if not sys.argv[1].endswith((".yaml", ".yml", ".json")):
+        return sys.argv[1:]
+    merged = yaml.safe_load(Path(sys.argv[1]).absolute().read_text())
+    for override in sys.argv[2:]:
+        key, _, value = override.partition("=")
+        *sections, last = key.split(".")
+        place = merged
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[last] = yaml.safe_load(value)
+    return merged
 
 
 def get_train_args(args=None):
