@@ -183,7 +183,7 @@ def _part_of_one(path: str, split: str, section: DataSection) -> str:
     return "+".join("".join((_ONLY, *slices)) for _, *slices in parts)
 
 
-def _part(stored: Mapping[str, datasets.Dataset], path: str, split: str) -> datasets.Dataset:
+def _part(stored: Mapping[Any, datasets.Dataset], path: str, split: str) -> datasets.Dataset:
     """Rows of a dataset that `save_to_disk` wrote.
 
     Args:
