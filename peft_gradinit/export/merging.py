@@ -90,12 +90,12 @@ def _merged(module: nn.Module, adapter_name: str) -> nn.Module:
     if not isinstance(module, BaseTunerLayer):
         return module
     # Each parameter of a module of experts has a wrapper of its own, around the one before.
-    inner: Any = module.base_layer
-    is_wrapped = isinstance(inner, BaseTunerLayer | AuxiliaryTrainingWrapper)
+    has_wrapper = isinstance(module.base_layer, BaseTunerLayer | AuxiliaryTrainingWrapper)
     if adapter_name not in module._all_available_adapter_names():
-        return _merged(inner, adapter_name) if is_wrapped else inner
-    duplicate = copy.deepcopy(module)
-    if is_wrapped:  # of the duplicate, since merging writes
+        inner: Any = module.base_layer
+        return _merged(inner, adapter_name) if has_wrapper else inner
+    duplicate: Any = copy.deepcopy(module)
+    if has_wrapper:  # of the duplicate, since merging writes
         duplicate.base_layer = _merged(duplicate.base_layer, adapter_name)
     if isinstance(duplicate, MultiheadAttention):
         return duplicate.unload_and_optionally_merge_module(
