@@ -4,7 +4,8 @@ Knows nothing of LoRA: it is given modules and accumulators, and returns facts.
 """
 
 from .capture import ExpertWeight, Measurable, capture
-from .feed import Feed, lengths_within, own_copy, unsharded
+from .copying import own_copy
+from .feed import Feed, lengths_within, unsharded
 from .guards import left_as_found
 from .needs import Gradients, Inputs, Measured, Need, SecondMoments, Weights, triplets_of
 from .passes import GradientRecorder, LayerStatistics, base_loss, mean_loss, measure, run_pass

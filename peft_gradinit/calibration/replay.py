@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
+from .copying import fields_of
+
 MAX_BYTES = 64 * 2**20
 """Limit on the batches kept: millions of token ids, or a hundred images."""
 
@@ -65,7 +67,13 @@ class Replay:
 
 
 def _n_bytes(batch: Any) -> int:
+    """Memory of a batch; that of an object whose tensors cannot be seen is taken for the limit."""
     if isinstance(batch, Tensor):
         return batch.numel() * batch.element_size()
-    values = batch.values() if isinstance(batch, Mapping) else batch
-    return sum(_n_bytes(v) for v in values) if isinstance(batch, Mapping | tuple | list) else 0
+    fields = fields_of(batch)
+    parts = batch if fields is None else fields
+    if isinstance(parts, Mapping):
+        parts = list(parts.values())
+    if isinstance(parts, tuple | list):
+        return sum(map(_n_bytes, parts))
+    return MAX_BYTES if hasattr(parts, "to") or hasattr(parts, "clone") else 0

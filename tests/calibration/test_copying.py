@@ -6,7 +6,7 @@ import torch
 from transformers import BatchEncoding
 
 from peft_gradinit.calibration import Feed, Gradients
-from peft_gradinit.calibration.feed.copying import kept_sample, own_copy
+from peft_gradinit.calibration.copying import kept_sample, own_copy
 from peft_gradinit.calibration.feed.shards import shares
 from peft_gradinit.layouts import Processes
 from tests.calibration.passes import FLOAT32, gradients, measure, run_pass, worst_error

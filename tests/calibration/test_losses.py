@@ -1,10 +1,14 @@
 """Losses are found where `Trainer` finds them, and errors of the model stay what they are."""
 
+import collections
 import sys
+import types
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers import YolosConfig, YolosForObjectDetection
 
 from peft_gradinit.errors import DataError
 from tests.calibration.passes import FLOAT32, gradients, worst_error
@@ -65,3 +69,38 @@ def test_an_error_of_the_model_stays_what_it_is_and_names_the_batch():
     assert caught.traceback[-1].name == "forward"
     if sys.version_info >= (3, 11):
         assert caught.value.__notes__ == ["It was raised in calibration batch 3."]
+
+
+FORMS = {
+    "defaultdict": lambda batch: collections.defaultdict(list, batch),
+    "read-only": types.MappingProxyType,
+    "numpy": dict,
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_batches_and_weights_of_other_kinds_are_read(form):
+    batches = [{k: v[:n] for k, v in batch_of(n).items()} for n in (4, 2)]
+
+    def loss_fn(model, batch):
+        loss = nn.functional.cross_entropy(model(batch["x"])["logits"], batch["labels"])
+        return (loss, np.float32(len(batch["x"]))) if form == "numpy" else loss
+
+    want = gradients(Net(OUTPUTS["dict"]), batches)
+    got = gradients(Net(OUTPUTS["dict"]), [FORMS[form](b) for b in batches], loss_fn=loss_fn)
+    assert worst_error(got, want) < FLOAT32
+
+
+def test_labels_of_a_detector_are_dicts_of_each_image():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2, "image_size": [32, 32], "patch_size": 16}
+    config = YolosConfig(**sizes, num_detection_tokens=4, num_labels=3, initializer_range=0.3)
+    of_image = {"class_labels": torch.tensor([1]), "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.2]])}
+    batch = {"pixel_values": torch.randn(2, 3, 32, 32), "labels": [of_image, of_image]}
+    model = YolosForObjectDetection(config).eval()
+    name = "vit.encoder.layer.0.attention.attention.value"
+    model(**batch).loss.backward()
+    want = model.get_submodule(name).weight.grad
+    got = gradients(model, [batch], {name: model.get_submodule(name)})
+    assert worst_error(got, {name: want}) < FLOAT32

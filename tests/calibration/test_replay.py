@@ -1,5 +1,7 @@
 """Batches kept for a second look: within a limit, weighted as in the pass."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -52,6 +54,34 @@ def test_the_users_loss_and_its_weight_are_used():
     )
     assert base_loss(torch.nn.Linear(1, 1), kept) == 7
     assert mean_loss(model, kept, calibration) == 3
+
+
+@dataclasses.dataclass
+class OfOnesOwn:
+    x: torch.Tensor
+
+
+class Opaque:
+    """Something with tensors that nobody sees."""
+
+    def to(self, device):
+        return self
+
+
+@pytest.mark.parametrize(("kind", "n_kept"), [(OfOnesOwn, 2), (lambda x: (x, {"x": x}), 1)])
+def test_tensors_in_containers_count_to_the_limit(kind, n_kept, monkeypatch):
+    monkeypatch.setattr(module, "MAX_BYTES", 90)
+    kept = Replay()
+    for _ in range(5):
+        kept.keep(kind(torch.ones(10)), 2.0, 3)
+    assert len(kept.batches) == n_kept
+
+
+def test_of_objects_whose_tensors_cannot_be_seen_one_is_kept():
+    kept = Replay()
+    for _ in range(5):
+        kept.keep(Opaque(), 2.0, 3)
+    assert len(kept.batches) == 1
 
 
 def test_batches_beyond_the_limit_are_not_kept_but_the_first_always_is(monkeypatch):

@@ -1,19 +1,29 @@
 """A batch counts by its tokens, and its loss by the terms that it is the mean of."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch.nn import functional as F
 from transformers import (
+    BartConfig,
+    BartForCausalLM,
     BertConfig,
     BertForMaskedLM,
     BertForQuestionAnswering,
     BertForSequenceClassification,
     BertForTokenClassification,
     BertLMHeadModel,
+    InstructBlipConfig,
+    InstructBlipForConditionalGeneration,
     SegformerConfig,
     SegformerForSemanticSegmentation,
     T5Config,
     T5ForConditionalGeneration,
+    TrOCRConfig,
+    TrOCRForCausalLM,
+    XLMConfig,
+    XLMWithLMHeadModel,
 )
 
 from peft_gradinit.calibration.feed.tokens import (
@@ -21,6 +31,7 @@ from peft_gradinit.calibration.feed.tokens import (
     loss_weight,
     n_input_tokens,
     n_sequences,
+    shifts_labels,
 )
 from tests.helpers import pico_gpt2, pico_llama, token_batches
 
@@ -38,12 +49,38 @@ def t5():
     return T5ForConditionalGeneration(config).eval()
 
 
+def bart(kind, config):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 96, "d_model": 16, "decoder_layers": 1, "decoder_attention_heads": 2}
+    return kind(config(**sizes, decoder_ffn_dim=16, pad_token_id=0)).eval()
+
+
+def xlm():
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 96, "emb_dim": 16, "n_layers": 1, "n_heads": 2}
+    return XLMWithLMHeadModel(XLMConfig(**sizes, pad_index=0)).eval()
+
+
+def test_a_model_of_text_with_two_parts_does_not_shift():
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    sizes["num_attention_heads"] = 2
+    config = InstructBlipConfig(
+        vision_config={**sizes, "image_size": 16, "patch_size": 8},
+        qformer_config={**sizes, "vocab_size": 96},
+        text_config=t5().config.to_dict(),
+    )
+    assert not shifts_labels(InstructBlipForConditionalGeneration(config))
+
+
 TOKEN_MODELS = {
     "causal": pico_llama,
     "gpt2, which names no loss": pico_gpt2,
     "causal bert, which names no loss": lambda: bert(BertLMHeadModel, is_decoder=True),
     "masked": lambda: bert(BertForMaskedLM),
     "token classes": lambda: bert(BertForTokenClassification, num_labels=96),
+    "bart alone, which does not shift": lambda: bart(BartForCausalLM, BartConfig),
+    "trocr, which does not shift": lambda: bart(TrOCRForCausalLM, TrOCRConfig),
+    "xlm, which does not shift": lambda: xlm(),
     "compiled": lambda: torch.compile(pico_llama(), backend="aot_eager"),
     "seq2seq": t5,
 }
@@ -116,6 +153,14 @@ def test_weight_is_zero_if_no_token_carries_loss():
     assert F.cross_entropy(logits, batch["labels"][:, 1:].flatten()).isnan()
 
 
+@dataclasses.dataclass
+class Sides:
+    """A batch of one's own."""
+
+    ids: torch.Tensor
+    scores: torch.Tensor
+
+
 MASK = torch.tensor([[1, 1, 0], [1, 0, 0]])
 IDS = torch.ones(2, 3, dtype=torch.long)
 
@@ -127,6 +172,11 @@ IDS = torch.ones(2, 3, dtype=torch.long)
         ({"input_features": torch.ones(2, 9, 4), "decoder_attention_mask": MASK}, 3),
         ({"input_ids": IDS, "attention_mask": MASK[:, None, None]}, 6),
         ({"input_ids": IDS}, 6),
+        ({"input_ids": IDS[:, None], "attention_mask": MASK[:, None]}, 3),  # one choice a row
+        ({"input_ids": torch.ones(2, 2, 3).long()}, 12),  # two choices
+        ({"inputs_embeds": torch.ones(2, 2, 3, 8)}, 12),
+        (Sides(IDS, torch.ones(2)), 6),
+        (((IDS, MASK), (torch.ones(2),)), 6),
         ({"inputs_embeds": torch.ones(2, 3, 8)}, 6),
         ({"return_loss": True, "pixel_values": torch.ones(2, 3, 8, 8)}, 2),
         ((IDS, MASK), 6),

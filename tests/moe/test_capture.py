@@ -1,10 +1,14 @@
 """The gradient of every expert is what autograd gives for the whole parameter."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from peft_gradinit.calibration import ExpertWeight
+from peft_gradinit.calibration.capture import taps
 from peft_gradinit.calibration.capture.experts import Product
 from peft_gradinit.calibration.capture.following import watched
 from peft_gradinit.errors import CalibrationError
@@ -74,6 +78,27 @@ def test_gradient_checkpointing_changes_nothing(make, kind, use_reentrant):
     )
     got = measured(model, batches)
     assert worst_error(made(make, kind), got, batches) < FLOAT32
+
+
+@pytest.mark.parametrize("kind", IMPLEMENTATIONS)
+def test_checkpointing_frees_the_rows_of_experts_until_the_backward(kind, monkeypatch):
+    model, rows, alive = made(mixtral, kind), [], []
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    check = taps._check_differentiable
+
+    def noting(x, *rest):
+        rows.append(weakref.ref(x))
+        check(x, *rest)
+
+    def look(*_):
+        gc.collect()
+        alive.extend(row() is not None for row in rows)
+
+    monkeypatch.setattr(taps, "_check_differentiable", noting)
+    model.model.register_forward_hook(look)
+    measured(model, token_batches()[:1])
+    assert alive
+    assert not any(alive)
 
 
 @pytest.mark.parametrize("kind", IMPLEMENTATIONS)

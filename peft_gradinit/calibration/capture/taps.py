@@ -147,9 +147,12 @@ def _tap_product(sinks: Mapping[str, Sink], seen: Capture) -> Callable[[Product,
         seen.tapped.add(label)
         _check_differentiable(product.x, out, label, product.parameter.module)
 
+        # The rows come back from the backward. Kept here, they would outlive a checkpoint's first forward.
+        without_rows = dataclasses.replace(product, x=product.x.new_empty(0))
+
         def sink(x: Tensor, dy: Tensor) -> None:
-            for name, (rows, gradients) in product.parts(x, dy):
-                pair = (gradients, rows) if product.swapped else (rows, gradients)
+            for name, (rows, gradients) in without_rows.parts(x, dy):
+                pair = (gradients, rows) if without_rows.swapped else (rows, gradients)
                 sinks[name](*pair)
 
         return Tap.apply(out, product.x, seen.anchor, sink)

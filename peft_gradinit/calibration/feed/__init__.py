@@ -2,7 +2,6 @@
 
 from .batches import first_sequence, n_batches, n_orientations
 from .budget import Budget, Step, lengths_within
-from .copying import own_copy
 from .feed import Feed
 from .selection import TokenSelection
 from .separable import sums_sequences

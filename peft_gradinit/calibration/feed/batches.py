@@ -7,8 +7,10 @@ the batch size. A batch that is not known to be separable is used whole.
 
 import copy
 import inspect
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -17,9 +19,9 @@ from torch.utils.data import Dataset
 
 from ...errors import DataError
 from ...layouts import execution_device
+from ..copying import kept_sample, own_copy
 from ..spec import Calibration
 from .budget import Budget, Step
-from .copying import kept_sample, own_copy
 from .separable import is_sliceable, sliced
 from .tokens import IGNORE_INDEX, has_tokens, n_sequences, sequence_tokens
 
@@ -124,7 +126,9 @@ def first_sequence(batch: Any) -> Any:
 
 def _placed(batch: Any, device: torch.device) -> Any:
     """A copy on the device, out of reach of the user's iterator and of its inference mode."""
-    if isinstance(batch, Mapping):
+    if isinstance(batch, defaultdict | MappingProxyType):  # made from something else than a dict
+        batch = dict(batch)
+    elif isinstance(batch, Mapping):
         batch = copy.copy(batch)  # BatchEncoding.to changes its object
     return own_copy(batch, device)
 
@@ -233,6 +237,8 @@ def _checked(batch: Any) -> Any:
         value = batch.get(name)
         if isinstance(value, Tensor) and (value.dim() > 1 or name == "labels"):
             continue
+        if name == "labels" and _is_of_objects(value):
+            continue
         if value is not None:
             got = f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else "no tensor"
             raise DataError(
@@ -241,6 +247,11 @@ def _checked(batch: Any) -> Any:
                 "collate_fn (such as DataCollatorForSeq2Seq), or pass the dataset itself."
             )
     return {k: v for k, v in batch.items() if not _is_text(v)}
+
+
+def _is_of_objects(labels: Any) -> bool:
+    """Whether labels are those of a detector: for each image a dict of classes and boxes."""
+    return isinstance(labels, list | tuple) and all(isinstance(of, Mapping) for of in labels)
 
 
 def _is_text(value: Any) -> bool:

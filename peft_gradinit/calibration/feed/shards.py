@@ -20,10 +20,10 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
 
 from ...errors import DataError
 from ...layouts import Processes
+from ..copying import fields_of
 from ..guards import generators
 from ..spec import Calibration
 from .budget import Step
-from .copying import fields_of
 from .separable import sliced
 
 

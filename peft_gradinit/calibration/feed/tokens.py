@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..copying import fields_of
 from .separable import is_mean_over_sequences, model_inside
 
 IGNORE_INDEX = -100
@@ -14,10 +15,18 @@ IGNORE_INDEX = -100
 _SHIFTED_LOSSES = ("ForCausalLM", "ForConditionalGeneration", "CsmForConditionalGeneration")
 _SHIFTED_CLASSES = ("LMHeadModel", "DoubleHeadsModel")
 """Endings of Transformers classes, such as `GPT2LMHeadModel`, that shift but name no loss type."""
+_UNSHIFTED_CLASSES = frozenset({
+    *("BartForCausalLM", "MBartForCausalLM", "PLBartForCausalLM", "MvpForCausalLM"),
+    *("PegasusForCausalLM", "BigBirdPegasusForCausalLM", "MarianForCausalLM"),
+    *("BlenderbotForCausalLM", "BlenderbotSmallForCausalLM", "ProphetNetForCausalLM"),
+    *("TrOCRForCausalLM", "WhisperForCausalLM", "CpmAntForCausalLM"),
+    *("XLNetLMHeadModel", "XLMWithLMHeadModel", "FlaubertWithLMHeadModel"),
+})
+"""Classes of Transformers with such a name whose labels belong to the outputs at their own place."""
 
 
 def n_sequences(batch: Any) -> int:
-    """Leading dimension of the batch's first tensor, also in dicts within it; 1 if there is none."""
+    """Leading dimension of the first tensor of the batch or of what is in it; 1 if there is none."""
     first = _first_tensor(batch)
     return 1 if first is None else first.shape[0]
 
@@ -37,8 +46,8 @@ def sequence_tokens(batch: Any) -> Tensor:
     if isinstance(batch, Mapping):
         masks_tokens = _is_text(batch) or not _is_signal(batch)
         for key in ("attention_mask", "decoder_attention_mask")[not masks_tokens :]:
-            if isinstance(mask := batch.get(key), Tensor) and mask.dim() == 2:
-                return (mask != 0).sum(1)
+            if isinstance(mask := batch.get(key), Tensor) and _is_of_tokens(mask, batch):
+                return (mask != 0).flatten(1).sum(1)
         # Batches of TRL's online trainers hold prompts and completions side by side.
         sides = [batch.get(key) for key in ("prompt_mask", "completion_mask")]
         masks = [mask for mask in sides if isinstance(mask, Tensor) and mask.dim() == 2]
@@ -46,7 +55,7 @@ def sequence_tokens(batch: Any) -> Tensor:
             return torch.stack([(mask != 0).sum(1) for mask in masks]).sum(0)
         for key in ("input_ids", "inputs_embeds"):
             if isinstance(tokens := batch.get(key), Tensor) and tokens.dim() >= 2:
-                return _equally_long(tokens)
+                return _equally_long(tokens if key == "input_ids" else tokens[..., 0])
         n, inner = n_sequences(batch), [s for s in _sides(batch) if has_tokens(s)]
         if n and inner and all(n_sequences(side) % n == 0 for side in inner):  # of several a row
             return torch.stack([sequence_tokens(s).reshape(n, -1).sum(1) for s in inner]).sum(0)
@@ -55,8 +64,17 @@ def sequence_tokens(batch: Any) -> Tensor:
     return torch.ones(n_sequences(batch), dtype=torch.long, device="cpu")
 
 
+def _is_of_tokens(mask: Tensor, batch: Mapping[str, Any]) -> bool:
+    """Whether a mask has an entry for each token; of multiple choices there are several texts a row."""
+    ids = batch.get("input_ids")
+    return mask.dim() == 2 or (
+        mask.dim() == 3 and isinstance(ids, Tensor) and ids.shape == mask.shape
+    )
+
+
 def _equally_long(tokens: Tensor) -> Tensor:
-    return torch.full(tokens.shape[:1], tokens.shape[1], dtype=torch.long, device="cpu")
+    n = tokens.shape[1:].numel()
+    return torch.full(tokens.shape[:1], n, dtype=torch.long, device="cpu")
 
 
 def has_tokens(batch: Any) -> bool:
@@ -126,9 +144,10 @@ def _n_answered(model: nn.Module, batch: Any) -> int:
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:
-    """Whether the model has two parts, each with tokens of its own."""
-    model = model_inside(model)
-    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+    """Whether the model, or its model of text, has two parts, each with tokens of its own."""
+    config = getattr(model_inside(model), "config", None)
+    configs = (config, getattr(config, "text_config", None))
+    return any(getattr(one, "is_encoder_decoder", False) is True for one in configs)
 
 
 def shifts_labels(model: nn.Module) -> bool:
@@ -136,16 +155,19 @@ def shifts_labels(model: nn.Module) -> bool:
     model = model_inside(model)
     if is_encoder_decoder(model):
         return False
-    loss_type = getattr(model, "loss_type", None)
-    return loss_type in _SHIFTED_LOSSES or (
-        loss_type is None and type(model).__name__.endswith(_SHIFTED_CLASSES)
-    )
+    loss_type, name = getattr(model, "loss_type", None), type(model).__name__
+    if name in _UNSHIFTED_CLASSES:
+        return False
+    return loss_type in _SHIFTED_LOSSES or (loss_type is None and name.endswith(_SHIFTED_CLASSES))
 
 
 def _first_tensor(batch: Any) -> Tensor | None:
+    if isinstance(batch, Tensor):
+        return batch if batch.dim() > 0 else None
     if isinstance(batch, Mapping):
         values = [batch.get("input_ids"), *batch.values()]
+    elif (fields := fields_of(batch)) is not None:
+        values = list(fields.values())
     else:
-        values = list(batch) if isinstance(batch, tuple | list) else [batch]
-    inner = (_first_tensor(v) if isinstance(v, Mapping) else v for v in values)
-    return next((v for v in inner if isinstance(v, Tensor) and v.dim() > 0), None)
+        values = list(batch) if isinstance(batch, tuple | list) else []
+    return next((t for value in values if (t := _first_tensor(value)) is not None), None)

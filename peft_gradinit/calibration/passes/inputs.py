@@ -13,7 +13,8 @@ from ...layouts import whole_features
 from ...linalg import Components, explained_share
 from ...statistics import in_groups
 from ..capture import ExpertWeight, Measurable, Product, Rows, check_is_linear, watched
-from ..feed import Step, TokenSelection, is_encoder_decoder, own_copy
+from ..copying import own_copy
+from ..feed import Step, TokenSelection, is_encoder_decoder
 from .losses import differentiates, output_of
 from .recorder import Recorder
 

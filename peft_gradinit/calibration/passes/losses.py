@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from ...errors import CalibrationError, DataError
 from ...layouts import Processes, execution_device, processes
-from ..feed import loss_weight, n_sequences, own_copy, sums_sequences
+from ...numbers import as_python
+from ..copying import own_copy
+from ..feed import loss_weight, n_sequences, sums_sequences
 from ..guards import left_as_found
 from ..replay import Replay
 from ..spec import Calibration
@@ -113,7 +115,7 @@ def _loss_of(output: Any) -> Any:
 
 
 def _checked_weight(result: tuple[Any, ...]) -> float:
-    weight = result[1] if len(result) == 2 else None
+    weight = as_python(result[1]) if len(result) == 2 else None
     if isinstance(weight, Tensor) and weight.numel() == 1:
         weight = weight.item()
     if not isinstance(weight, int | float) or not 0 <= weight < math.inf:
