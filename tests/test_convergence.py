@@ -268,6 +268,15 @@ def image_bytes(rows):
     return [image.numpy().tobytes() for image in rows["pixel_values"]]
 
 
+def test_the_base_of_digits_comes_with_the_study(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    task = TASKS["digits"](load_settings("digits"))
+    with torch.no_grad():
+        loss = task.load_model()(**task.test).loss.item()
+    assert not list(tmp_path.iterdir())  # nothing is pretrained
+    assert loss == pytest.approx(2.54805, abs=1e-4)
+
+
 def test_settings_stay_where_they_are_when_a_field_is_added(tmp_path):
     keys = []
     for added in ({}, {"folds": 1}, {"folds": 2}):

@@ -11,18 +11,21 @@ from .settings import Pretraining
 
 Rows = dict[str, Tensor]
 CACHE = Path("out/convergence/pretrained")
+BASES = Path(__file__).parent / "bases"
 
 
 def pretrained(
     recipe: Pretraining, make: Callable[[dict], PreTrainedModel], draw: Callable[..., Rows]
 ) -> Path:
-    """Folder of the model of a recipe; trains it if it is not there yet.
+    """Folder of the model of a recipe; trains it if the study has none, and it is not there yet.
 
     Args:
         recipe: how.
         make: the model, from `recipe.model`.
         draw: `draw(n, generator)` gives a batch of `n` rows.
     """
+    if recipe.weights is not None:
+        return BASES / recipe.weights
     folder = CACHE / recipe.key
     if not (folder / "config.json").exists():
         torch.manual_seed(recipe.seed)

@@ -26,8 +26,12 @@ class Pretraining(Section):
 
     Attributes:
         model: fields of the model's config.
+        weights: folder of `bases/` with what came of it. Processors differ in the last digit, and training
+            magnifies that: models that two machines pretrain end elsewhere, and so do all runs from them.
+            Default: pretrained here.
     """
 
+    weights: str | None = None
     model: dict[str, Any] = Field(default_factory=dict)
     steps: int = 0
     batch_size: int = 1
