@@ -291,6 +291,9 @@ def test_first_sequence_of_long_texts_is_cut_to_a_few_tokens():
         "input_ids": (1, 16),
         "labels": (1, 16),
     }
+    mask = (torch.arange(500) >= 100).expand(2, -1)  # padded on the left
+    padded = {"input_ids": torch.arange(1000).view(2, 500), "attention_mask": mask}
+    assert first_sequence(padded)["input_ids"].tolist() == [list(range(100, 116))]
     classes = {"input_ids": torch.ones(2, 500), "labels": torch.ones(2)}
     assert first_sequence(classes)["labels"].shape == (1,)
     images = {"pixel_values": torch.ones(2, 3, 80, 80), "labels": torch.ones(2, 80)}

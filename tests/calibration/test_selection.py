@@ -6,6 +6,7 @@ from transformers import (
     BatchEncoding,
     BertConfig,
     BertForMaskedLM,
+    BertForMultipleChoice,
     BertForSequenceClassification,
     T5Config,
     T5ForConditionalGeneration,
@@ -116,3 +117,20 @@ def test_two_parts_as_long_keep_what_either_keeps():
     labels = torch.tensor([[3, -100, -100, -100, 4], [3, -100, -100, -100, -100]])
     batch = {"input_ids": IDS, "attention_mask": MASK, "labels": labels}
     assert chosen(t5(), batch) == list(range(10))
+
+
+def test_what_is_behind_the_last_label_of_a_decoder_is_padding():
+    labels = torch.tensor([[5, -100, 7, -100, -100], [5, 6, 7, 8, 9]])
+    batch = {"input_ids": IDS[:, :3], "labels": labels}
+    assert chosen(t5(), batch, use_labels=False) == [0, 1, 2, 5, 6, 7, 8, 9]
+    assert chosen(t5(), batch) == [0, 2, 5, 6, 7, 8, 9]
+    masked = {**batch, "decoder_attention_mask": torch.ones_like(labels)}  # the mask knows better
+    assert len(chosen(t5(), masked, use_labels=False)) == 10
+
+
+def test_padding_of_several_choices_a_row_does_not_count():
+    ids, mask = IDS.view(1, 2, 5), MASK.view(1, 2, 5)
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([1])}
+    assert chosen(bert(BertForMultipleChoice), batch) == [0, 1, 2, 3, 6, 7, 8, 9]
+    del batch["attention_mask"]
+    assert len(chosen(bert(BertForMultipleChoice), batch)) == 10

@@ -16,6 +16,8 @@ from transformers import (
     BertLMHeadModel,
     InstructBlipConfig,
     InstructBlipForConditionalGeneration,
+    ReformerConfig,
+    ReformerModelWithLMHead,
     SegformerConfig,
     SegformerForSemanticSegmentation,
     T5Config,
@@ -55,6 +57,14 @@ def bart(kind, config):
     return kind(config(**sizes, decoder_ffn_dim=16, pad_token_id=0)).eval()
 
 
+def reformer():
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 96, "hidden_size": 16, "feed_forward_size": 16, "attention_head_size": 8}
+    sizes |= {"num_attention_heads": 2, "attn_layers": ["local"], "axial_pos_embds": False}
+    config = ReformerConfig(**sizes, max_position_embeddings=64, is_decoder=True)
+    return ReformerModelWithLMHead(config).eval()
+
+
 def xlm():
     torch.manual_seed(0)
     sizes = {"vocab_size": 96, "emb_dim": 16, "n_layers": 1, "n_heads": 2}
@@ -79,6 +89,7 @@ TOKEN_MODELS = {
     "masked": lambda: bert(BertForMaskedLM),
     "token classes": lambda: bert(BertForTokenClassification, num_labels=96),
     "bart alone, which does not shift": lambda: bart(BartForCausalLM, BartConfig),
+    "reformer, which shifts": lambda: reformer(),
     "trocr, which does not shift": lambda: bart(TrOCRForCausalLM, TrOCRConfig),
     "xlm, which does not shift": lambda: xlm(),
     "compiled": lambda: torch.compile(pico_llama(), backend="aot_eager"),

@@ -114,14 +114,23 @@ def n_orientations(n_sequences: int) -> int:
 def first_sequence(batch: Any) -> Any:
     """The beginning of the first sequence, as a batch; the whole batch if it cannot be cut.
 
-    At most `PROBE_TOKENS` tokens where every tensor of the batch is a row of tokens or of labels.
+    At most `PROBE_TOKENS` tokens, from the first that is no padding, where every tensor of the batch is a row of tokens or of labels.
     """
     if not is_sliceable(batch):
         return batch
     first = sliced(batch, 0, 1)
     if len({v.shape[1:] for v in first.values() if v.dim() > 1}) != 1:
         return first
-    return {k: v[:, :PROBE_TOKENS] if v.dim() == 2 else v for k, v in first.items()}
+    start = _n_padded_left(first.get("attention_mask"))
+    tokens = slice(start, start + PROBE_TOKENS)
+    return {k: v[:, tokens] if v.dim() == 2 else v for k, v in first.items()}
+
+
+def _n_padded_left(mask: Any) -> int:
+    """How many tokens of padding a sequence begins with."""
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or not mask.any():
+        return 0
+    return int((mask[0] != 0).int().argmax())
 
 
 def _placed(batch: Any, device: torch.device) -> Any:

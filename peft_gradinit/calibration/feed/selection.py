@@ -59,12 +59,22 @@ def _masks(model: nn.Module, batch: Mapping[str, Any], use_labels: bool) -> list
         return [] if mask is None else [_with_loss(model, mask, labels)]
     encoder = _unpadded(batch, "attention_mask", "input_ids")
     decoder = _unpadded(batch, "decoder_attention_mask", "decoder_input_ids", "labels")
-    decoder = None if decoder is None else _with_loss(model, decoder, labels)
+    if decoder is not None:
+        if batch.get("decoder_attention_mask") is None:
+            decoder = _up_to_last_label(decoder, batch.get("labels"))
+        decoder = _with_loss(model, decoder, labels)
     return [mask for mask in (encoder, decoder) if mask is not None]
 
 
 def _unpadded(batch: Mapping[str, Any], mask_name: str, *token_names: str) -> Tensor | None:
-    mask = batch.get(mask_name)
+    mask, ids = batch.get(mask_name), batch.get("input_ids")
+    if (
+        isinstance(ids, Tensor) and ids.dim() == 3
+    ):  # several choices a row, which the model takes for rows
+        mask = (
+            mask if isinstance(mask, Tensor) and mask.shape == ids.shape else torch.ones_like(ids)
+        )
+        return mask.flatten(0, 1) != 0
     if isinstance(mask, Tensor) and mask.dim() == 2:
         return mask != 0
     tokens = (batch.get(name) for name in (*token_names, "inputs_embeds"))
@@ -72,6 +82,14 @@ def _unpadded(batch: Mapping[str, Any], mask_name: str, *token_names: str) -> Te
     if found is None:
         return None
     return torch.ones(found.shape[:2], dtype=torch.bool, device=found.device)
+
+
+def _up_to_last_label(mask: Tensor, labels: Any) -> Tensor:
+    """Drop what is behind the last label of a row: the decoder's input there is made of padding."""
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.shape != mask.shape:
+        return mask
+    n_left = (labels != IGNORE_INDEX).flip(1).cumsum(1).flip(1)
+    return mask & (n_left > 0)
 
 
 def _with_loss(model: nn.Module, mask: Tensor, labels: Any) -> Tensor:

@@ -13,7 +13,10 @@ IGNORE_INDEX = -100
 """Label of tokens without loss, the default of `torch.nn.CrossEntropyLoss` and of Transformers."""
 
 _SHIFTED_LOSSES = ("ForCausalLM", "ForConditionalGeneration", "CsmForConditionalGeneration")
-_SHIFTED_CLASSES = ("LMHeadModel", "DoubleHeadsModel")
+_SHIFTED_CLASSES = (
+    *("LMHeadModel", "DoubleHeadsModel", "ReformerModelWithLMHead"),
+    "ImageGPTForCausalImageModeling",
+)
 """Endings of Transformers classes, such as `GPT2LMHeadModel`, that shift but name no loss type."""
 _UNSHIFTED_CLASSES = frozenset({
     *("BartForCausalLM", "MBartForCausalLM", "PLBartForCausalLM", "MvpForCausalLM"),
