@@ -79,13 +79,13 @@ def a_rank_less_with_dora(model: PreTrainedModel, task: Task, batches: list[Rows
     return get_peft_model(model, config)
 
 
-def with_dora(word: str | None = None, **options: Any) -> Start:
+def with_dora(word: str | None = None) -> Start:
     """Our LoRA-One with DoRA and ranks by gradient; ranks and magnitudes are as many numbers as LoRA's."""
 
     def start(model: PreTrainedModel, task: Task, batches: list[Rows]) -> nn.Module:
         lora = get_peft_model(copy.deepcopy(model), LoraConfig(**adapter_of(task)))
         budget = sum(p.A.numel() + p.B.numel() for p in pairs(lora))
-        chosen: dict[str, Any] = {**EQUAL_NUMBERS, "budget": budget, "use_dora": True, **options}
+        chosen: dict[str, Any] = {**EQUAL_NUMBERS, "budget": budget, "use_dora": True}
         if word is not None:
             return automatic(LoraOneConfig, word, **chosen)(model, task, batches)
         return calibrated(LoraOneConfig, **chosen)(model, task, batches)

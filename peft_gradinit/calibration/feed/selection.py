@@ -5,7 +5,7 @@ is kept; elsewhere labels stand at their own tokens.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -68,12 +68,10 @@ def _masks(model: nn.Module, batch: Mapping[str, Any], use_labels: bool) -> list
 
 def _unpadded(batch: Mapping[str, Any], mask_name: str, *token_names: str) -> Tensor | None:
     mask, ids = batch.get(mask_name), batch.get("input_ids")
-    if (
-        isinstance(ids, Tensor) and ids.dim() == 3
-    ):  # several choices a row, which the model takes for rows
-        mask = (
-            mask if isinstance(mask, Tensor) and mask.shape == ids.shape else torch.ones_like(ids)
-        )
+    if isinstance(ids, Tensor) and ids.dim() == 3:
+        # Several choices a row, which the model takes for rows.
+        if not isinstance(mask, Tensor) or mask.shape != ids.shape:
+            mask = torch.ones_like(ids)
         return mask.flatten(0, 1) != 0
     if isinstance(mask, Tensor) and mask.dim() == 2:
         return mask != 0
@@ -86,15 +84,21 @@ def _unpadded(batch: Mapping[str, Any], mask_name: str, *token_names: str) -> Te
 
 def _up_to_last_label(mask: Tensor, labels: Any) -> Tensor:
     """Drop what is behind the last label of a row: the decoder's input there is made of padding."""
-    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.shape != mask.shape:
+    if not _are_of_tokens(labels, mask):
         return mask
     n_left = (labels != IGNORE_INDEX).flip(1).cumsum(1).flip(1)
     return mask & (n_left > 0)
 
 
+def _are_of_tokens(labels: Any, mask: Tensor) -> TypeGuard[Tensor]:
+    return (
+        isinstance(labels, Tensor) and not labels.is_floating_point() and labels.shape == mask.shape
+    )
+
+
 def _with_loss(model: nn.Module, mask: Tensor, labels: Any) -> Tensor:
     """Drop tokens without loss; labels that are classes, targets or of other tokens drop none."""
-    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.shape != mask.shape:
+    if not _are_of_tokens(labels, mask):
         return mask
     carries = labels != IGNORE_INDEX
     if shifts_labels(model):
