@@ -11,6 +11,7 @@ the following for the pass and restores it in reverse order:
 - reentrant checkpointing replaced by the non-reentrant kind, under which taps work;
 - `use_cache` off; compiled code run eagerly, since compiled graphs ignore hooks added later;
 - the random state of torch, numpy and Python, and of the generators of the user's data loader;
+- the epochs that the loader and its samplers have counted, which decide the order of the next one;
 - models that ZeRO-3 has partitioned made runnable without an engine;
 - torch's fast path of transformer layers off, which runs past hooks and adapters;
 - cuDNN off for models with recurrent layers, since its backward pass refuses eval mode;
@@ -32,7 +33,7 @@ from torch.utils.checkpoint import checkpoint
 from ..layouts import resharded, runnable
 
 _HOLDERS = ("loader", "sampler", "batch_sampler", "dataset", "collate_fn", "data_collator")
-"""Attributes of loaders, samplers and their wrappers that may hold a generator."""
+"""Attributes of loaders, samplers and their wrappers that may hold a generator or count epochs."""
 
 
 _ONE_PASS = threading.RLock()
@@ -56,6 +57,7 @@ def left_as_found(model: nn.Module, data: Any, seed: int) -> Iterator[None]:
         _slow_path(),
         _recurrent(modules),
         _randomness(data, seed),
+        _epochs(data),
         _modes(model, modules),
         _unpacked(modules),
         _attributes(modules),
@@ -119,17 +121,40 @@ def _forked() -> AbstractContextManager[None]:
 
 def generators(loader: Any) -> list[torch.Generator]:
     """Generators that iterating over a `DataLoader` would advance, also inside nested samplers."""
-    found: dict[int, torch.Generator] = {}
-    holders, visited = [loader], set()
-    while holders:
-        holder = holders.pop()
-        if holder is None or id(holder) in visited:
-            continue
-        visited.add(id(holder))
-        if isinstance(generator := getattr(holder, "generator", None), torch.Generator):
-            found[id(generator)] = generator
-        holders += [getattr(holder, name, None) for name in _HOLDERS]
+    found = (getattr(holder, "generator", None) for holder in _holders(loader))
+    return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
+
+
+def _holders(loader: Any) -> list[Any]:
+    """A loader with all that it is made of: its data, samplers, collator and what they wrap."""
+    found: dict[int, Any] = {}
+    waiting = [loader]
+    while waiting:
+        holder = waiting.pop()
+        if holder is not None and id(holder) not in found:
+            found[id(holder)] = holder
+            waiting += [getattr(holder, name, None) for name in _HOLDERS]
     return list(found.values())
+
+
+@contextmanager
+def _epochs(data: Any) -> Iterator[None]:
+    """Put counted epochs back, and Accelerate's list of loaders, which one that is left early stays on."""
+    counted = [
+        (vars(holder), name, vars(holder)[name])
+        for holder in _holders(data)
+        for name in ("epoch", "iteration")
+        if type(getattr(holder, "__dict__", {}).get(name)) is int
+    ]
+    gradients = getattr(data, "gradient_state", None)
+    references = getattr(gradients, "dataloader_references", None)
+    try:
+        yield
+    finally:
+        for fields, name, value in counted:
+            fields[name] = value
+        if references is not None:
+            gradients.dataloader_references = references
 
 
 @contextmanager

@@ -34,8 +34,9 @@ RESULTS, PICTURE = "results.json", "loss.png"
 def finetune(recipe: Recipe) -> dict[str, Any]:
     """Run a recipe from the model to the evaluated adapter.
 
-    Whatever can be checked is checked before a model is loaded. Writes into `recipe.output`: `adapter/`, one folder for each further export, `results.json`, and
-    `loss.png` beside the losses of the baselines.
+    Whatever can be checked is checked before a model is loaded. Writes into `recipe.output`:
+    `adapter/`, one folder for each further export, `results.json`, and `loss.png` beside the losses of
+    the baselines.
 
     Args:
         recipe: what to do.
@@ -138,16 +139,24 @@ def _checkpoint(recipe: Recipe, arguments: TrainingArguments) -> str | None:
         A checkpoint; `None` if the run begins.
 
     Raises:
-        ConfigError: if there is none to continue from.
+        ConfigError: if there is none to continue from; or if the run begins, and its checkpoints would
+            stand among those of an earlier run, from which a later one might continue.
     """
     asked = recipe.training.resume_from_checkpoint
-    if not asked:
-        return None
     folder = Path(arguments.output_dir or "")
+    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    if not asked:
+        if last is not None and arguments.save_strategy != "no":
+            raise ConfigError(
+                f"{str(folder)!r} holds checkpoints of an earlier run, up to {Path(last).name}; set "
+                "training.resume_from_checkpoint to continue it, or give another output, or move "
+                "them away."
+            )
+        return None
     if isinstance(asked, str):
         folder, found = Path(asked), asked if Path(asked).is_dir() else None
     else:
-        found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+        found = last
     if found is None:
         raise ConfigError(
             f"training.resume_from_checkpoint={asked}, but {str(folder)!r} holds no checkpoint; leave "

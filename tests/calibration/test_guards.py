@@ -144,6 +144,22 @@ def test_generator_of_a_nested_sampler_gets_its_state_back():
     assert torch.equal(generator.get_state(), before)
 
 
+@pytest.mark.parametrize("max_batches", [None, 2], ids=["read to the end", "left early"])
+def test_a_prepared_loader_reads_its_first_epoch_after_a_pass(max_batches):
+    settings = accelerate.DataLoaderConfiguration(use_seedable_sampler=True)
+    orders = []
+    for passes in (0, 1):
+        accelerate.utils.set_seed(0)
+        data = accelerate.Accelerator(cpu=True, dataloader_config=settings).prepare(
+            loader(shuffle=True)
+        )
+        for _ in range(passes):
+            gradients(pico_llama(), data, max_batches=max_batches)
+        assert not data.gradient_state.in_dataloader
+        orders.append([batch["input_ids"].tolist() for batch in data])
+    assert orders[0] == orders[1]
+
+
 def test_grad_and_inference_mode_of_the_caller_come_back_after_an_error():
     model = pico_llama()
     for mode in (torch.inference_mode, torch.no_grad):

@@ -114,7 +114,7 @@ def test_data_of_one_split_are_never_evaluated_on_what_they_train_on(tmp_path, k
             load_rows(section(path, **options), evaluation=True)
     with pytest.raises(DataError, match="one split, 'train', got 'validation'"):
         load_rows(section(path, split="validation"))
-    other = section(path, eval_path=str(written(tmp_path, "csv")), eval_split="test[1:]")
+    other = section(path, eval_path=str(written(tmp_path, "parquet")), eval_split="test[1:]")
     assert load_rows(other, evaluation=True)["text"][:] == TEXTS[1:]
 
 

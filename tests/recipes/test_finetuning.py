@@ -212,6 +212,11 @@ def test_resuming_continues_the_same_run(tmp_path):
     got = run(PICO, tmp_path / "out", *more, "training.resume_from_checkpoint=true")
     assert got["losses"] == want["losses"]
     assert got["metrics"] == want["metrics"]
+    kept = sorted(path.name for path in last.parent.iterdir())
+    with pytest.raises(ConfigError, match=r"of an earlier run, up to checkpoint-4; set training\."):
+        run(PICO, tmp_path / "out", *more)
+    assert sorted(path.name for path in last.parent.iterdir()) == kept
+    run(PICO, tmp_path / "out", "training.max_steps=1", "evaluation.metrics=[]")  # saves none
 
 
 def test_resuming_without_a_checkpoint_is_refused(tmp_path):

@@ -132,12 +132,20 @@ class LossOfSum(InOrder):
         return loss_of_sum(model(**inputs), labels, num_items_in_batch)
 
 
+def pad_from_second(rows):
+    """Rows whose first label does not count; Transformers 5.2 counts it for functions."""
+    batch = pad(rows)
+    batch["labels"][:, 0] = -100
+    return batch
+
+
 @pytest.mark.parametrize("given", ["override", "function"])
 def test_losses_that_divide_by_the_number_of_terms_get_it(given, tmp_path):
-    trainer = trainer_of(tmp_path, **({"cls": LossOfSum} if given == "override" else IN_ORDER))
+    options = {"cls": LossOfSum if given == "override" else InOrder, "collator": pad_from_second}
+    trainer = trainer_of(tmp_path, **options)
     if given == "function":
         trainer.compute_loss_func = loss_of_sum
-    got, want = begin(trainer), begin(trainer_of(tmp_path, **IN_ORDER))
+    got, want = begin(trainer), begin(trainer_of(tmp_path, **IN_ORDER, collator=pad_from_second))
     assert init_report(got).facts.loss == pytest.approx(init_report(want).facts.loss)
     for name, (A, B) in anchors(want).items():
         assert relative_error(anchors(got)[name][1] @ anchors(got)[name][0], B @ A) <= 1e-4

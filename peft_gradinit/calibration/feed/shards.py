@@ -6,6 +6,7 @@ own files), and runs all of them. The first batch shows which case it is. Loader
 has prepared are undone first, since they repeat samples to make batches even.
 """
 
+import copy
 import dataclasses
 import hashlib
 import pickle
@@ -25,6 +26,18 @@ from ..guards import generators
 from ..spec import Calibration
 from .budget import Step
 from .separable import sliced
+
+_KEPT = (
+    "collate_fn",
+    "num_workers",
+    "worker_init_fn",
+    "generator",
+    "timeout",
+    "pin_memory",
+    "prefetch_factor",
+    "multiprocessing_context",
+)
+"""What a loader is made with, but its data and samplers. Workers do not outlive the pass."""
 
 
 def shares(all_steps: Iterable[Step], world: Processes) -> Iterator[Step]:
@@ -91,7 +104,9 @@ def unsharded(data: Any) -> Any:
         return data
     sampler, dataset = loader.batch_sampler, loader.dataset
     if isinstance(dataset, IterableDatasetShard):
-        return _rebuilt(loader, dataset.dataset, batch_size=loader.batch_size)
+        return _rebuilt(
+            loader, dataset.dataset, batch_size=loader.batch_size, drop_last=loader.drop_last
+        )
     if isinstance(sampler, BatchSamplerShard):
         return _rebuilt(loader, dataset, batch_sampler=sampler.batch_sampler)
     if isinstance(loader.sampler, DistributedSampler) and isinstance(sampler, BatchSampler):
@@ -105,18 +120,19 @@ def unsharded(data: Any) -> Any:
 
 
 def _whole(sampler: DistributedSampler[Any]) -> DistributedSampler[Any]:
-    """A sampler of all samples, in the same order."""
-    whole: DistributedSampler[Any] = DistributedSampler(
-        sampler.dataset, num_replicas=1, rank=0, shuffle=sampler.shuffle, seed=sampler.seed
-    )
-    whole.set_epoch(sampler.epoch)
+    """A sampler of the same kind of all samples, in the same order."""
+    whole = copy.copy(sampler)
+    whole.num_replicas, whole.rank = 1, 0
+    whole.num_samples = whole.total_size = len(sampler.dataset)  # type: ignore[arg-type]
     return whole
 
 
 def _rebuilt(loader: DataLoader[Any], dataset: Any, **options: Any) -> DataLoader[Any]:
-    return DataLoader(
-        dataset, collate_fn=loader.collate_fn, num_workers=loader.num_workers, **options
-    )
+    """The loader with other data or another sampler, and all else as it was."""
+    kept = {name: getattr(loader, name) for name in _KEPT}
+    if not loader.num_workers:  # `DataLoader` refuses it
+        kept["prefetch_factor"] = None
+    return DataLoader(dataset, **kept, **options)
 
 
 def share_generators(data: Any, world: Processes) -> None:
