@@ -5,7 +5,13 @@ import math
 import pytest
 import torch
 from torch import nn
-from transformers import BatchEncoding
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    BatchEncoding,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from peft_gradinit.calibration import CalibrationResult
 from peft_gradinit.errors import CalibrationError, DataError
@@ -295,3 +301,37 @@ def test_the_result_survives_a_file(tmp_path):
     assert loaded.facts == result.facts
     assert loaded.energy == result.energy
     assert loaded.triplets["lm_head"].U.shape == (0, RANK)
+
+
+def t5():
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
+    return T5ForConditionalGeneration(T5Config(vocab_size=32, decoder_start_token_id=0, **sizes))
+
+
+def bart():
+    sides = {
+        f"{side}_{name}": n
+        for side in ("encoder", "decoder")
+        for name, n in {"layers": 2, "attention_heads": 2, "ffn_dim": 32}.items()
+    }
+    return BartForConditionalGeneration(BartConfig(vocab_size=32, d_model=16, **sides))
+
+
+def pairs(longer):
+    """Sources of 8 and 6 tokens with targets of 5 and 3; `longer` widens the targets by padding."""
+    batch = pad([torch.arange(4, 12), torch.arange(14, 20)])
+    labels = torch.full((2, 5 + longer), -100)
+    labels[0, :5], labels[1, :3] = torch.arange(20, 25), torch.arange(25, 28)
+    return [{**batch, "labels": labels}]
+
+
+@pytest.mark.parametrize("make", [t5, bart])
+def test_an_encoder_and_a_decoder_of_one_length_count_their_own_tokens(make):
+    torch.manual_seed(0)
+    model = make().eval()
+    targets = [n for n in linears(model) if n != "lm_head"]
+    modules = {n: model.get_submodule(n) for n in targets}
+    want, got = (measure(model, pairs(longer), modules) for longer in (0, 3))
+    for name in targets:  # cross-attention among them, which reads both
+        assert got.energy[name] == pytest.approx(want.energy[name], rel=1e-4)
+        assert overlap(got.triplets[name].Vh, want.triplets[name].Vh) > 1 - 1e-4

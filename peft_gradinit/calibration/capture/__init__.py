@@ -1,5 +1,6 @@
 """Capture of the inputs of layers, and of the gradients of their outputs."""
 
+from .encoder import EncoderWatch, encoder_of
 from .experts import ExpertWeight, Measurable, Product, why_unreached
 from .following import Rows, watched
 from .taps import Capture, capture, check_is_linear

@@ -4,7 +4,7 @@ In a causal model the token at `t` predicts the label at `t + 1`, so it carries 
 is kept; elsewhere labels stand at their own tokens.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeGuard
 
 import torch
@@ -21,34 +21,37 @@ class TokenSelection:
 
     def __init__(self, model: nn.Module, batch: Any, *, use_labels: bool) -> None:
         masks = _masks(model, batch, use_labels) if isinstance(batch, Mapping) else []
-        kept: dict[tuple[int, ...], Tensor] = {}
-        for mask in masks:  # an encoder and a decoder of equal length: what either keeps
-            shape = tuple(mask.shape)
-            kept[shape] = mask | kept[shape] if shape in kept else mask
-        # One wait for the device for each shape, which gives the number as well.
-        index = {shape: mask.flatten().nonzero().squeeze(1) for shape, mask in kept.items()}
-        self._index = {
-            shape: None if len(rows) == kept[shape].numel() else rows
-            for shape, rows in index.items()
-        }
-        if not masks:
-            self.n_tokens = n_sequences(batch)
-        elif len(masks) == len(kept):
-            self.n_tokens = len(index[tuple(masks[-1].shape)])
-        else:
-            self.n_tokens = int(masks[-1].sum())
+        # One wait for the device for each part, which gives the number as well.
+        found = [mask.flatten().nonzero().squeeze(1) for mask in masks]
+        self._parts: list[tuple[tuple[int, ...], Tensor | None]] = [
+            (tuple(mask.shape), None if len(rows) == mask.numel() else rows)
+            for mask, rows in zip(masks, found, strict=True)
+        ]
+        self.n_tokens = len(found[-1]) if found else n_sequences(batch)
 
-    def rows(self, x: Tensor) -> Tensor:
+    def rows(
+        self, x: Tensor, of_encoder: Callable[[Tensor], bool | None] = lambda x: None
+    ) -> Tensor:
         """Select the inputs that count from `(*batch, in)`; `x` itself if there is nothing to drop.
 
         Tokens are also selected from flattened batches: `(tokens, in)` with as many rows as the
         batch has tokens. Inputs of any other shape (routed to an expert, pooled, of an image) do
         not belong to this sequence, and all of them count.
+
+        Args:
+            x: the inputs.
+            of_encoder: whether inputs are of the encoder's tokens; asked if it and the decoder have
+                equally many. Where that is not known (`None`), what either keeps is kept.
         """
         shape = tuple(x.shape[:-1])
-        shape = next((s for s in self._index if shape in (s, (s[0] * s[1],))), None)
-        index = None if shape is None else self._index[shape]
-        return x if index is None else x.reshape(-1, x.shape[-1])[index.to(x.device)]
+        parts = [index for s, index in self._parts if shape in (s, (s[0] * s[1],))]
+        if len(parts) > 1 and (side := of_encoder(x)) is not None:
+            parts = parts[:1] if side else parts[1:]
+        kept = [index for index in parts if index is not None]
+        if not parts or len(kept) < len(parts):
+            return x
+        index = kept[0] if len(kept) == 1 else torch.cat(kept).unique()
+        return x.reshape(-1, x.shape[-1])[index.to(x.device)]
 
 
 def _masks(model: nn.Module, batch: Mapping[str, Any], use_labels: bool) -> list[Tensor]:

@@ -1,5 +1,6 @@
 """Records the inputs of layers in forward passes alone: no loss, no labels, no graph."""
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -12,9 +13,18 @@ from ...errors import CalibrationError
 from ...layouts import whole_features
 from ...linalg import Components, explained_share
 from ...statistics import in_groups
-from ..capture import ExpertWeight, Measurable, Product, Rows, check_is_linear, watched
+from ..capture import (
+    EncoderWatch,
+    ExpertWeight,
+    Measurable,
+    Product,
+    Rows,
+    check_is_linear,
+    encoder_of,
+    watched,
+)
 from ..copying import own_copy
-from ..feed import Step, TokenSelection, is_encoder_decoder
+from ..feed import Step, TokenSelection, is_encoder_decoder, model_inside
 from .losses import differentiates, output_of
 from .recorder import Recorder
 
@@ -23,7 +33,9 @@ class InputRecorder(Recorder):
     """Fills second moments of the inputs, over the tokens that count."""
 
     computes_loss = False
-    _selection: TokenSelection | None = None
+    _encoder = EncoderWatch(None)
+    _rows: Rows | None = None
+    """The selection of the tokens that count; `None`: none do."""
     _before: Mapping[str, Tensor] = {}
     """Components at the previous orientation, by layer."""
 
@@ -32,7 +44,10 @@ class InputRecorder(Recorder):
         experts = {n: m for n, m in modules.items() if isinstance(m, ExpertWeight)}
         layers = {n: m for n, m in modules.items() if isinstance(m, nn.Module)}
         inputs = _inputs(layers, self._sink)
-        with torch.no_grad(), inputs, watched(experts, self._see, self._rows):
+        two_parts = is_encoder_decoder(self.model)
+        self._encoder = EncoderWatch(encoder_of(model_inside(self.model)) if two_parts else None)
+        of_experts = watched(experts, self._see, lambda: self._rows)
+        with torch.no_grad(), self._encoder.watching(), inputs, of_experts:
             yield
 
     def add(self, step: Step) -> None:  # noqa: D102
@@ -41,7 +56,8 @@ class InputRecorder(Recorder):
         if not counts and not self.runs_all:
             return
         self._keep_probe(step.batch)
-        self._selection = selection if counts else None
+        rows = functools.partial(selection.rows, of_encoder=self._encoder.owns)
+        self._rows = rows if counts else None
         try:
             self._forward(step.batch)
             self.memory.sample()
@@ -96,13 +112,9 @@ class InputRecorder(Recorder):
         super().resume({k: t for k, t in tensors.items() if k not in before}, numbers)
 
     def _sink(self, name: str, x: Tensor) -> None:
-        if self._selection is not None:
+        if self._rows is not None:
             with torch.autocast(x.device.type, enabled=False):
-                self.layers.add(name, x, self._selection.rows)
-
-    def _rows(self) -> Rows | None:
-        """The selection of the tokens that count, for modules with experts; `None`: none do."""
-        return None if self._selection is None else self._selection.rows
+                self.layers.add(name, x, self._rows)
 
     def _see(self, product: Product, out: Tensor) -> Tensor:
         if product.swapped:
