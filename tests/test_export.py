@@ -6,22 +6,34 @@ import subprocess
 import sys
 from pathlib import Path
 
+import accelerate
 import pytest
 import torch
-from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
+from peft import (
+    AdaLoraConfig,
+    AutoPeftModelForCausalLM,
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+)
+from peft.tuners.lora.config import KasaConfig
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
+    CLIPVisionConfig,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     T5Config,
     T5ForConditionalGeneration,
 )
 
 from peft_gradinit import SVFitConfig, export_adapter, files, load_for_training
-from peft_gradinit.errors import ExportError, NotInitializedError
+from peft_gradinit.errors import AdapterError, ExportError, NotInitializedError
 from peft_gradinit.methods import METHODS
+from peft_gradinit.records import read_adapter
 from tests.exports import EXACT, PATTERNS, config, emptied, peft_lora, read, trained
 from tests.helpers import (
     base_weights,
@@ -33,7 +45,7 @@ from tests.helpers import (
     token_batches,
     train_steps,
 )
-from tests.moe.models import BOTH, mixtral
+from tests.moe.models import BOTH, mixtral, qwen3_moe
 
 EVERY = [*(m.name for m in METHODS), "lora"]
 every_method = pytest.mark.parametrize("method", EVERY)
@@ -399,6 +411,74 @@ def test_encoder_decoder_with_an_adapted_tied_head_is_refused(tmp_path):
         export_adapter(peft_model, tmp_path / "out", "merged")
 
 
+def t5():
+    sizes = {"d_model": 16, "d_kv": 4, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    return T5ForConditionalGeneration(T5Config(vocab_size=96, decoder_start_token_id=0, **sizes))
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+@pytest.mark.parametrize(
+    ("make", "targets"),
+    [(t5, ["q", "v"]), (lambda: pico_llama(tie_word_embeddings=True), ["q_proj"])],
+    ids=["T5", "Llama"],
+)
+def test_weights_that_a_checkpoint_holds_apart_stay_apart(make, targets, tmp_path):
+    """As in T5 1.1, whose config ties them all the same."""
+    torch.manual_seed(0)
+    model = make()
+    tensors = {k: v.clone() for k, v in model.state_dict().items() if "embed_tokens" not in k}
+    if "shared.weight" not in tensors:
+        tensors["model.embed_tokens.weight"] = model.model.embed_tokens.weight.detach().clone()
+    tensors["lm_head.weight"] = torch.randn_like(tensors["lm_head.weight"])
+    model.config.save_pretrained(tmp_path / "base")
+    save_file(tensors, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    base = type(model).from_pretrained(tmp_path / "base").eval()
+    lora = LoraConfig(target_modules=targets, init_lora_weights=False)
+    peft_model = get_peft_model(base, lora).eval()
+    ids = torch.arange(1, 9)[None]
+    want = peft_model(input_ids=ids, labels=ids).logits
+    export_adapter(peft_model, tmp_path / "out", "merged")
+    got = merged(tmp_path / "out", type(model))(input_ids=ids, labels=ids).logits
+    assert relative_error(got, want) <= EXACT
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+def test_a_text_model_within_another_is_untied_as_well(tmp_path):
+    text = LlamaConfig(
+        vocab_size=96, hidden_size=48, intermediate_size=64, num_hidden_layers=1,
+        num_attention_heads=4, tie_word_embeddings=True,
+    )  # fmt: skip
+    vision = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4,
+        image_size=16, patch_size=8, projection_dim=16,
+    )  # fmt: skip
+    sizes = {"text_config": text, "vision_config": vision, "image_token_index": 95}
+    base = LlavaForConditionalGeneration(LlavaConfig(**sizes)).eval()
+    lora = LoraConfig(target_modules=["q_proj", "lm_head"], init_lora_weights=False)
+    peft_model = get_peft_model(base, lora).eval()
+    want = logits(peft_model)
+    export_adapter(peft_model, tmp_path / "out", "merged")
+    model = merged(tmp_path / "out", LlavaForConditionalGeneration)
+    assert relative_error(logits(model), want) <= EXACT
+    saved = json.loads((tmp_path / "out" / "config.json").read_text())
+    parts = (saved, saved["text_config"])
+    assert not any(part.get("tie_word_embeddings", False) for part in parts)
+
+
+@pytest.mark.parametrize("where", ["cpu", "disk"])
+def test_an_offloaded_base_is_merged_with_its_own_weights(where, tmp_path):
+    base, device = pico_llama(), torch.device("cpu")
+    if where == "cpu":
+        accelerate.cpu_offload(base, execution_device=device)
+    else:
+        accelerate.disk_offload(base, str(tmp_path / "weights"), execution_device=device)
+    peft_model = trained("pissa", base, target_modules=["q_proj", "down_proj"])
+    want = logits(peft_model)
+    export_adapter(peft_model, tmp_path / "out", "merged")
+    assert relative_error(logits(merged(tmp_path / "out")), want) <= EXACT
+    assert torch.equal(logits(peft_model), want)
+
+
 def test_what_cannot_be_merged_is_refused(tmp_path):
     peft_model = trained("eva")
     peft_model.merge_adapter()
@@ -419,8 +499,11 @@ def test_quantised_base_is_not_merged(tmp_path):
     quantised.weight = bnb.nn.Int8Params(linear.weight.data, requires_grad=False).to("cpu")
     model.model.layers[0].self_attn.q_proj = quantised
     peft_model = get_peft_model(model, peft_lora(target_modules=["v_proj"]))
+    with pytest.raises(ExportError, match=r"q_proj is quantised, .*Load the base unquantised"):
+        export_adapter(peft_model, tmp_path / "out", "merged")
+    peft_model.base_model.model.model.layers[0].self_attn.q_proj = linear
     peft_model.base_model.model.model.layers[0].self_attn.v_proj.base_layer = quantised
-    with pytest.raises(ExportError, match=r"v_proj is quantised, .*load the base unquantised"):
+    with pytest.raises(ExportError, match=r"v_proj is quantised, .*Load the base unquantised"):
         export_adapter(peft_model, tmp_path / "out", "merged")
 
 
@@ -543,6 +626,76 @@ def test_deferred_adapter_is_not_exported(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+def test_factors_of_a_base_that_was_written_to_are_not_cut(tmp_path):
+    options = {"r": 4, "target_modules": ["q_proj"]}
+    for more, named in (
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights='olora'"),
+        ({"kasa_config": KasaConfig()}, "kasa_config"),
+    ):
+        peft_model = get_peft_model(pico_llama(), LoraConfig(**options, **more))
+        with pytest.raises(ExportError, match=rf"{named} has changed the base.*leave rank out"):
+            export_adapter(peft_model, tmp_path / "out", rank=2)
+        with pytest.raises(ExportError, match=rf"{named} has changed the base.*servers load"):
+            export_adapter(peft_model, tmp_path / "out", "serving")
+    export_adapter(peft_model, tmp_path / "kasa")
+    with pytest.raises(AdapterError, match="is a KaSA adapter, whose update is not a product"):
+        read_adapter(tmp_path / "kasa")
+
+
+class Attends(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attn, self.fc = nn.MultiheadAttention(16, 2, batch_first=True), nn.Linear(16, 4)
+
+    def forward(self, x):
+        return self.fc(self.attn(x, x, x)[0])
+
+
+@pytest.mark.parametrize("rank", [None, 4])
+@pytest.mark.parametrize(
+    "patterns", [{}, {"rank_pattern": {"attn": 2}}, {"alpha_pattern": {"attn": 32}}], ids=str
+)
+def test_the_output_of_torchs_attention_has_the_rank_and_scale_of_its_module(
+    patterns, rank, tmp_path
+):
+    def make():
+        torch.manual_seed(3)
+        return Attends().eval()
+
+    lora = LoraConfig(target_modules=["attn", "fc"], r=4, init_lora_weights=False, **patterns)
+    peft_model, x = get_peft_model(make(), lora).eval(), torch.randn(2, 3, 16)
+    export_adapter(peft_model, tmp_path / "out", rank=rank)
+    got, want = PeftModel.from_pretrained(make(), tmp_path / "out").eval()(x), peft_model(x)
+    assert relative_error(got, want) <= EXACT
+    with pytest.raises(ExportError, match=r"entries attn\.base_layer\.out_proj"):
+        export_adapter(peft_model, tmp_path / "serving", "serving")
+
+
+@pytest.mark.parametrize("names", [["gate_up_proj"], ["experts.gate_up_proj", "down_proj"]])
+def test_parameters_may_be_named_without_their_module(names, tmp_path):
+    options = {"target_modules": ["q_proj"], "init_lora_weights": False, "r": 2}
+    lora = LoraConfig(target_parameters=names, **options)
+    peft_model = get_peft_model(qwen3_moe(), lora).eval()
+    report = export_adapter(peft_model, tmp_path / "out")
+    assert {layer.name.rpartition(".")[2] for layer in report.layers} == {"q_proj"}
+    reloaded = PeftModel.from_pretrained(qwen3_moe(), tmp_path / "out").eval()
+    assert relative_error(logits(reloaded), logits(peft_model)) <= EXACT
+    assert read_adapter(tmp_path / "out").layers.keys() == {layer.name for layer in report.layers}
+
+
+@pytest.mark.parametrize("options", [{}, {"rank": 2}])
+@pytest.mark.parametrize("name", ["default", "mine"])
+def test_a_base_in_a_folder_is_found_from_an_export(options, name, tmp_path):
+    pico_llama().save_pretrained(tmp_path / "base")
+    base = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    lora = LoraConfig(target_modules=["q_proj"], r=4, task_type="CAUSAL_LM")
+    peft_model = get_peft_model(base, lora, name)
+    export_adapter(peft_model, tmp_path / "out", adapter_name=name, **options)
+    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert loaded.peft_config["default"].base_model_name_or_path == str(tmp_path / "base")
+
+
 def test_layers_that_a_truncation_cannot_reach_are_named(tmp_path):
     peft_model = get_peft_model(pico_llama(), peft_lora(target_modules=["q_proj", "embed_tokens"]))
     with pytest.raises(

@@ -9,9 +9,10 @@ import torch
 import yaml
 from datasets import Dataset, DatasetInfo
 from huggingface_hub import ModelCard, ModelCardData
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import save_file
 
-from peft_gradinit import SVFitConfig, load_for_training
+from peft_gradinit import PiSSAConfig, SVFitConfig, load_for_training
 from peft_gradinit.errors import AdapterError
 from peft_gradinit.records.card import complete_card
 from peft_gradinit.records.hub import hub_id
@@ -100,6 +101,38 @@ def test_local_base_is_not_named_but_stays_loadable(tmp_path):
     assert 'from_pretrained(model, "me/adapter")' in card(tmp_path / "out").text
     plain = PeftModel.from_pretrained(pico_llama(), tmp_path / "out")
     assert torch.allclose(logits(plain), logits(peft_model), atol=1e-6)
+
+
+def test_adapters_that_are_saved_one_by_one_keep_their_base(tmp_path):
+    pico_llama().save_pretrained(tmp_path / "base")
+    base = type(pico_llama()).from_pretrained(tmp_path / "base")
+    options = {"r": 4, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+    model = get_peft_model(base.eval(), PiSSAConfig(**options), "one")
+    model.add_adapter("two", PiSSAConfig(**options))
+    for name in ("one", "two", "two"):
+        model.save_pretrained(tmp_path / "out", selected_adapters=[name])
+    configs = [LoraConfig.from_pretrained(tmp_path / "out" / name) for name in ("one", "two")]
+    assert {one.base_model_name_or_path for one in configs} == {str(tmp_path / "base")}
+    assert all(f'subfolder="{name}"' in card(tmp_path / "out").text for name in ("one", "two"))
+
+
+@pytest.mark.parametrize("way", ["transformers", "by hand", "by hand, of the folder's name"])
+def test_the_readme_of_a_project_is_left_alone(way, tmp_path):
+    (tmp_path / "README.md").write_text("# My project\n")
+    folder = tmp_path / "out"
+    config = PiSSAConfig(r=4, target_modules=["q_proj"])
+    if way == "transformers":
+        model = pico_llama()
+        model.add_adapter(config)
+        model.save_pretrained(folder)
+    else:
+        model = get_peft_model(pico_llama(), config, "out" if "name" in way else "default")
+        tensors = get_peft_model_state_dict(model, adapter_name=model.active_adapter)
+        folder.mkdir()
+        save_file(tensors, folder / "adapter_model.safetensors")
+        config.save_pretrained(folder)
+    assert (tmp_path / "README.md").read_text() == "# My project\n"
+    assert (folder / "gradinit.json").exists()
 
 
 @pytest.mark.parametrize("file", ["adapter_config.json", "gradinit.json", "README.md"])

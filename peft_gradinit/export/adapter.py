@@ -21,6 +21,7 @@ from ..records import (
     A_KEY,
     CARD,
     EXPORT_FORMAT,
+    OUT_OF_ATTENTION,
     PICTURE,
     PREFIX,
     PROVENANCE_FILE,
@@ -36,6 +37,7 @@ from ..records import (
     saved,
     table_of,
     unscaled,
+    write_card,
 )
 from ..starts import GradInitConfig, SpectralConfig
 from .merging import merged_model
@@ -46,7 +48,7 @@ if TYPE_CHECKING:
 
 ExportTarget = Literal["peft", "serving", "merged"]
 
-_SAFE_STARTS = (True, False, "gaussian", "orthogonal", "eva")
+_SAFE_STARTS = (True, False, "gaussian", "orthogonal", "eva", "mica")
 """Values of `init_lora_weights` with which PEFT leaves the base weights as they are."""
 
 _FILES = (CONFIG_NAME, PROVENANCE_FILE, CARD, PICTURE, "config.json", "generation_config.json")
@@ -173,7 +175,7 @@ def export_adapter(
             plain, weights, report = _truncated(peft_model, adapter_name, state_dict, target, rank)
             save_file(weights, part / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
             plain.save_pretrained(str(part), auto_mapping_dict=_auto_mapping(peft_model, plain))
-            peft_model.create_or_update_model_card(str(part))
+            write_card(peft_model, part)
         record = records_of(peft_model).get(adapter_name)
         facts = {**facts_of(config, record), "export": report.to_dict()}
         write_json(part / PROVENANCE_FILE, {"format": EXPORT_FORMAT, **facts})
@@ -250,7 +252,7 @@ def _save_as_peft(peft_model: PeftModel, part: Path, adapter_name: str) -> None:
         path.replace(part / path.name)
     shutil.rmtree(part / Path(adapter_name).parts[0])
     (part / CARD).unlink()  # it names the folder that the adapter was in
-    peft_model.create_or_update_model_card(str(part))
+    write_card(peft_model, part)
     complete_card(part)
 
 
@@ -265,11 +267,12 @@ def _truncated(
     saved = _saved_config(peft_model, adapter_name)
     saved.inference_mode = True
     exact, others = linear_layers(state_dict, saved)
+    _check_base(saved, target)
     if target == "serving":
-        _check_base(saved)
         # PEFT copies the base weight of an adapted head into the file. Servers have it already.
         copies = {f"{PREFIX}{name}.base_layer.weight" for name in exact}
-        check_servable(saved, others.keys() - copies)
+        of_attention = {name for name in exact if name.endswith(OUT_OF_ATTENTION)}
+        check_servable(saved, (others.keys() - copies) | of_attention)
     elif rank is not None:
         _check_truncatable(saved, others)
     layers, errors = dict(exact), dict.fromkeys(exact, 0.0)
@@ -285,22 +288,29 @@ def _truncated(
         added = tuple(ExportedLayer(name, 0, 0, 0.0) for name in written if name not in layers)
         report = dataclasses.replace(report, rank=served, layers=report.layers + added)
         options = {"base_model_name_or_path": hub_id(_base_name(peft_model, saved))}
-    ranks = {name: factors.r for name, factors in written.items()}
     # No exclude_modules, which PEFT knows since 0.14.
     absent = dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern"))
-    targets = target_names(written, model)
+    adapted = [name for name in written if not name.endswith(OUT_OF_ATTENTION)]
+    ranks = {name: written[name].r for name in adapted}
+    targets = target_names(adapted, model)
     config = unscaled(saved, ranks, target_modules=targets, **absent, **options)
     like = next(t for key, t in state_dict.items() if key.endswith(A_KEY))
     own = {key: tensor.to(like.dtype) for key, tensor in entries(written).items()}
     return config, {**({} if target == "serving" else others), **own}, report
 
 
-def _check_base(saved: LoraConfig) -> None:
+def _check_base(saved: LoraConfig, target: str) -> None:
+    start = None
     if saved.init_lora_weights not in _SAFE_STARTS:
+        start = f"init_lora_weights={saved.init_lora_weights!r}"
+    elif getattr(saved, "kasa_config", None) is not None:
+        start = "kasa_config"
+    if start is not None:
+        what = "servers load" if target == "serving" else "the factors that rank= gives are for"
+        without = "" if target == "serving" else "leave rank out, "
         raise ExportError(
-            f"an adapter with init_lora_weights={saved.init_lora_weights!r} has changed the base "
-            "weights, and servers load the original ones; convert it as PEFT's documentation says, "
-            "or use target='merged'."
+            f"an adapter with {start} has changed the base weights, and {what} the original ones; "
+            f"{without}convert it as PEFT's documentation says, or use target='merged'."
         )
 
 

@@ -1,6 +1,7 @@
 """The base model with an adapter merged, as a new model; the live one is only read."""
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import ExportError
+from ..layouts import is_hqq, is_offloaded, offloaded_value, onloaded
 from ..starts import is_quantized
 
 
@@ -18,17 +20,22 @@ def merged_model(model: Any, adapter_name: str) -> PreTrainedModel:
     """Build a model of the base's class, in eval mode, with the adapter merged into its weights.
 
     Only adapted layers are copied, one at a time. All other weights are shared with the live model,
-    so they must not be written. An adapted head that is tied to the embedding is untied.
+    so they must not be written; those that wait on disk are read. Weights that its config ties and
+    that differ, since the adapter has changed one or the checkpoint had two, are not tied.
     """
     _check_mergeable(model)
     config = copy.deepcopy(model.config)
-    tensors = _tensors(_skeleton(model, config), model, adapter_name)
-    if _must_untie(model, tensors):
-        config.tie_word_embeddings = False
+    plain = _skeleton(model, config)
+    tensors = _tensors(plain, model, adapter_name)
+    apart = _apart(plain.all_tied_weights_keys, tensors)
+    if apart:
+        _untie(model, config, apart)
     fresh = _skeleton(model, config)
     names = fresh.state_dict().keys()
     fresh.load_state_dict({name: tensors[name] for name in names}, assign=True)
-    fresh.tie_weights()
+    for name in apart:
+        fresh.all_tied_weights_keys.pop(name, None)
+    fresh.tie_weights(recompute_mapping=False)
     if getattr(model, "generation_config", None) is not None:  # classifiers have none
         fresh.generation_config = copy.deepcopy(model.generation_config)
     return fresh.eval()
@@ -41,18 +48,17 @@ def _check_mergeable(model: nn.Module) -> None:
             "merge_and_unload() and save the result as you save that model."
         )
     for name, module in model.named_modules():
-        if not isinstance(module, BaseTunerLayer):
-            continue
-        if module.merged:
+        if isinstance(module, BaseTunerLayer) and module.merged:
             raise ExportError(
                 f"the adapters {module.merged_adapters} are merged into {name} already; call "
                 "unmerge_adapter() first."
             )
-        if is_quantized(module.get_base_layer()):
+        has_weight = isinstance(module._parameters.get("weight"), Tensor)
+        if (has_weight or is_hqq(module)) and is_quantized(module):
             raise ExportError(
-                f"{name} is quantised, and merging would round the adapter away; load the base "
-                "unquantised, add the saved adapter with PeftModel.from_pretrained, and export "
-                "that."
+                f"{name.removesuffix('.base_layer')} is quantised, and a merged model would be, too: "
+                "merging rounds an adapter away. Load the base unquantised, add the saved adapter "
+                "with PeftModel.from_pretrained, and export that."
             )
 
 
@@ -70,12 +76,18 @@ def _tensors(fresh: nn.Module, live: nn.Module, adapter_name: str) -> dict[str, 
         module = _merged(module, adapter_name)
         own = [*plain.named_parameters(recurse=False), *plain.named_buffers(recurse=False)]
         for name, _ in own:
-            tensors[prefix + name] = getattr(module, name).detach()
+            tensors[prefix + name] = _value(module, name)
         for name, child in plain.named_children():
             visit(child, module.get_submodule(name), f"{prefix}{name}.")
 
     visit(fresh, live, "")
     return tensors
+
+
+def _value(module: nn.Module, name: str) -> Tensor:
+    value = getattr(module, name)
+    waits = value.is_meta and is_offloaded(module)
+    return (offloaded_value(module, name) if waits else value).detach()
 
 
 def _merged(module: nn.Module, adapter_name: str) -> nn.Module:
@@ -94,7 +106,7 @@ def _merged(module: nn.Module, adapter_name: str) -> nn.Module:
     if adapter_name not in module._all_available_adapter_names():
         inner: Any = module.base_layer
         return _merged(inner, adapter_name) if has_wrapper else inner
-    duplicate: Any = copy.deepcopy(module)
+    duplicate = _duplicate(module)
     if has_wrapper:  # of the duplicate, since merging writes
         duplicate.base_layer = _merged(duplicate.base_layer, adapter_name)
     if isinstance(duplicate, MultiheadAttention):
@@ -102,20 +114,47 @@ def _merged(module: nn.Module, adapter_name: str) -> nn.Module:
             merge=True, safe_merge=True, adapter_names=[adapter_name]
         )
     duplicate.merge(safe_merge=True, adapter_names=[adapter_name])
-    return duplicate.get_base_layer()
+    base: Any = module.get_base_layer()
+    merged = duplicate.get_base_layer()
+    return merged.cpu() if is_offloaded(base) else merged  # not all fit where they run
 
 
-def _must_untie(model: PreTrainedModel, tensors: dict[str, Tensor]) -> bool:
-    """Whether the adapter has changed one of two tied weights."""
-    if not getattr(model.config, "tie_word_embeddings", False):
-        return False
-    tied = model.all_tied_weights_keys
-    pairs = [(tensors[a], tensors[b]) for a, b in tied.items() if a in tensors and b in tensors]
-    apart = any(a.data_ptr() != b.data_ptr() and not torch.equal(a, b) for a, b in pairs)
-    if apart and model.config.is_encoder_decoder:
+def _duplicate(module: BaseTunerLayer) -> Any:
+    """A copy of an adapted layer, with the base's weights where they are offloaded.
+
+    The copy shares the hook that loads them, which holds the weights of the whole model.
+    """
+    base: Any = module.get_base_layer()
+    hook = getattr(base, "_hf_hook", None)
+    with onloaded(base):
+        return copy.deepcopy(module, {id(hook): hook})
+
+
+def _apart(tied: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """The pairs of a model that ties weights whose two weights differ."""
+
+    def differ(a: Tensor, b: Tensor) -> bool:
+        return a.data_ptr() != b.data_ptr() and not torch.equal(a.cpu(), b.cpu())
+
+    known = {a: b for a, b in tied.items() if a in tensors and b in tensors}
+    return {a: b for a, b in known.items() if differ(tensors[a], tensors[b])}
+
+
+def _untie(model: PreTrainedModel, config: Any, apart: Mapping[str, str]) -> None:
+    """Say in the config of a merged model that these weights are not tied.
+
+    A model with an encoder and a decoder reads from its config as well what it computes. So that
+    stays, and the two weights of its file tell that they are two.
+
+    Raises:
+        ExportError: if such a model ties them, and the adapter has changed one.
+    """
+    if not getattr(config, "is_encoder_decoder", False):
+        for part in (config, config.get_text_config(decoder=True)):
+            part.tie_word_embeddings = False
+    elif changed := sorted(apart.keys() & model.all_tied_weights_keys.keys()):
         raise ExportError(
-            f"the adapter changes one of the tied weights {sorted(tied)}, and a "
+            f"the adapter changes one of the tied weights {changed}, and a "
             f"{type(model).__name__} computes something else once they are untied; save the "
             "adapter with target='peft'."
         )
-    return apart

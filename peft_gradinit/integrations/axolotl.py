@@ -31,6 +31,9 @@ _NAMES = {
     "peft_layers_to_transform": "layers_to_transform",
     "peft_layers_pattern": "layers_pattern",
     "peft_trainable_token_indices": "trainable_token_indices",
+    "peft_layer_replication": "layer_replication",
+    "peft_ensure_weight_tying": "ensure_weight_tying",
+    "peft_init_lora_weights": "init_lora_weights",
 }
 """Names that PEFT has for axolotl's keys."""
 

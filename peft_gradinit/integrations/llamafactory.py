@@ -22,6 +22,8 @@ from llamafactory.data import (
 )
 from llamafactory.hparams import get_train_args, read_args
 from llamafactory.model import load_model, load_tokenizer
+from llamafactory.model.model_utils.misc import find_all_linear_modules, find_expanded_modules
+from llamafactory.model.model_utils.visual import patch_target_modules
 from llamafactory.train.tuner import run_exp
 from peft import PeftModel, get_peft_model
 
@@ -79,6 +81,10 @@ def _saved_start(theirs: dict[str, Any], options: dict[str, Any], folder: Path) 
         template, model_args, data_args, training_args, stage="sft", **tokenizer_module
     )
     model: Any = load_model(tokenizer, model_args, finetuning_args, is_trainable=False)
+    if config.target_modules is None:
+        config.target_modules = _targets(model, finetuning_args)
+    if model_args.resize_vocab and config.modules_to_save is None:
+        config.modules_to_save = _embeddings(model)
     config.calibration = Calibration(  # pyright: ignore[reportAttributeAccessIssue]
         rows["train_dataset"],
         collate_fn=SFTDataCollatorWith4DAttentionMask(
@@ -105,7 +111,26 @@ def _saved_start(theirs: dict[str, Any], options: dict[str, Any], folder: Path) 
     return report
 
 
+def _targets(model: Any, finetuning_args: Any) -> str | set[str]:
+    """The layers that LLaMA-Factory would adapt: without a frozen vision tower, say."""
+    targets = finetuning_args.lora_target
+    if targets == ["all"]:
+        targets = find_all_linear_modules(model, finetuning_args.freeze_vision_tower)
+    if finetuning_args.use_llama_pro:
+        targets = find_expanded_modules(model, targets, finetuning_args.freeze_trainable_layers)
+    targets = patch_target_modules(model, finetuning_args, targets)
+    return targets if isinstance(targets, str) else set(targets)
+
+
+def _embeddings(model: Any) -> list[str]:
+    """What LLaMA-Factory trains in full where the vocabulary was resized."""
+    resized = (model.get_input_embeddings(), model.get_output_embeddings())
+    named = model.named_modules()
+    return sorted({n.rpartition(".")[2] for n, m in named if any(m is one for one in resized)})
+
+
 def _config(finetuning_args: Any, options: dict[str, Any]) -> GradInitConfig:
+    """The config of the start; its targets are those of the framework, unless options give some."""
     name = options.pop("method", "lora_one")
     kind = METHOD_CONFIGS.get(name)
     if kind is None or not issubclass(kind, GradInitConfig) or kind.anchored:
@@ -113,7 +138,6 @@ def _config(finetuning_args: Any, options: dict[str, Any]) -> GradInitConfig:
             f"gradinit.method must be 'lora_one' or 'eva', got {name!r}: LLaMA-Factory trains plain "
             "LoRA alone, and the other methods keep their start fixed beside it."
         )
-    targets = finetuning_args.lora_target
     of_framework = {
         "r": finetuning_args.lora_rank,
         "lora_alpha": finetuning_args.lora_alpha,
@@ -121,7 +145,6 @@ def _config(finetuning_args: Any, options: dict[str, Any]) -> GradInitConfig:
         "use_rslora": finetuning_args.use_rslora,
         "use_dora": finetuning_args.use_dora,
         "modules_to_save": finetuning_args.additional_target,
-        "target_modules": "all-linear" if targets == ["all"] else targets,
         "task_type": "CAUSAL_LM",
     }
     return cast("GradInitConfig", deferred_config(name, of_framework, options))

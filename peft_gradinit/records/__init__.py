@@ -28,6 +28,7 @@ from .live import (
 from .lora_file import (
     A_KEY,
     B_KEY,
+    OUT_OF_ATTENTION,
     PREFIX,
     alpha_growth,
     alpha_of,
@@ -45,7 +46,7 @@ from .lora_file import (
 from .names import CARD, PICTURE, PROVENANCE_FILE
 from .picture import BLOCK
 from .provenance import EXPORT_FORMAT, facts_of, read_provenance, write_provenance
-from .publishing import attend, saved, unsaved
+from .publishing import attend, saved, unsaved, write_card
 from .reading import read_dict, read_tensors
 from .report import InitReport, LearningRate, ModuleReport, StepCheck, by_parameter
 from .table import as_text, table_of

@@ -27,8 +27,8 @@ from .reading import read_dict
 
 _FILES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, CARD, PICTURE, PROVENANCE_FILE)
 
-OVERWRITES_BASE = ("pissa", "olora", "corda", "lora_ga")
-"""Starts of PEFT that write `W - s B0 A0` into the base; the file is no update of the original."""
+OVERWRITES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
+"""Starts of PEFT that write into the base, most of them `W - s B0 A0`; the file is no update of the original."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,9 +91,10 @@ def read_adapter(directory: str | os.PathLike[str]) -> SavedAdapter:
     name = str(directory)
     folder = _folder(name)
     config = _read_config(name, folder)
-    if config.use_dora:
+    of_three = {"DoRA": config.use_dora, "KaSA": getattr(config, "kasa_config", None)}
+    if kind := next((kind for kind, value in of_three.items() if value), None):
         raise AdapterError(
-            f"{name!r} is a DoRA adapter, whose update is not a product of two factors; merge it "
+            f"{name!r} is a {kind} adapter, whose update is not a product of two factors; merge it "
             "into its base model instead."
         )
     try:

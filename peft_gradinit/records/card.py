@@ -33,19 +33,22 @@ _AUTO_CLASSES = {
 _GENERATED = "This is the model card of a 🤗 transformers model that has been pushed on the Hub."
 
 
-def complete_card(directory: Path, repo_id: str | None = None) -> None:
+def complete_card(directory: Path, repo_id: str | None = None, *, above: bool = False) -> None:
     """Write an adapter's section into its card, in the place of an earlier one.
 
-    Nothing happens in a directory without a `gradinit.json`. The card is in the directory or, for
-    adapters of other names than `"default"`, in the one above. `repo_id` is where the adapter goes.
+    Nothing happens in a directory without a `gradinit.json`, or where there is no card.
+
+    Args:
+        directory: of the adapter.
+        repo_id: where the adapter goes.
+        above: whether the card is in the directory above, where PEFT writes that of adapters of other
+            names than `"default"`.
     """
-    if not (directory / PROVENANCE_FILE).exists():
-        return
     readme, name = directory / CARD, "default"
-    if not readme.exists():
+    if above and not readme.exists():
         readme, name = directory.parent / CARD, directory.name
-        if not readme.exists():
-            return
+    if not (directory / PROVENANCE_FILE).exists() or not readme.exists():
+        return
     facts = _facts(directory)
     facts |= {"adapter": name, "repo_id": repo_id, "picture": _picture(directory, facts)}
     check_is_file(readme)
@@ -87,6 +90,11 @@ def _is_own_line(line: str) -> bool:
     """Whether a line of a card, outside of our section, was written by a person or by `Trainer`."""
     ours = r"\s*|# .+ (adapter|model)( for .+)?|### Framework versions|- \S+ \d\S*"
     return re.fullmatch(ours, line) is None
+
+
+def is_of_peft(readme: Path) -> bool:
+    """Whether a card is one that PEFT has written or added to."""
+    return readme.exists() and ModelCard.load(readme).data.get("library_name") == "peft"
 
 
 def new_card(directory: Path) -> None:

@@ -26,6 +26,7 @@ class AdapterRecord:
     """The record of one live adapter.
 
     Attributes:
+        name: of the adapter.
         resolved: options that were injected with another value than the user's: patterns with the
             ranks that the layers got, exclusions of layers that lost their adapter.
         ranks: rank of every adapted layer, by name in the base model.
@@ -39,6 +40,7 @@ class AdapterRecord:
         config: the config of the adapter, the one that the user passed.
     """
 
+    name: str = "default"
     resolved: dict[str, Any] = dataclasses.field(default_factory=dict)
     ranks: dict[str, int] = dataclasses.field(default_factory=dict)
     requested_ranks: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -104,6 +106,18 @@ class WithReports:
         """Delete an adapter as PEFT does, and its record."""
         super().delete_adapter(adapter_name)  # pyright: ignore[reportAttributeAccessIssue]
         keep_record(self.model, adapter_name, None)
+
+    def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """Merge and unload as PEFT does, and forget the records."""
+        merged = super().merge_and_unload(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        vars(self.model).pop(_ATTRIBUTE, None)
+        return merged
+
+    def unload(self) -> nn.Module:
+        """Unload as PEFT does, and forget the records."""
+        unloaded = super().unload()  # pyright: ignore[reportAttributeAccessIssue]
+        vars(self.model).pop(_ATTRIBUTE, None)
+        return unloaded
 
 
 def init_report(peft_model: nn.Module, adapter_name: str = "default") -> InitReport | None:

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from peft import LoraConfig
+from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 from torch import Tensor
 
@@ -18,6 +19,9 @@ PREFIX = "base_model.model."
 A_KEY, B_KEY = ".lora_A.weight", ".lora_B.weight"
 B_BIAS_KEY = ".lora_B.bias"
 """Ends of the keys of a linear layer's factors."""
+
+OUT_OF_ATTENTION = ".base_layer.out_proj"
+"""End of the name of a layer inside `torch.nn.MultiheadAttention`, adapted along with it by PEFT."""
 
 
 def plain_config(config: Any, **changes: Any) -> LoraConfig:
@@ -95,6 +99,7 @@ def linear_layers(
     for key in [k for k in state_dict if k.endswith(A_KEY) and state_dict[k].dim() == 2]:
         stem = key.removesuffix(A_KEY)
         name = stem.removeprefix(PREFIX)
+        layer = name.removesuffix(OUT_OF_ATTENTION)
         if _is_of_parameter(name, config):
             continue
         A, B = others.pop(key), others.pop(stem + B_KEY, None)
@@ -103,11 +108,11 @@ def linear_layers(
             raise ValueError(
                 f"{name} has lora_A of shape {tuple(A.shape)} and lora_B of shape {got}"
             )
-        if A.shape[0] != (r := rank_of(config, name)):
+        if A.shape[0] != (r := rank_of(config, layer)):
             raise ValueError(
                 f"{name} has rank {A.shape[0]} in the weights and {r} in adapter_config.json"
             )
-        scale = scaling(alpha_of(config, name), r, use_rslora=config.use_rslora)
+        scale = scaling(alpha_of(config, layer), r, use_rslora=config.use_rslora)
         layers[name] = Factors(A.float(), scale * B.float())
         if (bias := others.get(stem + B_BIAS_KEY)) is not None:
             others[stem + B_BIAS_KEY] = (scale * bias.float()).to(bias.dtype)
@@ -151,5 +156,9 @@ def _key(name: str, names: Collection[str]) -> str:
 def _is_of_parameter(layer: str, config: LoraConfig) -> bool:
     """Whether factors belong to one of `target_parameters`: one pair for all experts together."""
     holder = layer.replace(".base_layer", "")  # one wrapper for each parameter of a module
-    of_parameters = (name.rpartition(".")[0] for name in config.target_parameters or ())
-    return any(holder == of or holder.endswith(f".{of}") for of in of_parameters)
+    holders = {name.rpartition(".")[0] for name in config.target_parameters or ()}
+    if any(of and f".{holder}".endswith(f".{of}") for of in holders):
+        return True
+    # A name without a module is that of parameters of any module but the layers that are targets.
+    is_target = config.target_modules and check_target_module_exists(config, holder)
+    return "" in holders and not is_target

@@ -28,7 +28,7 @@ def write_provenance(directory: str | os.PathLike[str], config: Any, record: Ada
     content["files"] = file_digests(directory, record)
     content["sha256"] = digest_of_facts(content)
     write_json(directory / PROVENANCE_FILE, content)
-    saved(directory)
+    saved(directory, record.name)
 
 
 def facts_of(config: Any, record: AdapterRecord | None) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Finishing touches on a directory after an adapter was saved and before it goes to the Hub.
 
 `PeftModel.push_to_hub` and `Trainer.push_to_hub` overwrite `README.md` after `save_pretrained`, and
-neither PEFT nor transformers has a hook after that. So two methods of a model with an adapter of
+neither PEFT nor transformers has a hook after that. So three methods of a model with an adapter of
 this package are wrapped: the wrappers call the original and complete the card.
 """
 
@@ -14,7 +14,7 @@ from peft.utils import CONFIG_NAME
 from torch import nn
 
 from ..files import write_json
-from .card import complete_card, remove_section
+from .card import complete_card, is_of_peft, remove_section
 from .hub import hub_id
 from .names import CARD, PICTURE, PROVENANCE_FILE
 from .reading import read_dict
@@ -26,26 +26,44 @@ _ALWAYS = frozenset({
 })
 """Options that readers of `adapter_config.json` look for; PEFT 0.8 knows all of them."""
 
+_SAVES = "_gradinit_saves"
+"""Attribute of a model while its `save_pretrained` runs."""
 
-def saved(directory: Path) -> None:
+
+def saved(directory: Path, adapter_name: str = "default") -> None:
     """Make a saved adapter readable for old versions of PEFT, and complete its card.
 
     PEFT writes every option, and PEFT before 0.14 rejects a config with an option it does not know.
     So options that have their default value are dropped.
+
+    Args:
+        directory: of the adapter.
+        adapter_name: its name. PEFT saves adapters of other names than `"default"` in folders of these
+            names, below that of the card; others may save them anywhere, beside any `README.md`.
     """
     if (path := directory / CONFIG_NAME).exists():
         _leave_out_defaults(path)
-    complete_card(directory)
+    is_named = adapter_name != "default" and directory.name == adapter_name
+    complete_card(directory, above=is_named and is_of_peft(directory.parent / CARD))
 
 
 def published(directory: Path, repo_id: str | None = None) -> None:
     """Prepare a directory of adapters for the Hub: no local path in configs, a complete card."""
+    for path in _configs(directory):
+        _remove_local_path(path)
+    _complete_cards(directory, repo_id)
+
+
+def _configs(directory: Path) -> list[Path]:
     below = directory.glob(f"*/{CONFIG_NAME}")
     # A directory with a card of its own is no adapter of this one but a checkpoint of Trainer.
     named = [path for path in below if not (path.parent / CARD).exists()]
-    for path in (*directory.glob(CONFIG_NAME), *named):
-        _remove_local_path(path)
-        complete_card(path.parent, repo_id)
+    return [*directory.glob(CONFIG_NAME), *named]
+
+
+def _complete_cards(directory: Path, repo_id: str | None = None) -> None:
+    for path in _configs(directory):
+        complete_card(path.parent, repo_id, above=path.parent != directory)
 
 
 def unsaved(directory: Path) -> None:
@@ -65,6 +83,7 @@ def unsaved(directory: Path) -> None:
 def attend(model: nn.Module) -> None:
     """Make a `PeftModel` call `published` before each upload; nothing happens to other models."""
     if isinstance(model, PeftModel):
+        vars(model).setdefault("save_pretrained", partial(_save, model))
         vars(model).setdefault("create_or_update_model_card", partial(_write_card, model))
         vars(model).setdefault("_upload_modified_files", partial(_upload, model))
 
@@ -76,9 +95,25 @@ def card_tags(tuner: Any) -> list[str]:
     return list(dict.fromkeys(own))
 
 
+def write_card(model: PeftModel, directory: Path) -> None:
+    """Write PEFT's card of a model into a directory, and nothing else."""
+    type(model).create_or_update_model_card(model, str(directory))
+
+
+def _save(model: PeftModel, *args: Any, **kwargs: Any) -> None:
+    vars(model)[_SAVES] = True
+    try:
+        type(model).save_pretrained(model, *args, **kwargs)
+    finally:
+        del vars(model)[_SAVES]
+
+
 def _write_card(model: PeftModel, output_dir: str) -> None:
-    type(model).create_or_update_model_card(model, output_dir)
-    published(Path(output_dir))
+    write_card(model, Path(output_dir))
+    if vars(model).get(_SAVES):  # here, where the path of the base model may stay
+        _complete_cards(Path(output_dir))
+    else:  # for `Trainer`, which uploads what is there next
+        published(Path(output_dir))
 
 
 def _upload(model: PeftModel, working_dir: str, repo_id: str, *args: Any, **kwargs: Any) -> Any:

@@ -34,6 +34,30 @@ def trained(plugin, model, config, folder):
     return trainer
 
 
+def test_an_adapter_on_the_hub_goes_on_as_it_was_trained(plugin, tmp_path, monkeypatch):
+    config = cfg("pissa")
+    model, _ = plugin.load_adapter(pico_llama(), config)
+    model.save_pretrained(tmp_path / "saved")
+    download = lambda repo, **options: {"me/adapter": str(tmp_path / "saved")}[repo]  # noqa: E731
+    monkeypatch.setattr("peft_gradinit.records.hub.snapshot_download", download)
+    continued, used = plugin.load_adapter(pico_llama(), cfg("pissa", lora_model_dir="me/adapter"))
+    assert used.peft_type.value == "PISSA"
+    assert continued.get_nb_trainable_parameters() == model.get_nb_trainable_parameters()
+
+
+@pytest.mark.parametrize(
+    ("more", "part"),
+    [
+        ({"peft_layer_replication": [[0, 2], [1, 2]]}, "layer_replication"),
+        ({"peft_ensure_weight_tying": True}, "ensure_weight_tying"),
+        ({"peft_init_lora_weights": "pissa"}, "init_lora_weights must stay True, got 'pissa'"),
+    ],
+)
+def test_what_the_methods_have_not_is_refused(more, part, plugin):
+    with pytest.raises(ConfigError, match=part):
+        plugin.load_adapter(pico_llama(), cfg(**more))
+
+
 def test_a_run_starts_from_the_trainers_data_and_is_continued(plugin, tmp_path):
     config = cfg(gradinit={"learning_rate": "suggested", "max_tokens": 64, "stable_gamma": 32})
     model, used = plugin.load_adapter(pico_llama(), config)

@@ -1,11 +1,13 @@
 """LLaMA-Factory trains from a start that was computed on its own model, data and template."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
+from torch import nn
 
 from peft_gradinit.errors import ConfigError
 from peft_gradinit.recipes import ModelSection, load_model, load_processor
@@ -71,6 +73,42 @@ def test_a_run_goes_on_from_the_start(method, title, folder, tmp_path):
     assert 0.5 * suggested < max(moved) < 8 * suggested
     config = PeftModel.from_pretrained(base, tmp_path).peft_config["default"]
     assert (config.peft_type.value, config.lora_alpha) == ("LORA", 8)
+
+
+def targets_of(model, **options):
+    from peft_gradinit.integrations import llamafactory
+
+    defaults = {"lora_target": ["all"], "freeze_vision_tower": True, "use_llama_pro": False}
+    return llamafactory._targets(model, SimpleNamespace(**defaults | options))
+
+
+class WithTower(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.vision_tower = nn.ModuleDict({"q_proj": nn.Linear(4, 4)})
+        self.text = nn.ModuleDict({"q_proj": nn.Linear(4, 4), "up_proj": nn.Linear(4, 4)})
+        self.lm_head = nn.Linear(4, 4)
+
+
+def test_the_layers_are_those_that_the_framework_adapts():
+    model = WithTower()
+    assert targets_of(model) == {"text.q_proj", "text.up_proj"}  # the tower is frozen by default
+    assert targets_of(model, lora_target=["q_proj"]) == {"text.q_proj"}
+    assert targets_of(model, freeze_vision_tower=False) == {"q_proj", "up_proj"}
+    llama = load_model(ModelSection(name="embedded:pico-llama"))
+    n = llama.config.num_hidden_layers
+    names = targets_of(llama, use_llama_pro=True, freeze_trainable_layers=1)
+    assert names
+    assert all(f".{n - 1}." in name for name in names)
+
+
+def test_a_resized_vocabulary_is_trained(folder, tmp_path):
+    from peft_gradinit.integrations.llamafactory import train
+
+    options = {"method": "eva", "max_tokens": 512}
+    train(arguments(folder, tmp_path, resize_vocab=True, gradinit=options))
+    config = json.loads((tmp_path / "start" / "adapter_config.json").read_text())
+    assert "embed_tokens" in config["modules_to_save"]
 
 
 def test_values_of_the_command_line_win_over_the_file(folder, tmp_path, monkeypatch):

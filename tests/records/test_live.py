@@ -5,7 +5,7 @@ import dataclasses
 
 import pytest
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers import (
     BertConfig,
     BertForQuestionAnswering,
@@ -18,9 +18,11 @@ from peft_gradinit import (
     LoraOneConfig,
     PiSSAConfig,
     SVFitConfig,
+    export_adapter,
     init_report,
     initialize,
     load_for_training,
+    suggest_learning_rate,
 )
 from peft_gradinit.records import records_of
 from tests.helpers import lora_ga, pico_llama, quiet, relative_error, token_batches, train_steps
@@ -142,6 +144,20 @@ def test_a_deleted_or_failed_adapter_leaves_no_record():
 
 def failing(model, batch):
     raise RuntimeError("mine")
+
+
+@pytest.mark.parametrize("how", ["merge_and_unload", "unload"])
+@pytest.mark.parametrize("config_cls", [PiSSAConfig, SVFitConfig])
+def test_nothing_is_known_of_an_adapter_that_was_taken_out(config_cls, how, tmp_path):
+    first = get_peft_model(pico_llama(), config_of(config_cls, None))
+    base = getattr(first, how)()
+    assert records_of(base) == {}
+    plain = LoraConfig(r=4, lora_alpha=64, target_modules=["q_proj"])
+    second = get_peft_model(base, plain)
+    fresh = get_peft_model(pico_llama(), copy.copy(plain))
+    assert init_report(second) is None
+    assert suggest_learning_rate(second) == suggest_learning_rate(fresh)
+    assert len(export_adapter(second, tmp_path / "out").layers) == 2
 
 
 def test_records_are_copied_with_the_model():

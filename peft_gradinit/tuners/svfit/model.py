@@ -83,6 +83,7 @@ class SVFitModel(WithReports, RecordedSaves, OffloadedBase, BaseTuner):
         bases = [layer.get_base_layer() for layer in layers.values()]
         ranks = {name: layer.r[adapter_name] for name, layer in layers.items()}
         record = AdapterRecord(
+            adapter_name,
             config=config,
             resolved={"rank_pattern": {**lowered, **config.rank_pattern}} if lowered else {},
             ranks=ranks,

@@ -11,9 +11,13 @@ DEFAULTS = {
     "finetuning": {
         "stage": "sft", "finetuning_type": "lora", "lora_rank": 8, "lora_alpha": None,
         "lora_dropout": 0.0, "lora_target": "all", "use_rslora": False, "use_dora": False,
-        "additional_target": None,
+        "additional_target": None, "freeze_vision_tower": True, "use_llama_pro": False,
+        "freeze_trainable_layers": 2,
     },
-    "model": {"model_name_or_path": None, "adapter_name_or_path": None, "block_diag_attn": False},
+    "model": {
+        "model_name_or_path": None, "adapter_name_or_path": None, "block_diag_attn": False,
+        "resize_vocab": False,
+    },
     "data": {"dataset": None, "dataset_dir": "data", "template": None, "neat_packing": False},
     "training": {"output_dir": None, "learning_rate": 5e-5, "max_steps": -1},
 }  # fmt: skip
