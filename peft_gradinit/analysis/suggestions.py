@@ -5,7 +5,7 @@ from torch import Tensor
 from ..calibration import CalibrationResult
 from ..errors import ConfigError
 from ..linalg import allocate_ranks
-from ..starts import mean_scores
+from ..starts import scores_of_all
 
 
 def suggested_ranks(result: CalibrationResult, mean_rank: int) -> dict[str, int]:
@@ -41,4 +41,4 @@ def _scores(result: CalibrationResult) -> dict[str, Tensor]:
     for name, readouts in result.readouts.items():
         gains = result.need.scores(readouts, result.energy[name], allocation)
         scores.setdefault(name.rpartition("[")[0] or name, []).append(gains)
-    return {name: mean_scores(of_experts) for name, of_experts in scores.items()}
+    return {name: scores_of_all(of, each_counts=False) for name, of in scores.items()}

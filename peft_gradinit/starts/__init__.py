@@ -3,7 +3,7 @@
 from .allocation import resized, without_empty
 from .base import base_fingerprint, base_hashes, is_trained_in_full
 from .config import GradInitConfig
-from .experts import mean_scores
+from .experts import scores_of_all
 from .options import TARGET_WORDS
 from .output import with_output_layer
 from .spectral import SpectralConfig
@@ -15,6 +15,7 @@ from .targets import (
     matched_patterns,
     resolve_targets,
     targets_of,
+    warn_of_idle,
     with_converted_targets,
     write_patterns,
 )

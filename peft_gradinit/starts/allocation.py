@@ -8,10 +8,11 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor, nn
 
 from ..calibration import CalibrationResult
-from ..linalg import allocate_ranks
+from ..errors import ConfigError
+from ..linalg import allocate_ranks, total_cost
 from .base import n_parameters
 from .config import GradInitConfig
-from .experts import mean_scores
+from .experts import scores_of_all
 from .target import Target
 
 
@@ -22,7 +23,8 @@ def offered_rank(target: Target, config: GradInitConfig) -> int:
     highest = math.ceil(config.rho * (target.requested_r or target.r))
     if config.max_rank is not None:
         highest = min(highest, config.max_rank)
-    return max(target.r, min(highest, config.needs().rank_limit(target.shape)))
+    offered = max(target.r, min(highest, config.needs().rank_limit(target.shape)))
+    return min(offered, *target.shape)  # more would add nothing to the layer
 
 
 def allocated(
@@ -33,34 +35,63 @@ def allocated(
 ) -> dict[str, Target]:
     """The targets with their budget shared out anew; rank 0 means no adapter.
 
-    All experts of a parameter have the same rank. It counts once in a sum of ranks, and its score
-    is the mean of the experts' scores. Targets that could not be measured keep their rank; with
-    automatic targets they get none. A budget may be a share of the size of `model`.
+    All experts of a parameter have the same rank. In a sum of ranks it counts once, and its score
+    is the mean of the experts' scores; in trained numbers every expert pays, and scores add up.
+    Targets that could not be measured keep their rank; with automatic targets they get none. A
+    budget may be a share of the size of `model`.
+
+    Raises:
+        ConfigError: if the budget is less than a rank of any layer.
+        ShapeError: if it is less than `min_rank` takes, or more than the layers can have.
     """
-    if not config.allocates_ranks:
-        return dict(targets)
-    scores = _scores(targets, result, config)
-    costs, once = _costs(targets.values(), config), _once(targets.values(), config)
-    # What "auto+output" adds was not asked for.
-    asked = {t.adapted: min(t.r, t.requested_r) for t in targets.values() if t.shape is not None}
-    counted = asked if config.automatic else scores
-    ranks = allocate_ranks(
-        scores,
-        _budget(
-            sum(asked[n] * costs[n] + (once[n] if asked[n] else 0) for n in counted), config, model
-        ),
-        costs=costs,
-        once=once,
-        min_rank=config.min_rank,
-        max_rank=config.max_rank,
-    )
-    unmeasured = asked.keys() - scores.keys() if config.automatic else ()
-    reasons = _reasons(scores, ranks, costs, asked)
-    ranks |= dict.fromkeys(unmeasured, 0)
+    ranks, reasons = {}, {}
+    if config.allocates_ranks:
+        ranks, reasons = _shared_out(targets, result, config, model)
+    if config.automatic:
+        measured = {targets[name].adapted for name in result.readouts}
+        unreached = {t.adapted for t in targets.values()} - measured
+        ranks |= dict.fromkeys(unreached, 0)
     return {
         n: resized(t, ranks.get(t.adapted, t.r), config, reasons.get(t.adapted, ""))
         for n, t in targets.items()
     }
+
+
+def _shared_out(
+    targets: Mapping[str, Target],
+    result: CalibrationResult,
+    config: GradInitConfig,
+    model: nn.Module,
+) -> tuple[dict[str, int], dict[str, str]]:
+    """The rank of everything measured, and why."""
+    scores = _scores(targets, result, config)
+    costs, once = _costs(targets.values(), config), _once(targets.values(), config)
+    # What "auto+output" adds was not asked for.
+    asked = {t.adapted: min(t.r, t.requested_r) for t in targets.values() if t.shape is not None}
+    counted = {n: r for n, r in asked.items() if config.automatic or n in scores}
+    most = {name: len(values) for name, values in scores.items()}
+    if config.max_rank is not None:
+        most = {name: min(config.max_rank, r) for name, r in most.items()}
+    shapes = {t.adapted: t.shape for t in targets.values() if t.shape is not None}
+    limits = {name: min(config.needs().rank_limit(shapes[name]), *shapes[name]) for name in scores}
+    budget = _budget(total_cost(counted, costs, once), config, model)
+    if isinstance(config.budget, str):  # layers that were not reached cannot use their part
+        budget = min(budget, total_cost(most, costs, once))
+    ranks = allocate_ranks(
+        scores,
+        budget,
+        costs=costs,
+        once=once,
+        min_rank={name: min(config.min_rank, limit) for name, limit in limits.items()},
+        max_rank=config.max_rank,
+    )
+    if not any(ranks.values()):
+        cheapest = min(costs[name] + once[name] for name in scores)
+        raise ConfigError(
+            f"budget={config.budget!r} is {budget} trained numbers, and a rank takes {cheapest} in "
+            "the smallest layer; give a larger budget."
+        )
+    return ranks, _reasons(scores, ranks, costs, asked)
 
 
 def resized(target: Target, r: int, config: GradInitConfig, reason: str = "") -> Target:
@@ -81,7 +112,8 @@ def _scores(
         energy, by = result.energy[name], config.rank_allocation
         values = config.needs().scores(readouts, energy, by)[: offered_rank(targets[name], config)]
         scores.setdefault(targets[name].adapted, []).append(values)
-    return {name: mean_scores(of_experts) for name, of_experts in scores.items()}
+    each_counts = config.budget != "ranks"
+    return {n: scores_of_all(of, each_counts=each_counts) for n, of in scores.items()}
 
 
 def _costs(targets: Iterable[Target], config: GradInitConfig) -> dict[str, int]:

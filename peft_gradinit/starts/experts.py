@@ -42,9 +42,16 @@ def expert_shape(weight: ExpertWeight) -> tuple[int, int]:
     return (second, first) if weight.transposed else (first, second)
 
 
-def mean_scores(scores: list[Tensor]) -> Tensor:
-    """The scores of a parameter's ranks: the means of its experts' scores, float64 on the CPU."""
-    return torch.stack([s.double().cpu() for s in scores]).mean(dim=0)
+def scores_of_all(scores: list[Tensor], *, each_counts: bool) -> Tensor:
+    """The scores of a parameter's ranks, float64 on the CPU.
+
+    Args:
+        scores: of each expert.
+        each_counts: whether a rank is paid for by every expert, so that what they gain adds up;
+            else it is paid for once, and their mean counts.
+    """
+    stacked = torch.stack([s.double().cpu() for s in scores])
+    return stacked.sum(dim=0) if each_counts else stacked.mean(dim=0)
 
 
 def _full_shape(parameter: Any) -> tuple[int, ...]:

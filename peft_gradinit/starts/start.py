@@ -31,6 +31,7 @@ class Start:
     Attributes:
         targets: targets with their final ranks; rank 0 for those that lose their adapter.
         factors: `A0 (r, in)`, `B0 (out, r)` by target name; absent for plain starts.
+        scalings: of the products, by name of every target with factors.
         modules: lines of the report.
         fingerprint: identity of model, targets and options.
         result: the measurements; `None` for methods that measure nothing.
@@ -40,6 +41,7 @@ class Start:
 
     targets: Mapping[str, Target]
     factors: Mapping[str, tuple[Tensor, Tensor]]
+    scalings: Mapping[str, float]
     modules: tuple[ModuleReport, ...]
     fingerprint: Fingerprint
     result: CalibrationResult | None
@@ -56,11 +58,23 @@ class Start:
         return layers
 
     def report(self, method: str, drift: float | None, step: StepCheck | None) -> InitReport:
-        """The report of this start."""
+        """The report of this start, whose products `step` has scaled."""
         scale = step.scale if step else 1.0
-        modules = [dataclasses.replace(m, start_norm=scale * m.start_norm) for m in self.modules]
+        modules = [
+            dataclasses.replace(
+                line,
+                start_norm=scale * line.start_norm,
+                learning_rate=line.learning_rate and self._rate(line.name, math.sqrt(scale)),
+            )
+            for line in self.modules
+        ]
         facts = self.result.facts if self.result else None
         return InitReport(method, tuple(modules), facts, drift, step)
+
+    def _rate(self, name: str, times: float) -> float:
+        """The rate to begin with for a layer's factors, each multiplied by `times`."""
+        A0, B0 = self.factors[name]
+        return rate_of_start(times * A0, times * B0, self.scalings[name])
 
 
 def compute_start(
@@ -119,7 +133,8 @@ def _start(
             _agree(factors, model)
         factors = those_that_train(factors, config)
         lines = [_line(result, t, config, factors.get(n)) for n, t in targets.items()]
-    return Start(targets, factors, tuple(lines), fingerprint, result, calibration, runner)
+    scalings = {n: _scaling(targets[n], config) for n in factors}
+    return Start(targets, factors, scalings, tuple(lines), fingerprint, result, calibration, runner)
 
 
 def _agree(factors: Mapping[str, tuple[Tensor, Tensor]], model: nn.Module) -> None:

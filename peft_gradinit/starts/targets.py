@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, TypeVar
@@ -119,7 +119,27 @@ def resolve_targets(
         targets |= targets_of(name, module, parameter, ranks, can_start)
     _check_kinds(targets, config)
     _check_loaded_for_dora(targets, config)
+    if not config.needs().reads_data:  # others find by the data what never runs
+        warn_of_idle(model, targets)
     return targets
+
+
+def warn_of_idle(model: nn.Module, names: Iterable[str]) -> None:
+    """Warn of targets whose layers never run, so that their adapters would never train.
+
+    Args:
+        model: the base model.
+        names: of the targets.
+    """
+    modules = dict(model.named_modules())
+    idle = [
+        n for n in names if isinstance(modules.get(n.rpartition(".")[0]), nn.MultiheadAttention)
+    ]
+    if idle:
+        warn(
+            f"torch.nn.MultiheadAttention reads the weight of {idle[0]} itself and never runs the "
+            f"layer, so {len(idle)} such adapters will not train; add 'out_proj' to exclude_modules."
+        )
 
 
 def adapted_by_peft(
@@ -176,13 +196,16 @@ def targets_of(
 
 
 def _can_start(shape: tuple[int, int], config: GradInitConfig) -> bool:
-    return config.uncalibrated == "error" or config.needs().rank_limit(shape) >= 1
+    has_choice = config.automatic or config.uncalibrated == "lora"
+    return not has_choice or config.needs().rank_limit(shape) >= 1
 
 
 def _ranks(
     name: str, shape: tuple[int, int] | None, config: GradInitConfig
 ) -> tuple[int, int, float]:
     requested, alpha, need = rank_of(config, name), alpha_of(config, name), config.needs()
+    if config.automatic and shape is None:  # it is no candidate
+        return 0, requested, alpha
     r = requested if shape is None else min(requested, need.rank_limit(shape))
     if r < 1:
         raise TargetError(
@@ -196,7 +219,8 @@ def _ranks(
 
 
 def _check_kinds(targets: Mapping[str, Target], config: GradInitConfig) -> None:
-    others = {n: type(t.module).__name__ for n, t in targets.items() if t.shape is None}
+    unstartable = {n: t for n, t in targets.items() if t.shape is None and t.r}
+    others = {n: type(t.module).__name__ for n, t in unstartable.items()}
     if others and config.uncalibrated == "error":
         raise TargetError(
             f"{config.method} starts linear layers ({LINEAR_KINDS}), but target_modules also "

@@ -77,6 +77,23 @@ def test_what_a_layer_costs_once_is_paid_by_those_that_get_ranks(least):
         allocate_ranks(SCORES, 53, costs=COSTS, once=once, min_rank=least)
 
 
+def test_a_first_rank_that_is_dear_is_compared_with_those_that_follow():
+    scores = {"dear": [10, 9.9], "cheap": [5.0] * 11}
+    costs, once = {"dear": 10, "cheap": 10}, {"dear": 100, "cheap": 0}
+    assert allocate_ranks(scores, 110, costs=costs, once=once) == {"dear": 0, "cheap": 11}
+    scores["dear"] = [60.0] * 3  # 1.4 for a number, of all three together; one alone gives 0.55
+    ranks = allocate_ranks(scores, 130, costs=costs, once=once)
+    assert ranks == {"dear": 3, "cheap": 0}
+
+
+def test_each_layer_may_have_a_least_rank_of_its_own():
+    ranks = allocate_ranks(SCORES, 6, min_rank={"wide": 0, "narrow": 3, "flat": 1})
+    assert ranks["narrow"] >= 3
+    assert ranks["flat"] >= 1
+    with pytest.raises(ShapeError, match=r"between 4 and 12 together \(min_rank=0, 1, 3\)"):
+        allocate_ranks(SCORES, 3, min_rank={"wide": 0, "narrow": 3, "flat": 1})
+
+
 def test_a_budget_that_costs_cannot_keep_is_named():
     with pytest.raises(ShapeError, match=r"9 trained numbers.*between 10 and 40"):
         allocate_ranks(SCORES, 9, costs=COSTS, min_rank=1)

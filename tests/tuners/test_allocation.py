@@ -181,7 +181,7 @@ def test_offers_are_limited_by_the_layer_by_rho_and_by_the_largest_rank():
     assert offer(EvaConfig, rho=1.3) == 6  # rounded up
     assert offer(EvaConfig, rho=1.0) == offer(LoraGAConfig, allocation="uniform") == 4
     assert offer(EvaConfig, max_rank=5) == 5
-    assert offer(EvaConfig, (2, 48)) == 8  # inputs have no output dimension
+    assert offer(EvaConfig, (2, 48)) == 2  # more would add nothing
     assert offer(LoraOneConfig, (6, 48)) == 6
     assert offer(LoraGAConfig, (11, 48)) == 5  # two triplets a rank
 

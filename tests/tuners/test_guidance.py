@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch import nn
 
 from peft_gradinit import (
     EvaConfig,
@@ -13,10 +14,13 @@ from peft_gradinit import (
     LearningRate,
     LoraOneConfig,
     SVFitConfig,
+    init_report,
     initialize,
+    pairs,
     suggest_learning_rate,
 )
 from peft_gradinit.errors import ConfigError, NotInitializedError
+from peft_gradinit.linalg import rate_of_start
 from peft_gradinit.optim import OPTIMIZERS, LoraMuon
 from tests.helpers import adapted, lora_ga, pico_gpt2, pico_llama, quiet, token_batches
 from tests.moe.models import qwen3_moe
@@ -150,3 +154,25 @@ def test_an_optimiser_of_pairs_has_no_rate_without_pairs(name):
 def test_an_optimiser_without_a_rule_is_named():
     with pytest.raises(ConfigError, match=r"no rule is known for the rate of 'sgd', only for"):
         suggest_learning_rate(adapted(pico_llama(), lora_ga()), optimizer="sgd")
+
+
+@pytest.mark.parametrize("stable_gamma", [1, 0.1])
+@pytest.mark.filterwarnings("ignore:the step that LoRA-One starts with")
+def test_a_start_whose_step_was_shortened_gets_the_rate_of_what_it_is(stable_gamma):
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 4)
+    )
+    x, y = torch.randn(512, 64), torch.randint(0, 4, (512,))
+    data = quiet([(x, y)], loss_fn=lambda m, b: nn.functional.cross_entropy(m(b[0]), b[1]))
+    config = LoraOneConfig(
+        r=4, lora_alpha=8, stable_gamma=stable_gamma, target_modules="all-linear", calibration=data
+    )
+    model = get_peft_model(net, config)
+    report = init_report(model)
+    assert report.step.scale < 1
+    live = {
+        pair.name: rate_of_start(pair.A.detach(), pair.B.detach(), pair.scaling)
+        for pair in pairs(model)
+    }
+    assert {m.name: pytest.approx(m.learning_rate) for m in report.modules} == live

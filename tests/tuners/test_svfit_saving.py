@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from peft_gradinit import SVFitConfig, load_for_training
@@ -300,3 +301,19 @@ def test_transformers_own_integration_saves_and_loads(tmp_path):
     fresh = pico_llama()
     fresh.load_adapter(str(tmp_path))
     assert relative_error(logits(fresh), logits(model)) <= EXPORT
+
+
+@pytest.mark.parametrize("save_format", ["lora", "compact"])
+def test_a_narrow_layer_whose_name_ends_anothers_keeps_its_rank(save_format, tmp_path):
+    def make():
+        torch.manual_seed(0)
+        inner = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 32))  # "0.2" is wide
+        return nn.Sequential(inner, nn.ReLU(), nn.Linear(32, 4))
+
+    config = SVFitConfig(r=8, target_modules="all-linear", save_format=save_format)
+    with pytest.warns(match=r"lower rank: 2 \(4 of 8\)"):
+        model = get_peft_model(make(), config)
+    model.save_pretrained(tmp_path)
+    loaded = load_for_training(make(), tmp_path)
+    ranks = {name: layer.r["default"] for name, layer in layers_of(loaded.get_base_model()).items()}
+    assert ranks == {"0.0": 8, "0.2": 8, "2": 4}

@@ -5,7 +5,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from peft_gradinit import load_for_training
+from peft_gradinit import PiSSAConfig, SVFitConfig, load_for_training
 from peft_gradinit.errors import TargetError
 from peft_gradinit.linalg.product import frobenius_of_product
 from peft_gradinit.records import records_of
@@ -206,3 +206,11 @@ def test_modules_trained_in_full_by_another_adapter_are_off():
 def test_norm_of_a_product_needs_no_product():
     B, A = torch.randn(30, 3), torch.randn(3, 20)
     assert frobenius_of_product(B, A) == pytest.approx((B @ A).norm().item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("config_cls", [PiSSAConfig, SVFitConfig])
+def test_a_layer_that_torch_reads_without_running_it_is_named(config_cls):
+    layer = nn.TransformerEncoderLayer(32, 2, dim_feedforward=64, batch_first=True)
+    config = config_cls(r=4, target_modules="all-linear")
+    with pytest.warns(match=r"reads the weight of 0\.self_attn\.out_proj itself and never runs"):
+        get_peft_model(nn.Sequential(layer), config)

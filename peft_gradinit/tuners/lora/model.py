@@ -195,8 +195,8 @@ class GradInitModel(WithReports, RecordedSaves, OffloadedBase, LoraModel):
                 if config.anchored:
                     anchor_layer(layers[name], adapter_name)
                 defer(layers[name], adapter_name)
-        others = {n: type(t.module).__name__ for n, t in targets.items() if t.shape is None}
-        if others:
+        plain = {n: t for n, t in targets.items() if t.shape is None and t.r}
+        if others := {n: type(t.module).__name__ for n, t in plain.items()}:
             warn(f"{config.method} gives {others} a plain LoRA start.")
 
     def _write(self, adapter_name: str, start: Start, times: float) -> None:

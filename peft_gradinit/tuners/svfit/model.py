@@ -24,7 +24,13 @@ from ...records import (
     patterns,
     plain_config,
 )
-from ...starts import SpectralConfig, adapted_by_peft, base_fingerprint, check_not_merged
+from ...starts import (
+    SpectralConfig,
+    adapted_by_peft,
+    base_fingerprint,
+    check_not_merged,
+    warn_of_idle,
+)
 from ...statistics import Fingerprint
 from ..checks import check_adapter_name, check_injected_once
 from ..copying import copied_from, copy_adapter
@@ -72,6 +78,7 @@ class SVFitModel(WithReports, RecordedSaves, OffloadedBase, BaseTuner):
         _leave_out_experts(config, model)
         super().inject_adapter(model, adapter_name, *options)
         layers = live_layers(model, adapter_name)
+        warn_of_idle(model, layers)
         lowered = _lowered_ranks(config, layers, adapter_name)
         if source is not None:
             copy_adapter(model, source, adapter_name)
@@ -214,13 +221,14 @@ def _lowered_ranks(
     config: SpectralConfig, layers: dict[str, SVFitLinear], adapter_name: str
 ) -> dict[str, int]:
     """A `rank_pattern` for the layers with fewer directions than asked for; warns of them."""
-    lowered, notes = {}, []
+    lowered: dict[str, int | None] = dict.fromkeys(layers)  # of all, whose names no key may match
+    notes = []
     for name, layer in layers.items():
         shape, r = (layer.out_features, layer.in_features), layer.r[adapter_name]
         if r < (requested := config.requested_rank(name, shape)):
             lowered[name] = r
             notes.append(f"{name} ({r} of {requested})")
-    if lowered:
+    if notes:
         warn(
             "these layers have fewer singular directions than asked for and get a lower rank: "
             f"{', '.join(notes)}."
