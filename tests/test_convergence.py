@@ -268,13 +268,15 @@ def image_bytes(rows):
     return [image.numpy().tobytes() for image in rows["pixel_values"]]
 
 
-def test_the_base_of_digits_comes_with_the_study(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("name", "want"), [("digits", 2.54805), ("topics", 1.5132)])
+def test_the_bases_that_were_pretrained_come_with_the_study(name, want, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    task = TASKS["digits"](load_settings("digits"))
+    task = TASKS[name](load_settings(name))
     with torch.no_grad():
         loss = task.load_model()(**task.test).loss.item()
     assert not list(tmp_path.iterdir())  # nothing is pretrained
-    assert loss == pytest.approx(2.54805, abs=1e-4)
+    exact = 1e-4 if name == "digits" else 0.02  # documentation differs between versions of Python
+    assert loss == pytest.approx(want, abs=exact)
 
 
 def test_settings_stay_where_they_are_when_a_field_is_added(tmp_path):
