@@ -40,6 +40,7 @@ from ..records import (
     write_card,
 )
 from ..starts import GradInitConfig, SpectralConfig
+from .checks import check_base, check_truncatable
 from .merging import merged_model
 from .serving import check_servable, completed, served_rank, target_names
 
@@ -47,9 +48,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 ExportTarget = Literal["peft", "serving", "merged"]
-
-_SAFE_STARTS = (True, False, "gaussian", "orthogonal", "eva", "mica")
-"""Values of `init_lora_weights` with which PEFT leaves the base weights as they are."""
 
 _FILES = (CONFIG_NAME, PROVENANCE_FILE, CARD, PICTURE, "config.json", "generation_config.json")
 _WEIGHTS = re.compile(r"(adapter_)?model.*\.(safetensors|bin|safetensors\.index\.json)")
@@ -267,14 +265,14 @@ def _truncated(
     saved = _saved_config(peft_model, adapter_name)
     saved.inference_mode = True
     exact, others = linear_layers(state_dict, saved)
-    _check_base(saved, target)
+    check_base(saved, target)
     if target == "serving":
         # PEFT copies the base weight of an adapted head into the file. Servers have it already.
         copies = {f"{PREFIX}{name}.base_layer.weight" for name in exact}
         of_attention = {name for name in exact if name.endswith(OUT_OF_ATTENTION)}
         check_servable(saved, (others.keys() - copies) | of_attention)
     elif rank is not None:
-        _check_truncatable(saved, others)
+        check_truncatable(saved, others)
     layers, errors = dict(exact), dict.fromkeys(exact, 0.0)
     for name, factors in exact.items() if rank else ():
         layers[name], errors[name] = factors.truncated(cast("int", rank))
@@ -297,30 +295,6 @@ def _truncated(
     like = next(t for key, t in state_dict.items() if key.endswith(A_KEY))
     own = {key: tensor.to(like.dtype) for key, tensor in entries(written).items()}
     return config, {**({} if target == "serving" else others), **own}, report
-
-
-def _check_base(saved: LoraConfig, target: str) -> None:
-    start = None
-    if saved.init_lora_weights not in _SAFE_STARTS:
-        start = f"init_lora_weights={saved.init_lora_weights!r}"
-    elif getattr(saved, "kasa_config", None) is not None:
-        start = "kasa_config"
-    if start is not None:
-        what = "servers load" if target == "serving" else "the factors that rank= gives are for"
-        without = "" if target == "serving" else "leave rank out, "
-        raise ExportError(
-            f"an adapter with {start} has changed the base weights, and {what} the original ones; "
-            f"{without}convert it as PEFT's documentation says, or use target='merged'."
-        )
-
-
-def _check_truncatable(saved: LoraConfig, others: Mapping[str, Tensor]) -> None:
-    factors = sorted(key for key in others if ".lora_A" in key or ".lora_embedding_A" in key)
-    if saved.target_parameters or factors:
-        raise ExportError(
-            "rank= truncates linear layers, and this adapter has others: "
-            f"{saved.target_parameters or factors[:3]}; leave rank out."
-        )
 
 
 def _report(

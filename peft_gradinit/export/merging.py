@@ -48,13 +48,14 @@ def _check_mergeable(model: nn.Module) -> None:
             "merge_and_unload() and save the result as you save that model."
         )
     for name, module in model.named_modules():
-        if isinstance(module, BaseTunerLayer) and module.merged:
+        adapted: Any = module
+        if isinstance(module, BaseTunerLayer) and adapted.merged:
             raise ExportError(
-                f"the adapters {module.merged_adapters} are merged into {name} already; call "
+                f"the adapters {adapted.merged_adapters} are merged into {name} already; call "
                 "unmerge_adapter() first."
             )
-        has_weight = isinstance(module._parameters.get("weight"), Tensor)
-        if (has_weight or is_hqq(module)) and is_quantized(module):
+        has_weight = isinstance(adapted._parameters.get("weight"), Tensor)
+        if (has_weight or is_hqq(adapted)) and is_quantized(adapted):
             raise ExportError(
                 f"{name.removesuffix('.base_layer')} is quantised, and a merged model would be, too: "
                 "merging rounds an adapter away. Load the base unquantised, add the saved adapter "

@@ -82,7 +82,7 @@ def _saved_start(theirs: dict[str, Any], options: dict[str, Any], folder: Path) 
     )
     model: Any = load_model(tokenizer, model_args, finetuning_args, is_trainable=False)
     if config.target_modules is None:
-        config.target_modules = _targets(model, finetuning_args)
+        config.target_modules = _targets(model, finetuning_args)  # pyright: ignore[reportAttributeAccessIssue]
     if model_args.resize_vocab and config.modules_to_save is None:
         config.modules_to_save = _embeddings(model)
     config.calibration = Calibration(  # pyright: ignore[reportAttributeAccessIssue]
