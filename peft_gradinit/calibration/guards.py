@@ -146,7 +146,7 @@ def _epochs(data: Any) -> Iterator[None]:
         for name in ("epoch", "iteration")
         if type(getattr(holder, "__dict__", {}).get(name)) is int
     ]
-    gradients = getattr(data, "gradient_state", None)
+    gradients: Any = getattr(data, "gradient_state", None)
     references = getattr(gradients, "dataloader_references", None)
     try:
         yield
