@@ -625,7 +625,6 @@ def test_deferred_adapter_is_not_exported(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
 def test_factors_of_a_base_that_was_written_to_are_not_cut(tmp_path):
     options = {"r": 4, "target_modules": ["q_proj"]}
     for more, named in (
@@ -696,6 +695,7 @@ def test_a_base_in_a_folder_is_found_from_an_export(options, name, tmp_path):
     assert loaded.peft_config["default"].base_model_name_or_path == str(tmp_path / "base")
 
 
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
 def test_layers_that_a_truncation_cannot_reach_are_named(tmp_path):
     peft_model = get_peft_model(pico_llama(), peft_lora(target_modules=["q_proj", "embed_tokens"]))
     with pytest.raises(

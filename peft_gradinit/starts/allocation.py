@@ -85,7 +85,7 @@ def _shared_out(
         min_rank={name: min(config.min_rank, limit) for name, limit in limits.items()},
         max_rank=config.max_rank,
     )
-    if not any(ranks.values()):
+    if scores and not any(ranks.values()):
         cheapest = min(costs[name] + once[name] for name in scores)
         raise ConfigError(
             f"budget={config.budget!r} is {budget} trained numbers, and a rank takes {cheapest} in "
