@@ -153,9 +153,10 @@ def test_a_prepared_loader_reads_its_first_epoch_after_a_pass(max_batches):
         data = accelerate.Accelerator(cpu=True, dataloader_config=settings).prepare(
             loader(shuffle=True)
         )
+        before = data.gradient_state.dataloader_references
         for _ in range(passes):
             gradients(pico_llama(), data, max_batches=max_batches)
-        assert not data.gradient_state.in_dataloader
+        assert data.gradient_state.dataloader_references == before
         orders.append([batch["input_ids"].tolist() for batch in data])
     assert orders[0] == orders[1]
 
