@@ -1,6 +1,6 @@
 """Which inputs of a two-part model are of the encoder's tokens."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -45,8 +45,9 @@ class EncoderWatch:
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
         self._runs = False
-        first = output if isinstance(output, Tensor) else output[0]
-        self._output = first if isinstance(first, Tensor) else None
+        values = output.values() if isinstance(output, Mapping) else output
+        values = [output] if isinstance(output, Tensor) else values
+        self._output = next((value for value in values if isinstance(value, Tensor)), None)
 
     def owns(self, x: Tensor) -> bool | None:
         """Whether an input is of the encoder's tokens; `None` if the encoder is not known."""
