@@ -5,9 +5,7 @@ from collections.abc import Iterable
 from peft import LoraConfig
 
 from ..errors import ExportError
-
-_SAFE_STARTS = (True, False, "gaussian", "orthogonal", "eva", "mica")
-"""Values of `init_lora_weights` with which PEFT leaves the base weights as they are."""
+from ..records import overwrites_base
 
 
 def check_base(config: LoraConfig, target: str) -> None:
@@ -21,7 +19,7 @@ def check_base(config: LoraConfig, target: str) -> None:
         ExportError: if the adapter's start has written into the base.
     """
     start = None
-    if config.init_lora_weights not in _SAFE_STARTS:
+    if overwrites_base(config):
         start = f"init_lora_weights={config.init_lora_weights!r}"
     elif getattr(config, "kasa_config", None) is not None:
         start = "kasa_config"

@@ -37,6 +37,7 @@ from .lora_file import (
     is_prefixed,
     linear_layers,
     name_in_file,
+    overwrites_base,
     patterns,
     plain_config,
     rank_of,

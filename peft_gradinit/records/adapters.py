@@ -21,14 +21,11 @@ from ..linalg import Factors
 from ..numbers import is_finite_number, is_integer
 from .digests import check_digests, check_finite
 from .hub import adapter_folder
-from .lora_file import alpha_of, entries, linear_layers, scaling, unscaled
+from .lora_file import alpha_of, entries, linear_layers, overwrites_base, scaling, unscaled
 from .names import CARD, PICTURE, PROVENANCE_FILE
 from .reading import read_dict
 
 _FILES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, CARD, PICTURE, PROVENANCE_FILE)
-
-OVERWRITES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
-"""Starts of PEFT that write into the base, most of them `W - s B0 A0`; the file is no update of the original."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,9 +49,7 @@ class SavedAdapter:
     def overwritten_by(self) -> str | None:
         """The start that wrote into the base model; `None` for adapters of an untouched base."""
         start = self.config.init_lora_weights
-        if isinstance(start, str) and start.startswith(OVERWRITES_BASE):
-            return start
-        return None
+        return start if isinstance(start, str) and overwrites_base(self.config) else None
 
     def scaling(self, name: str) -> float:
         """The factor of the product `B A` of a layer's saved factors."""

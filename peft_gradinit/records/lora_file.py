@@ -24,6 +24,15 @@ OUT_OF_ATTENTION = ".base_layer.out_proj"
 """End of the name of a layer inside `torch.nn.MultiheadAttention`, adapted along with it by PEFT."""
 
 
+_LEAVE_BASE = (True, False, "gaussian", "orthogonal", "eva", "mica")
+"""Values of `init_lora_weights` with which PEFT leaves the base weights as they are."""
+
+
+def overwrites_base(config: LoraConfig) -> bool:
+    """Whether a start of PEFT wrote into the base, so that the factors are no update of the original."""
+    return config.init_lora_weights not in _LEAVE_BASE
+
+
 def plain_config(config: Any, **changes: Any) -> LoraConfig:
     """A new `LoraConfig` with the options that `config` shares with it, apart from `changes`."""
     names = [f.name for f in LoraConfig.__dataclass_fields__.values() if f.init]

@@ -32,7 +32,7 @@ class Start:
         targets: targets with their final ranks; rank 0 for those that lose their adapter.
         factors: `A0 (r, in)`, `B0 (out, r)` by target name; absent for plain starts.
         scalings: of the products, by name of every target with factors.
-        modules: lines of the report.
+        modules: lines of the report, without rates.
         fingerprint: identity of model, targets and options.
         result: the measurements; `None` for methods that measure nothing.
         calibration: options of the pass, whose loss the start is measured with as well.
@@ -64,15 +64,17 @@ class Start:
             dataclasses.replace(
                 line,
                 start_norm=scale * line.start_norm,
-                learning_rate=line.learning_rate and self._rate(line.name, math.sqrt(scale)),
+                learning_rate=self._rate(line.name, math.sqrt(scale)),
             )
             for line in self.modules
         ]
         facts = self.result.facts if self.result else None
         return InitReport(method, tuple(modules), facts, drift, step)
 
-    def _rate(self, name: str, times: float) -> float:
-        """The rate to begin with for a layer's factors, each multiplied by `times`."""
+    def _rate(self, name: str, times: float) -> float | None:
+        """The rate to begin with for a layer's factors, each multiplied by `times`, if it has one."""
+        if not self.scalings.get(name):
+            return None
         A0, B0 = self.factors[name]
         return rate_of_start(times * A0, times * B0, self.scalings[name])
 
@@ -245,5 +247,4 @@ def _line(
         captured_energy=captured,
         start_norm=start / norm if norm else math.inf,
         fallback=note,
-        learning_rate=rate_of_start(A0, B0, scale) if scale else None,
     )
