@@ -43,6 +43,12 @@ def interval(values: list[float], digits: int = 3, *, signed: bool = False) -> s
     return f"{mean:{sign}.{digits}f} ± {half_interval(values):.{digits}f}"
 
 
+def difference(losses: list[float], others: list[float]) -> str:
+    """Mean of the differences by seed, and half of its interval."""
+    pairs = zip(losses, others, strict=True)
+    return interval([loss - other for loss, other in pairs], signed=True)
+
+
 def table(task: TaskSummary) -> str:
     """One task as a Markdown table."""
     rows = ["| | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
@@ -143,11 +149,9 @@ def _short_cells(task: TaskSummary, summary: Summary) -> list[str]:
         return "" if loss is None else f"{loss / task.aim - 1:+.1%}"
 
     baseline = task.methods[BASELINE]
-    pairs = zip(summary.losses, baseline.losses, strict=True)
-    differences = [loss - of_lora for loss, of_lora in pairs]
     return [
         interval(summary.losses),
-        "" if summary is baseline else interval(differences, signed=True),
+        "" if summary is baseline else difference(summary.losses, baseline.losses),
         f"{summary.n_trained / baseline.n_trained:.2f}",
         f"{summary.lr:.1e}",
         f"{summary.breadth:.1f}",
@@ -185,8 +189,7 @@ def _next_to_baseline(
     loss = f"{statistics.mean(losses(summary)):.3f}"
     if method == BASELINE or not of_baseline:
         return loss
-    pairs = zip(losses(summary), of_baseline, strict=True)
-    return f"{loss} ({interval([one - other for one, other in pairs], signed=True)})"
+    return f"{loss} ({difference(losses(summary), of_baseline)})"
 
 
 BESIDE_COLUMNS = ("start", "step", "memory", "old data", "intruders", "size of the change")
