@@ -13,6 +13,7 @@ leave. Where the system has no such locks, they stay.
 import errno
 import hashlib
 import json
+import math
 import os
 import platform
 import re
@@ -78,9 +79,19 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def write_json(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
-    """Write a JSON file with sorted keys, as a whole or not at all."""
+    """Write a JSON file with sorted keys, as a whole or not at all; what is not finite becomes null."""
+    text = json.dumps(finite(content), indent=2, sort_keys=True, allow_nan=False)
     with whole_file(path) as beside:
-        beside.write_text(json.dumps(content, indent=2, sort_keys=True), encoding="utf-8")
+        beside.write_text(text, encoding="utf-8")
+
+
+def finite(value: Any) -> Any:
+    """The value with `None` for every number that JSON does not have."""
+    if isinstance(value, Mapping):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextmanager

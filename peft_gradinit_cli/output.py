@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, redirect_stdout
@@ -10,6 +9,8 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+from peft_gradinit.files import finite
 
 console = Console()
 if not console.is_terminal:
@@ -158,7 +159,7 @@ def _with_its_end(name: str, room: int) -> str:
 
 def print_json(content: dict[str, Any]) -> None:
     """Print one JSON object to standard output."""
-    print(json.dumps(_plain(content), indent=1, allow_nan=False))  # noqa: T201
+    print(json.dumps(finite(_plain(content)), indent=1, allow_nan=False))  # noqa: T201
 
 
 def _text(value: Any, style: str) -> str:
@@ -175,18 +176,16 @@ def _text(value: Any, style: str) -> str:
     if style and isinstance(value, int | float):
         return format(value, style)
     if isinstance(value, dict):
-        return json.dumps(_plain(value))
+        return json.dumps(finite(_plain(value)))
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _plain(value: Any) -> Any:
-    """As JSON knows it: no infinities, no tuples."""
+    """As JSON knows it: words for all that it has no form for."""
     if isinstance(value, dict):
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(v) for v in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
     return value if isinstance(value, str | int | float | bool | None) else str(value)
 
 

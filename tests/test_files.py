@@ -120,6 +120,15 @@ def test_a_file_that_appears_meanwhile_is_not_replaced(tmp_path):
     assert everything_in(tmp_path) == ["out"]
 
 
+def test_json_has_no_numbers_that_json_lacks(tmp_path):
+    write_json(tmp_path / "a.json", {"a": [float("nan"), (float("inf"), 1.5)], "b": {"c": True}})
+    text = (tmp_path / "a.json").read_text(encoding="utf-8")
+    assert json.loads(text, parse_constant=pytest.fail) == {
+        "a": [None, [None, 1.5]],
+        "b": {"c": True},
+    }
+
+
 def test_json_is_replaced_as_a_whole(tmp_path):
     write_json(tmp_path / "a.json", {"b": "é", "a": 1})
     assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"b": "é", "a": 1}

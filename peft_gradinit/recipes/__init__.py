@@ -8,7 +8,7 @@ try:
     from .lengths import sequence_length
     from .loading import load_recipe, section_of
     from .methods import adapter_config, calibration_of
-    from .models import empty_model, load_model, load_processor, task_of
+    from .models import drawn_modules, empty_model, load_model, load_processor, task_of
     from .reading import Reader
     from .schema import CalibrationSection, DataSection, MethodSection, ModelSection
     from .values import read_yaml
@@ -28,6 +28,7 @@ __all__ = [
     "Reader",
     "adapter_config",
     "calibration_of",
+    "drawn_modules",
     "empty_model",
     "encode",
     "estimate",

@@ -139,10 +139,12 @@ def _read_stored(path: str, name: str | None, split: str, section: DataSection) 
             )
         if place.stat().st_size == 0:
             raise DataError(f"the data file {path!r} is empty.")
-        options: dict[str, Any] = {"delimiter": "\t"} if place.suffix == ".tsv" else {}
+        tabs = place.suffix.lower() == ".tsv"
+        options: dict[str, Any] = {"delimiter": "\t"} if tabs else {}
         files = glob.escape(str(place))  # `datasets` takes it for a pattern
         part = _part_of_one(path, split, section)
-        return datasets.load_dataset(builder, data_files=files, split=part, **options)
+        rows: Any = datasets.load_dataset(builder, data_files=files, split=part, **options)
+        return rows.filter(_is_written) if builder == "text" else rows
     if (place / "dataset_info.json").exists() or (place / "dataset_dict.json").exists():
         stored = datasets.load_from_disk(str(place))
         if isinstance(stored, datasets.DatasetDict):
@@ -292,7 +294,13 @@ def _n_rows(rows: Rows) -> int | None:
 
 
 def _is_kept(row: dict[str, Any]) -> bool:
-    return row.get("completion", "") is not None and row.get("input_ids", [0]) != []
+    whole = row.get("completion", "") is not None and row.get("input_ids", [0]) != []
+    return whole and _is_written(row)
+
+
+def _is_written(row: dict[str, Any]) -> bool:
+    """Whether a row of text has any: blank lines of a file separate texts."""
+    return row.get("text", ".").strip() != ""
 
 
 def _is_empty(rows: Rows) -> bool:

@@ -1,13 +1,12 @@
 """One row of a dataset: for TRL as texts or chats, else as tokens or pixels with their label."""
 
-import copy
 import re
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from string import Formatter
 from typing import Any
 
 from ..errors import ConfigError, DataError
+from .chats import as_messages, of_chat, prompt_turns, template_options, with_template
 from .schema import DataSection
 from .sections import CLASSIFIED, Task, nearest
 
@@ -69,7 +68,11 @@ class Encoder:
         prompt = self._value(self._with_words(row), self.section.prompt or "prompt")
         if isinstance(prompt, list):
             ids = self.processor.apply_chat_template(
-                self._messages(prompt), tokenize=True, add_generation_prompt=True, return_dict=True
+                self._messages(prompt),
+                tokenize=True,
+                add_generation_prompt=True,
+                return_dict=True,
+                **template_options(row),
             )["input_ids"]
         elif self.task == "SEQ_2_SEQ_LM":
             ids = list(self.processor(str(prompt))["input_ids"])
@@ -81,7 +84,7 @@ class Encoder:
         """What the row gives as the answer; `None` if the row is to be dropped."""
         text = self._value(self._with_words(row), self.section.completion or "completion")
         if isinstance(text, list):
-            text = _as_messages(text)[-1]["content"]
+            text = as_messages(text)[-1]["content"]
         return self._kept(str(text))
 
     def _encoder(self) -> Any:
@@ -106,7 +109,10 @@ class Encoder:
             return self._prompted
         chat = section.messages or next((c for c in _CHATS if c in columns), None)
         if chat is not None and section.text is None:
-            return lambda row: {"messages": self._messages(self._value(row, chat))}
+            return lambda row: {
+                "messages": self._messages(self._value(row, chat)),
+                **of_chat(row),
+            }
         text = section.text or next((c for c in _TEXTS if c in columns), None)
         if text is not None:
             return lambda row: {"text": str(self._value(row, text))}
@@ -126,19 +132,26 @@ class Encoder:
         prompt = self._value(row, self.section.prompt or "prompt")
         completion = self._value(row, self.section.completion or "completion")
         if isinstance(prompt, list):
-            return {"prompt": self._messages(prompt), "completion": self._messages(completion)}
+            chats = {"prompt": self._messages(prompt), "completion": self._messages(completion)}
+            return {**chats, **of_chat(row)}
         kept, start = self._kept(str(completion)), str(prompt).rstrip(" ")
         gap = str(prompt)[len(start) :]  # tokenizers make it the beginning of the next word
         return {"prompt": start, "completion": kept if kept is None else gap + kept}
 
     def _preferred(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """The better and the worse answer; without a prompt, TRL takes what they have in common."""
-        section, found = self.section, {}
+        section = self.section
+        answers = {
+            "chosen": self._turns(row, section.chosen or "chosen"),
+            "rejected": self._turns(row, section.rejected or "rejected"),
+        }
+        of_chats = isinstance(answers["chosen"], list)
         if section.prompt or "prompt" in self.columns:
-            found["prompt"] = self._turns(row, section.prompt or "prompt")
-        found["chosen"] = self._turns(row, section.chosen or "chosen")
-        found["rejected"] = self._turns(row, section.rejected or "rejected")
-        return found
+            prompt = self._turns(row, section.prompt or "prompt")
+            if of_chats and not isinstance(prompt, list):
+                prompt = prompt_turns(prompt, answers)
+            answers |= {} if prompt is None else {"prompt": prompt}
+        return answers | (of_chat(row) if of_chats else {})
 
     def _turns(self, row: Mapping[str, Any], source: str) -> Any:
         value = self._value(row, source)
@@ -150,7 +163,7 @@ class Encoder:
                 "the data are chats, but the tokenizer has no chat template; give one as "
                 "data.chat_template."
             )
-        return _as_messages(messages)
+        return as_messages(messages)
 
     def _pair_of_texts(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """Source and target of an encoder-decoder."""
@@ -176,7 +189,8 @@ class Encoder:
         return {**encoded, "labels": self._label(row)}
 
     def _image(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        image = self._value(row, self.section.image or "image").convert("RGB")
+        name = self.section.image or "image"
+        image = _in_colours(self._value(row, name), name)
         pixels = self.processor(image, return_tensors="np")["pixel_values"][0]
         return {"pixel_values": pixels, "labels": self._label(row)}
 
@@ -246,56 +260,23 @@ def _check_filled(row: Mapping[str, Any], columns: list[str]) -> None:
             )
 
 
-def _as_messages(messages: Any) -> list[dict[str, Any]]:
-    """Chats in the form of ShareGPT (`from`, `value`) are renamed.
-
-    Args:
-        messages: one chat.
-
-    Returns:
-        `role` and `content` of every turn.
+def _in_colours(image: Any, column: str) -> Any:
+    """An image in RGB with 8 bits.
 
     Raises:
-        DataError: if it is of neither form.
+        DataError: if it is none, or its values have no known range.
     """
-    roles = {"human": "user", "gpt": "assistant"}
-    if isinstance(messages, list) and all(isinstance(m, Mapping) for m in messages):
-        if all("role" in m and "content" in m for m in messages):
-            return [dict(m) for m in messages]
-        if all("from" in m and "value" in m for m in messages):
-            return [
-                {"role": roles.get(m["from"], m["from"]), "content": m["value"]} for m in messages
-            ]
-    raise DataError(
-        f"a chat is a list of {{'role': …, 'content': …}}, got {str(messages)[:80]!r}; name the "
-        "column of the chats."
-    )
-
-
-def with_template(section: DataSection, processor: Any) -> Any:
-    """The tokenizer with the chat template of the data.
-
-    Args:
-        section: which file, if any.
-        processor: the tokenizer or image processor.
-
-    Returns:
-        A copy with the template; `processor` itself if it stays as it is.
-
-    Raises:
-        ConfigError: if the file cannot be read, or there is no tokenizer.
-    """
-    if section.chat_template is None:
-        return processor
-    if not hasattr(processor, "apply_chat_template"):
-        raise ConfigError("data.chat_template is for tokenizers, but the model has none.")
-    try:
-        template = Path(section.chat_template).read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(
-            f"cannot read data.chat_template {section.chat_template!r}: {error}."
-        ) from error
-    if processor.chat_template != template:
-        processor = copy.deepcopy(processor)
-        processor.chat_template = template
-    return processor
+    mode = getattr(image, "mode", None)
+    if mode is None or not hasattr(image, "convert"):
+        raise DataError(
+            f"the column {column!r} holds {type(image).__name__}, not images; load a folder of images, "
+            f"or cast it first: dataset.cast_column({column!r}, datasets.Image())."
+        )
+    if mode.startswith("I;16"):
+        image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
+    elif mode in ("I", "F"):
+        raise DataError(
+            f"the images in column {column!r} have values of mode {mode!r}, whose range is not known; "
+            "convert them to 8 bits first."
+        )
+    return image.convert("RGB")

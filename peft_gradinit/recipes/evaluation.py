@@ -1,14 +1,14 @@
 """What a trained model is worth: its loss, its classes, or the answers that it generates."""
 
 import re
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from accelerate.utils import gather_object
 from torch import nn
 from transformers import EvalPrediction, Trainer, TrainingArguments
 
-from ..errors import ConfigError
+from ..errors import ConfigError, DataError
 from ..layouts import process_state
 from .encoding import Encoder
 from .labels import Numbers
@@ -39,6 +39,7 @@ def check_evaluation(
         ConfigError: if there is nothing to evaluate on, a metric is unknown or is not for what
             the model gives, metrics of a language model are asked for without generation, or the
             best checkpoint is to be chosen by what is not measured in training.
+        DataError: if a row has no answer to compare with.
     """
     asked = recipe.evaluation
     in_training = getattr(arguments.eval_strategy, "value", arguments.eval_strategy)
@@ -53,7 +54,7 @@ def check_evaluation(
             f"evaluation.metrics={asked.metrics}, but preferences are measured by their loss and "
             "their rewards; leave them out."
         )
-    check_metrics(asked.metrics, of_numbers=isinstance(reader.labels, Numbers))
+    check_metrics(asked.metrics, _kind(reader))
     if in_training != "no":
         _check_best(arguments.metric_for_best_model, asked.metrics, reader.task)
     if rows is None or reader.task in CLASSIFIED or not asked.metrics:
@@ -66,9 +67,25 @@ def check_evaluation(
     _check_room(recipe, reader, asked.max_new_tokens)
     encoder = Encoder(reader.section, reader.task, reader.processor, columns_of(rows))
     for row in rows.take(1):
-        first = cast("dict[str, Any]", row)
-        encoder.prompt(first)
-        encoder.completion(first)
+        encoder.prompt(cast("dict[str, Any]", row))
+    for i, row in enumerate(rows):
+        reference = encoder.completion(cast("dict[str, Any]", row))
+        if reference is not None and not _has_answer(reference, asked.answer):
+            raise DataError(
+                f"evaluation.answer={asked.answer!r} finds no answer in row {i} of the evaluation data, "
+                f"{reference[:80]!r}; mend the expression, or leave such rows out by "
+                "data.completion_keep."
+            )
+
+
+def _kind(reader: Reader) -> Literal["classes", "texts", "numbers"]:
+    if reader.task not in CLASSIFIED:
+        return "texts"
+    return "numbers" if isinstance(reader.labels, Numbers) else "classes"
+
+
+def _has_answer(reference: str, pattern: str | None) -> bool:
+    return pattern is None or answer_of(reference, pattern) != ""
 
 
 def _check_best(asked: str | None, metrics: list[str], task: Task) -> None:
@@ -184,7 +201,7 @@ def answer_of(text: str, pattern: str | None) -> str:
         pattern: `None` takes the whole text.
 
     Returns:
-        The answer; empty if the pattern matches nowhere.
+        The answer; empty if the pattern matches nowhere, which no reference is.
     """
     if pattern is None:
         return text.strip()

@@ -23,6 +23,7 @@ from ..tuners import load_for_training
 from .data import load_rows
 from .evaluation import check_evaluation, evaluate_model
 from .methods import adapter_config, calibration_of
+from .models import drawn_modules
 from .publishing import make_repository, publish
 from .reading import Reader
 from .schema import Recipe
@@ -59,13 +60,16 @@ def finetune(recipe: Recipe) -> dict[str, Any]:
         model.to(state.device)
     trainer = _trainer(model, recipe, inputs, arguments, checkpoint)
     trainer.train(resume_from_checkpoint=checkpoint)
+    trained: Any = trainer.accelerator.unwrap_model(trainer.model)
+    if state.is_main_process:
+        _write(trained, recipe, inputs)
+    state.wait_for_everyone()
     metrics = {}
     if inputs.evaluation_rows is not None:
         metrics = evaluate_model(trainer, recipe, inputs.reader, inputs.evaluation_rows)
     results = _results(trainer, recipe, inputs.reader, metrics)
     if state.is_main_process:
-        trained: Any = trainer.accelerator.unwrap_model(trainer.model)
-        _write(trained, recipe, inputs, results)
+        write_json(output / RESULTS, results)
         if draws:
             draw_losses(_curves(results, baselines), output / PICTURE)
         if recipe.push is not None:
@@ -115,7 +119,8 @@ def _trainer(
         inputs.reader.processor,
         progress=process_state().is_main_process,
     )
-    config = adapter_config(recipe.method, inputs.reader.task, calibration)
+    drawn = drawn_modules(model)
+    config = adapter_config(recipe.method, inputs.reader.task, calibration, drawn)
     return trainer_of(get_peft_model(model, config), recipe, inputs, arguments)
 
 
@@ -193,7 +198,7 @@ def _peak_rate(trainer: Trainer) -> float:
     return optimizer.param_groups[0].get("initial_lr", trainer.args.learning_rate)
 
 
-def _write(model: PeftModel, recipe: Recipe, inputs: Inputs, results: dict[str, Any]) -> None:
+def _write(model: PeftModel, recipe: Recipe, inputs: Inputs) -> None:
     output = Path(recipe.output)
     unsaved(output / "adapter")
     model.save_pretrained(str(output / "adapter"))
@@ -203,7 +208,6 @@ def _write(model: PeftModel, recipe: Recipe, inputs: Inputs, results: dict[str, 
         if target != "peft" or recipe.export.rank is not None:
             rank = recipe.export.rank if target != "merged" else None
             export_adapter(model, output / target, target, rank, overwrite=True)
-    write_json(output / RESULTS, results)
 
 
 def _draws(recipe: Recipe) -> bool:

@@ -1,9 +1,12 @@
 """The PEFT config and the calibration that a recipe asks for."""
 
 import dataclasses
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from peft import PeftConfig
+from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 
 from ..calibration import Calibration
 from ..errors import ConfigError
@@ -15,13 +18,16 @@ _PEFT_TASKS = {"IMAGE_CLS": None, "PREFERENCE": "CAUSAL_LM"}
 """Names of PEFT where they are others; it knows no task for images."""
 
 
-def adapter_config(section: MethodSection, task: Task, calibration: Any = None) -> PeftConfig:
+def adapter_config(
+    section: MethodSection, task: Task, calibration: Any = None, drawn: Sequence[str] = ()
+) -> PeftConfig:
     """Make the config of a method.
 
     Args:
         section: method, rank, targets, options.
         task: what the model is for.
         calibration: what `calibration=` of the config takes; not used by methods without data.
+        drawn: modules with random weights, which are trained and saved as well (`drawn_modules`).
 
     Returns:
         The config.
@@ -41,6 +47,8 @@ def adapter_config(section: MethodSection, task: Task, calibration: Any = None) 
         values["lora_alpha"] = section.lora_alpha
     if section.use_rslora:
         values["use_rslora"] = True
+    if new := [name for name in drawn if not _is_saved(name, task, section.options)]:
+        values["modules_to_save"] = [*(values.get("modules_to_save") or ()), *new]
     if calibration is not None and _reads_data(config_class):
         values["calibration"] = calibration
     unknown = sorted(set(values) - known - {"calibration"})
@@ -49,6 +57,15 @@ def adapter_config(section: MethodSection, task: Task, calibration: Any = None) 
     if section.r == "full" and section.name != "svfit":
         raise ConfigError(f"r='full' is for svfit, not for {section.name}; give a number.")
     return config_class(**values)
+
+
+def _is_saved(name: str, task: Task, options: Mapping[str, Any]) -> bool:
+    """Whether PEFT saves a module with one that it is, or is a part of."""
+    saved = options.get("modules_to_save") or ()
+    within = [name[:i] for i in (*(m.start() for m in re.finditer(r"\.", name)), None)]
+    if any(part.endswith(tuple(saved)) for part in within):
+        return True
+    return task == "SEQ_CLS" and not set(SEQ_CLS_HEAD_NAMES).isdisjoint(name.split("."))
 
 
 def _reads_data(config_class: Any) -> bool:

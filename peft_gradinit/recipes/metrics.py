@@ -1,7 +1,7 @@
 """Metrics by name: scikit-learn's, and those of the Hub by `evaluate`."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import sklearn.metrics
 from huggingface_hub.constants import HF_HUB_OFFLINE
@@ -24,14 +24,15 @@ _OF_CLASSES: dict[str, _Metric] = {
     "accuracy": sklearn.metrics.accuracy_score,
     "macro_f1": _macro_f1,
     "matthews": sklearn.metrics.matthews_corrcoef,
-    "exact_match": _exact_match,
 }
+_OF_TEXTS: dict[str, _Metric] = {**_OF_CLASSES, "exact_match": _exact_match}
 _OF_NUMBERS: dict[str, _Metric] = {
     "mse": sklearn.metrics.mean_squared_error,
     "mae": sklearn.metrics.mean_absolute_error,
     "r2": sklearn.metrics.r2_score,
 }
-_BUILT_IN = _OF_CLASSES | _OF_NUMBERS
+_BY_KIND = {"classes": _OF_CLASSES, "texts": _OF_TEXTS, "numbers": _OF_NUMBERS}
+_BUILT_IN = _OF_TEXTS | _OF_NUMBERS
 
 
 def compute(names: list[str], predictions: Any, references: Any) -> dict[str, float]:
@@ -56,25 +57,25 @@ def names_given(names: list[str]) -> list[str] | None:
     return names if all(name in _BUILT_IN for name in names) else None
 
 
-def check_metrics(names: list[str], *, of_numbers: bool = False) -> None:
-    """Refuse metrics that are neither built in nor to be had from the Hub, or compare no numbers.
+def check_metrics(names: list[str], kind: Literal["classes", "texts", "numbers"]) -> None:
+    """Refuse metrics that are neither built in nor to be had from the Hub, or compare something else.
 
     Args:
         names: as for `compute`.
-        of_numbers: whether the model is of regression.
+        kind: what is compared.
 
     Raises:
         ConfigError: if a metric cannot be used.
     """
+    known = _BY_KIND[kind]
     for name in names:
-        if name in (_OF_CLASSES if of_numbers else _OF_NUMBERS):
-            labels, others = ("numbers", _OF_NUMBERS) if of_numbers else ("classes", _OF_CLASSES)
-            raise ConfigError(
-                f"the metric {name!r} is not for {labels}, which the labels are; take one of "
-                f"{sorted(others)}, or leave it out."
-            )
         if name not in _BUILT_IN:
             _of_the_hub(name)
+        elif name not in known:
+            raise ConfigError(
+                f"the metric {name!r} is not for {kind}, which are compared; take one of "
+                f"{sorted(known)}, or leave it out."
+            )
 
 
 def _of_the_hub(name: str) -> Any:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from huggingface_hub.constants import HF_HUB_OFFLINE
@@ -37,6 +38,7 @@ _ENDINGS: dict[str, Task] = {
     "ForSequenceClassification": "SEQ_CLS",
     "ForImageClassification": "IMAGE_CLS",
 }
+_DRAWN: "WeakKeyDictionary[nn.Module, list[str]]" = WeakKeyDictionary()
 _FAILURES = (OSError, ValueError, KeyError, ImportError, RuntimeError)
 
 
@@ -114,9 +116,34 @@ def load_model(section: ModelSection, labels: Labels | None = None) -> nn.Module
     if section.quantization is not None:
         options["quantization_config"] = _quantization(section, dtype)
     try:
-        return _AUTO_CLASSES[task].from_pretrained(_location(section.name), **options)
+        model, info = _AUTO_CLASSES[task].from_pretrained(
+            _location(section.name), output_loading_info=True, **options
+        )
     except _FAILURES as error:
         raise ConfigError(_unloadable("model", section.name, error)) from error
+    if task in CLASSIFIED:
+        _DRAWN[model] = _modules_of(model, [*info["missing_keys"], *info["mismatched_keys"]])
+    return model
+
+
+def drawn_modules(model: nn.Module) -> list[str]:
+    """The modules of a classifier that its checkpoint lacks, such as a new head.
+
+    Their weights are random, so an adapter has to train and to save them.
+
+    Args:
+        model: from `load_model`.
+
+    Returns:
+        Names of modules without parts.
+    """
+    return _DRAWN.get(model, [])
+
+
+def _modules_of(model: nn.Module, keys: list[Any]) -> list[str]:
+    """Modules that hold parameters by themselves; keys with another shape come with both shapes."""
+    names = {(key if isinstance(key, str) else key[0]).rpartition(".")[0] for key in keys}
+    return [n for n, m in model.named_modules() if n in names and not list(m.children())]
 
 
 def empty_model(section: ModelSection, labels: Labels | None = None) -> nn.Module:
@@ -162,7 +189,10 @@ def load_processor(section: ModelSection) -> Any:
     if auto is AutoTokenizer:
         _check_vocabulary(name, processor)
         if processor.pad_token is None:
-            processor.pad_token = processor.eos_token
+            known = model_config(section).get_text_config().pad_token_id
+            has = isinstance(known, int) and 0 <= known < len(processor)
+            token = processor.convert_ids_to_tokens(known) if has else processor.eos_token
+            processor.pad_token = token
     return processor
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from .chats import with_template
 from .data import encode
-from .encoding import with_template
 from .labels import Labels, labels_of
 from .lengths import sequence_length
 from .models import load_model, load_processor, model_config, task_of
@@ -65,8 +65,7 @@ class Reader:
         model: Any = load_model(section, self.labels)
         if self.task == "SEQ_CLS":  # decoders classify the last token that is not padding
             for config in (model.config, model.config.get_text_config()):
-                if getattr(config, "pad_token_id", None) is None:
-                    config.pad_token_id = self.processor.pad_token_id
+                config.pad_token_id = self.processor.pad_token_id
         return model
 
     def encode(self, rows: Rows) -> Rows:

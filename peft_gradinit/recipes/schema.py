@@ -12,7 +12,7 @@ from pydantic import Field, SerializeAsAny, ValidationInfo, field_validator, mod
 
 from ..methods import METHODS
 from .embedded import MINILM, MODELS
-from .sections import Place, Positive, Section, Task, nearest
+from .sections import Group, Pattern, Place, Positive, Section, Task, nearest
 from .training import TrainingSection, parse_training
 
 DEFAULT_LENGTH = 1024
@@ -96,7 +96,7 @@ class DataSection(Section):
     shuffle_seed: int | None = Field(
         default=None, description="Shuffle the rows first; default: as they are."
     )
-    where: dict[str, str] = Field(
+    where: dict[str, Pattern] = Field(
         default={},
         description="Keep rows of `path` whose column matches a regular expression somewhere.",
     )
@@ -109,7 +109,7 @@ class DataSection(Section):
         description="The better of two answers to `prompt` (`PREFERENCE`); default: `chosen`.",
     )
     rejected: str | None = Field(default=None, description="The other one; default: `rejected`.")
-    completion_keep: str | None = Field(
+    completion_keep: Group | None = Field(
         default=None,
         description="Regular expression whose first group is kept of the completion; rows without "
         "a match are dropped.",
@@ -237,10 +237,10 @@ class EvaluationSection(Section):
     max_new_tokens: Positive | None = Field(
         default=None, description="Generate answers to the prompts and compare these."
     )
-    answer: str | None = Field(
+    answer: Group | None = Field(
         default=None,
         description="Regular expression whose first group is the answer, in what is generated and "
-        "in the completion; the last match counts.",
+        "in the completion, where it has to be found; the last match counts.",
     )
     steps: Positive | None = Field(
         default=None, description="Evaluate the loss in training, too; default: at the end alone."

@@ -1,6 +1,7 @@
 """What sections of a recipe are made of."""
 
 import difflib
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,6 +25,25 @@ def _from_home(place: str) -> str:
 
 Place = Annotated[str, AfterValidator(_from_home)]
 """A file, a folder, or a name on the Hub; `~` is the home folder, as in a shell."""
+
+
+def _compiled(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
+
+
+def _with_group(pattern: str) -> str:
+    if not _compiled(pattern).groups:
+        raise ValueError(f"{pattern!r} has no group in round brackets, whose match is kept")
+    return pattern
+
+
+Pattern = Annotated[str, AfterValidator(lambda pattern: _compiled(pattern).pattern)]
+"""A regular expression."""
+Group = Annotated[str, AfterValidator(_with_group)]
+"""A regular expression whose first group is what it finds."""
 
 
 class Section(BaseModel):

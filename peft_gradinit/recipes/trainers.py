@@ -27,7 +27,7 @@ from .progress import Bar, Losses
 from .reading import Reader
 from .rows import Rows
 from .schema import SAME_IN_DATA, Recipe
-from .sections import Task
+from .sections import CLASSIFIED, Task
 from .training import ARGUMENTS, PAIR_OPTIMIZERS, TrainingSection, check_training
 
 _OF_TRL = ("CAUSAL_LM", "PREFERENCE")
@@ -112,7 +112,7 @@ def _check_all_in_pairs(recipe: Recipe, task: Task) -> None:
     options = recipe.method.options
     asked = [f"method.options.{name}" for name in _BESIDE_PAIRS if options.get(name)]
     asked += ["method.options.bias"] if options.get("bias", "none") != "none" else []
-    if task == "SEQ_CLS" or asked:
+    if task in CLASSIFIED or asked:
         what = " and ".join(asked) or f"the head of {task}"
         raise ConfigError(
             f"training.optim={recipe.training.optim!r} steps the pairs of the adapter, but {what} "

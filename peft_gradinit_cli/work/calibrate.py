@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from peft_gradinit.calibration import CalibrationResult
 from peft_gradinit.errors import ConfigError
@@ -12,7 +13,7 @@ from peft_gradinit.records import LearningRate
 
 from ..output import Listing, console, human_bytes, human_time, results_alone
 from .arguments import Fields, device_of, job_of
-from .jobs import Job, Place
+from .jobs import Place
 
 
 def run(
@@ -57,7 +58,8 @@ def run(
         there.write(result, job)
     rate = job.learning_rate(measured, result)
     if state.is_main_process:
-        _show_result(result, there.folder, job, rate, as_json)
+        config = {**job.said(measured), "calibration": str(there.folder)}
+        _show_result(result, there.folder, type(job.config()).__name__, config, rate, as_json)
     state.wait_for_everyone()
 
 
@@ -107,17 +109,20 @@ def _traffic(costs: Estimate) -> str:
 
 
 def _show_result(
-    result: CalibrationResult, output: Path, job: Job, rate: LearningRate | None, as_json: bool
+    result: CalibrationResult,
+    output: Path,
+    name: str,
+    config: dict[str, Any],
+    rate: LearningRate | None,
+    as_json: bool,
 ) -> None:
     facts = dataclasses.asdict(result.facts)
-    said = {**job.said(), "calibration": str(output)}
     if as_json:
-        more = {"config": said, "learning_rate": rate.suggested if rate else None}
+        more = {"config": config, "learning_rate": rate.suggested if rate else None}
         facts = {"output": str(output), **facts, "failures": result.failures, **more}
         Listing("", (), (), facts).show(True)
         return
     loss = "" if result.facts.loss is None else f", loss {result.facts.loss:.4f}"
-    name = type(job.config()).__name__
     console.print(
         f"{len(result.readouts)} layers from {result.facts.n_sequences:,} sequences "
         f"({result.facts.n_tokens:,} tokens; ended by {result.facts.stopped_by}){loss}, "
@@ -126,7 +131,7 @@ def _show_result(
     )
     for layer, reason in result.failures.items():
         console.print(f"not measured: {layer}: {reason}", highlight=False)
-    arguments = ", ".join(f"{key}={value!r}" for key, value in said.items())
+    arguments = ", ".join(f"{key}={value!r}" for key, value in config.items())
     lines = [f"{name}({arguments})"]
     if rate is not None:
         lines.append(

@@ -63,6 +63,10 @@ def run(
         )
     if mitigate is not None and base is None:
         raise ConfigError("--mitigate needs the original weights; give --base.")
+    if plot is not None and second is None:
+        raise ConfigError(
+            "--plot draws the angles between two; give a second one, or leave it out."
+        )
     if mitigate is not None:
         check_place(mitigate, overwrite=overwrite)
     shown: dict[str, Listing] = {}

@@ -40,6 +40,9 @@ def run(
         plot: folder of the pictures.
         html: file of a page that has all of it.
         as_json: print JSON.
+
+    Raises:
+        ConfigError: if an option is not for what the path holds.
     """
     if html is not None:
         check_writable(html.parent)
@@ -47,6 +50,11 @@ def run(
         title, listing = "Calibration", _of_calibration(CalibrationResult.load(path), rank, plot)
     else:
         adapter = read_adapter(path)
+        if rank is not None:
+            raise ConfigError(
+                f"--rank is for calibrations, whose ranks are suggested, but {path!r} is an adapter; "
+                "leave it out."
+            )
         title, listing = "Adapter", _of_adapter(adapter, base, plot)
     if html is not None:
         write_page(listing, html, title=title, subject=path)

@@ -26,6 +26,7 @@ from peft_gradinit.recipes import (
     Reader,
     adapter_config,
     calibration_of,
+    drawn_modules,
     empty_model,
     estimate,
     load_rows,
@@ -130,7 +131,7 @@ class Job:
             The result, and the model that it was measured on.
         """
         model, data = self._loaded(device, progress=progress, checkpoint=place.checkpoint(self))
-        return run_calibration(model, self.config(), data), model
+        return run_calibration(model, self.config(model), data), model
 
     def start(self, device: torch.device, *, progress: bool) -> PeftModel:
         """Compute the start of an adapter.
@@ -143,7 +144,7 @@ class Job:
             The model with the adapter, as training would begin with it.
         """
         model, data = self._loaded(device, progress=progress)
-        config = adapter_config(self.method, task_of(self.model), calibration=data)
+        config = self.config(model, calibration=data)
         return cast("PeftModel", get_peft_model(model, config))
 
     def _loaded(self, device: torch.device, **more: Any) -> tuple[Any, Any]:
@@ -164,7 +165,7 @@ class Job:
         Returns:
             The rate for AdamW and the config's own `lora_alpha`; `None` if the start has none.
         """
-        config = with_converted_targets(self.config(), model)
+        config = with_converted_targets(self.config(model), model)
         start = compute_start(model, resolve_targets(model, config), config, result)
         return start.report(config.method, None, None).learning_rate
 
@@ -240,12 +241,24 @@ class Job:
             )
         return encoded
 
-    def config(self) -> Any:
-        """The config of the method; what its calibration is, is not asked here."""
-        return adapter_config(self.method, task_of(self.model), calibration="unused")
+    def config(self, model: nn.Module | None = None, calibration: Any = "unused") -> Any:
+        """The config of the method.
 
-    def said(self) -> dict[str, Any]:
+        Args:
+            model: as it was loaded; its random parts are trained as well.
+            calibration: what the start is computed from, where that is asked.
+
+        Returns:
+            The config.
+        """
+        drawn = () if model is None else drawn_modules(model)
+        return adapter_config(self.method, task_of(self.model), calibration, drawn)
+
+    def said(self, model: nn.Module) -> dict[str, Any]:
         """Arguments of the config that are not its defaults, but for the calibration."""
-        method, task = self.method, self.config().task_type
+        method, config = self.method, self.config(model)
         said: dict[str, Any] = {"r": method.r, "target_modules": method.target_modules}
-        return said | ({} if task is None else {"task_type": task}) | method.options
+        for name in ("task_type", "modules_to_save"):
+            if (value := getattr(config, name)) is not None:
+                said[name] = value
+        return said | {k: v for k, v in method.options.items() if k not in said}

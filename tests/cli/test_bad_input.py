@@ -99,6 +99,8 @@ def test_foreign_adapters(run, workshop, tmp_path, line):
     [
         (("inspect", "DATA"), "adapter_config.json"),
         (("compare", "LORA"), "give a second adapter"),
+        (("compare", "LORA", "--base", "BASE", "--plot", "OUT"), "--plot draws the angles between"),
+        (("inspect", "LORA", "--rank", "2"), "--rank is for calibrations"),
         (("compare", "LORA", "LORA", "--mitigate", "OUT"), "--mitigate needs"),
         (("convert", "PISSA", "OUT"), "give --initial, or --base"),
         (("convert", "LORA", "OUT", "--base", "BASE"), "nothing to convert"),

@@ -4,14 +4,24 @@ import json
 
 import datasets
 import pytest
-from transformers import AutoConfig
+import torch
+from peft import get_peft_model
+from safetensors.torch import load_file
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    DistilBertConfig,
+    DistilBertForMaskedLM,
+)
 
+from peft_gradinit import LoraGAConfig
 from peft_gradinit.errors import ConfigError, DataError
-from peft_gradinit.recipes import finetune
+from peft_gradinit.recipes import Reader, finetune, load_rows
+from peft_gradinit.recipes.collation import collator
 from peft_gradinit.recipes.schema import Recipe
 from peft_gradinit_cli.work.jobs import RECORD_NAME
 from tests.cli.conftest import run as command  # noqa: F401
-from tests.recipes.classifiers import N_POSITIONS, save_classifier
+from tests.recipes.classifiers import N_POSITIONS, save_classifier, tokenizer
 
 # Older datasets leave it to the garbage collector to close a CSV.
 pytestmark = pytest.mark.filterwarnings(
@@ -116,13 +126,63 @@ def test_a_label_of_the_evaluation_alone_is_told_before_a_model_is_loaded(tmp_pa
         finetune(recipe(tmp_path, folder, data))
 
 
+def test_all_that_a_checkpoint_lacks_is_trained(tmp_path, command):  # noqa: F811
+    """DistilBERT has a layer before its head that language models lack, too."""
+    folder, path = tmp_path / "model", reviews(tmp_path, [5, 1, 2] * 3)
+    tokenizer().save_pretrained(folder)
+    small = DistilBertConfig(vocab_size=9, dim=16, hidden_dim=16, n_layers=1, n_heads=2)
+    DistilBertForMaskedLM(small).save_pretrained(folder)
+    method = {"name": "lora_ga", "r": 2}  # of all linear layers
+    asked = recipe(tmp_path, str(folder), {"path": path, "n_eval": 6}, method=method)
+    model = asked.model.model_copy(update={"task": "SEQ_CLS"})
+    finetune(asked.model_copy(update={"model": model}))
+    saved = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
+    of_new = {key for key in saved if "classifier" in key}
+    names = ("pre_classifier", "classifier")
+    assert of_new == {f"base_model.model.{n}.{p}" for n in names for p in ("weight", "bias")}
+    line = [str(folder), path, str(tmp_path / "c"), "--task", "SEQ_CLS", "--text", "review"]
+    said = command("calibrate", *line, "--label", "stars", "--json").json["config"]
+    assert said["modules_to_save"] == ["pre_classifier"]  # PEFT adds the other one
+    load = AutoModelForSequenceClassification.from_pretrained
+    config = LoraGAConfig(**said)  # as it is printed
+    torch.manual_seed(0)  # that of recipes: the calibration is of one head
+    assert get_peft_model(load(folder, num_labels=3), config).peft_config["default"].r == 8
+
+
+def test_rows_are_padded_with_what_the_model_knows_as_padding(tmp_path):
+    """A decoder classifies the last token that is no padding, alone or beside a longer text."""
+    folder = tmp_path / "model"
+    save_classifier(folder, "gpt2-classifier", pad_token_id=0)  # its tokenizer names none
+    path = reviews(tmp_path, [5, 1] * 3)
+    asked = recipe(tmp_path, str(folder), {"path": path, "n_eval": 2})
+    reader = Reader.of(asked.model, asked.data, load_rows(asked.data))
+    assert reader.processor.pad_token_id == 0
+    model = reader.load_model(asked.model).eval()
+    rows = [{"input_ids": ids, "labels": 0} for ids in ([3, 4], [3, 4, 5, 6])]
+    alone, beside = (collator(reader.processor)(part) for part in (rows[:1], rows))
+    assert torch.allclose(model(**alone).logits[0], model(**beside).logits[0], atol=1e-5)
+    other = tokenizer()  # one that has another padding than the model
+    other.pad_token = "</s>"
+    other.save_pretrained(folder)
+    reader = Reader.of(asked.model, asked.data, load_rows(asked.data))
+    assert reader.load_model(asked.model).config.pad_token_id == 2
+
+
+def test_a_metric_of_texts_is_not_for_classes(tmp_path, monkeypatch):
+    folder = save_classifier(tmp_path / "model")
+    data = {"path": reviews(tmp_path, [5, 1, 2] * 3), "n_eval": 6}
+    monkeypatch.setattr("peft_gradinit.recipes.reading.load_model", None)  # told before
+    with pytest.raises(ConfigError, match="'exact_match' is not for classes, which are compared"):
+        finetune(recipe(tmp_path, folder, data, evaluation={"metrics": ["exact_match"]}))
+
+
 def test_quantities(tmp_path):
     folder = save_classifier(tmp_path / "model")
     data = {"path": reviews(tmp_path, [0.5, 2.0, 4.5]), "n_eval": 2, "label_kind": "number"}
     results = finetune(recipe(tmp_path, folder, data))
     assert results["labels"] == ["stars"]
     asked = recipe(tmp_path, folder, data, evaluation={"metrics": ["accuracy"]})
-    with pytest.raises(ConfigError, match="'accuracy' is not for numbers, which the labels are"):
+    with pytest.raises(ConfigError, match="'accuracy' is not for numbers, which are compared"):
         finetune(asked)
 
 

@@ -4,9 +4,11 @@ import copy
 import json
 
 import datasets
+import numpy as np
 import pytest
 import torch
 import trl.data_utils
+from PIL import Image
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.processors import TemplateProcessing
@@ -23,7 +25,7 @@ from peft_gradinit.recipes import (
 )
 from peft_gradinit.recipes.collation import collator
 from peft_gradinit.recipes.embedded import MODULES, pico_tokenizer
-from peft_gradinit.recipes.encoding import Encoder
+from peft_gradinit.recipes.encoding import Encoder, _in_colours
 from peft_gradinit.recipes.models import load_model, load_processor
 from tests.recipes.images import image_processor
 
@@ -70,6 +72,50 @@ def written(tmp_path, kind):
 def test_every_kind_of_file(tmp_path, kind):
     rows = load_rows(section(written(tmp_path, kind)))
     assert rows["text"][:] == TEXTS
+
+
+@pytest.mark.filterwarnings("ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning")
+def test_the_ending_of_a_table_tells_its_columns_in_capitals_too(tmp_path):
+    (tmp_path / "A.TSV").write_text("text\tlabel\none, two\tx\n")
+    assert load_rows(section(tmp_path / "A.TSV"))[0] == {"text": "one, two", "label": "x"}
+
+
+def test_blank_lines_are_no_rows(tmp_path):
+    (tmp_path / "a.txt").write_text("one\n\n  \ntwo\n\nthree\n")
+    assert load_rows(section(tmp_path / "a.txt"))["text"][:] == ["one", "two", "three"]
+    assert len(encoded([{"text": t} for t in ("one", "", "two")])) == 2
+
+
+@pytest.mark.parametrize("written", [False, True])
+def test_tools_reach_the_chat_template(written, tmp_path):
+    """As TRL's own trainer gives them, also where they are JSON in a text."""
+    tools = [{"type": "function", "function": {"name": "weather"}}]
+    template = tmp_path / "chat.jinja"
+    template.write_text(
+        "{% if tools %}tools {% for t in tools %}{{ t.function.name }}{% endfor %} {% endif %}"
+        "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}"
+    )
+    chat = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
+    row = {"messages": chat, "tools": json.dumps(tools) if written else tools}
+    (got,) = encoded([row], chat_template=str(template))
+    assert decoded(got["input_ids"]).startswith("tools weather user")
+    asked = {"prompt": chat[:1], "completion": chat[1:], "tools": row["tools"]}
+    encoder = Encoder(section(chat_template=str(template)), "CAUSAL_LM", TOKENIZER, list(asked))
+    assert TOKENIZER.decode(encoder.prompt(asked)).startswith("tools weather user")
+
+
+def test_images_of_other_kinds(tmp_path):
+    """16 bits are scaled to 8; what has no known range, or is a path, is named."""
+    ramp = np.linspace(0, 65535, 64).reshape(8, 8)
+    gray = Image.fromarray(ramp.astype(np.uint16))
+    got = np.asarray(_in_colours(gray, "image"))
+    assert np.abs(got[..., 0] - ramp / 257).max() <= 1
+    assert got.shape == (8, 8, 3)
+    for mode in ("I", "F"):
+        with pytest.raises(DataError, match=f"column 'scan' have values of mode '{mode}'"):
+            _in_colours(Image.new(mode, (8, 8)), "scan")
+    with pytest.raises(DataError, match=r"'path' holds str, not images; .*cast_column\('path'"):
+        _in_colours("a/b.png", "path")
 
 
 def test_slices_splits_and_choices(tmp_path):

@@ -16,13 +16,21 @@ import torch
 import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import T5Config, T5ForConditionalGeneration, ViTForImageClassification
 
 from peft_gradinit import suggest_learning_rate
 from peft_gradinit.errors import ConfigError, DataError, OutputError
-from peft_gradinit.recipes import ModelSection, finetune, load_model, load_recipe
+from peft_gradinit.recipes import (
+    ModelSection,
+    finetune,
+    load_model,
+    load_processor,
+    load_recipe,
+)
+from peft_gradinit.recipes.collation import collator
 from peft_gradinit.recipes.embedded import pico_tokenizer
 from peft_gradinit.recipes.evaluation import _generated
+from peft_gradinit.recipes.finetuning import _inputs
 from peft_gradinit.recipes.metrics import compute
 from peft_gradinit.recipes.progress import Losses
 from peft_gradinit.recipes.shipped import shipped
@@ -342,6 +350,49 @@ def test_metrics_are_those_of_scikit_learn():
         compute(["accuracy"], [1, 2], [1])
 
 
+def test_words_without_an_answer_are_no_match_and_references_need_one(tmp_path):
+    """A model that never answers is right nowhere, and a reference without an answer is named."""
+    quick = (
+        "training.max_steps=1",
+        "evaluation.metrics=[exact_match]",
+        "evaluation.max_new_tokens=2",
+    )
+    words = (
+        'data.prompt="Say it: {module}"',
+        'data.completion="{module} #### 7"',
+        r'evaluation.answer="#### (\\d)"',
+    )
+    assert run(PICO, tmp_path / "a", *quick, *words)["metrics"]["exact_match"] == 0
+    with pytest.raises(DataError, match=r"finds no answer in row 0 of the evaluation data, '"):
+        run(PICO, tmp_path / "b", *quick, *words[:2], r'evaluation.answer="=> (\\d)"')
+
+
+def test_a_failed_evaluation_leaves_the_trained_adapter(tmp_path, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr("peft_gradinit.recipes.finetuning.evaluate_model", broken)
+    with pytest.raises(RuntimeError, match="no memory"):
+        run(PICO, tmp_path / "out")
+    model = load_model(ModelSection(name="embedded:pico-llama"))
+    moved = PeftModel.from_pretrained(model, tmp_path / "out" / "adapter").state_dict()
+    assert any("lora_B" in name and value.any() for name, value in moved.items())
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ('data.where={module: "("}', r"data\.where.*'\(' is no regular expression"),
+        (r"data.completion_keep=\d+", r"completion_keep.*has no group in round brackets"),
+        (r"evaluation.answer=\d+", r"evaluation\.answer.*has no group in round brackets"),
+        (r"evaluation.answer=(\d+", r"evaluation\.answer.*is no regular expression"),
+    ],
+)
+def test_expressions_are_read_with_the_recipe(change, fault):
+    with pytest.raises(ConfigError, match=fault):
+        load_recipe(PICO, [change])
+
+
 def small_recipe(folder, data, **sections):
     values = {
         "version": 1,
@@ -377,6 +428,29 @@ def test_images_are_classified(tmp_path):
     results = finetune(recipe)
     assert 0 <= results["metrics"]["metric_accuracy"] <= 1
     assert len(results["losses"]) == 2
+
+
+def test_a_new_head_is_trained_and_saved(tmp_path):
+    """What a checkpoint lacks is random, so an adapter without it would give other classes to each."""
+    save_vit(tmp_path / "model")
+    images = [Image.effect_noise((20, 20), 50) for _ in range(16)]
+    rows = [{"image": image, "label": "abc"[i % 3]} for i, image in enumerate(images)]
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "data")
+    targets = ["query", "value", "q_proj", "v_proj"]
+    recipe = small_recipe(
+        tmp_path, {}, method={"name": "lora_one", "r": 2, "target_modules": targets}
+    )
+    loss = finetune(recipe)["metrics"]["loss"]
+    evaluated = _inputs(recipe)[1].evaluation
+    batch = collator(load_processor(recipe.model))(list(evaluated))
+    for seed in range(2):
+        torch.manual_seed(seed)
+        model = ViTForImageClassification.from_pretrained(
+            tmp_path / "model", num_labels=3, ignore_mismatched_sizes=True
+        )
+        model = PeftModel.from_pretrained(model, tmp_path / "out" / "adapter").eval()
+        with torch.no_grad():
+            assert model(**batch).loss.item() == pytest.approx(loss, rel=1e-4)
 
 
 def test_encoder_decoders_answer(tmp_path):

@@ -18,6 +18,7 @@ from peft_gradinit.recipes import (
     load_recipe,
 )
 from peft_gradinit.recipes.embedded import pico_tokenizer
+from peft_gradinit.recipes.encoding import Encoder
 from peft_gradinit.recipes.finetuning import _inputs, _trainer
 from tests.helpers import logits, relative_error
 
@@ -191,3 +192,23 @@ def test_rows_without_a_worse_answer_are_refused():
         encode(rows, DataSection(path="embedded:docstrings"), "PREFERENCE", pico_tokenizer())
     with pytest.raises(DataError, match=r"model\.task: PREFERENCE"):
         encode(rows, DataSection(path="embedded:docstrings"), "CAUSAL_LM", pico_tokenizer())
+
+
+SAID = {"role": "user", "content": "say one"}
+GOOD, POOR = ({"role": "assistant", "content": text} for text in ("one", "two"))
+
+
+@pytest.mark.parametrize(
+    ("answers", "prompt"),
+    [(([SAID, GOOD], [SAID, POOR]), None), (([GOOD], [POOR]), [SAID])],
+    ids=["within", "before"],
+)
+def test_a_prompt_that_is_a_text_beside_chats(answers, prompt, tmp_path):
+    """Chats that contain it stand for themselves; else it is the user's turn."""
+    (tmp_path / "chat.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    section = DataSection(path="x", chat_template=str(tmp_path / "chat.jinja"))
+    row = {"prompt": "say one", "chosen": answers[0], "rejected": answers[1]}
+    encoder = Encoder(section, "PREFERENCE", pico_tokenizer(), list(row))
+    assert encoder(row).get("prompt") == prompt
+    with pytest.raises(DataError, match="that neither contain it nor begin with the assistant's"):
+        encoder({**row, "chosen": [{"role": "system", "content": "be"}, GOOD]})
