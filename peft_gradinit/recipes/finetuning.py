@@ -26,7 +26,7 @@ from .methods import adapter_config, calibration_of
 from .models import drawn_modules
 from .publishing import make_repository, publish
 from .reading import Reader
-from .schema import Recipe
+from .schema import MethodSection, Recipe
 from .trainers import Inputs, arguments_of, preparation_of, trainer_of
 
 RESULTS, PICTURE = "results.json", "loss.png"
@@ -112,7 +112,10 @@ def _trainer(
     if inputs.reader.task == "PREFERENCE":
         return trainer_of(model, recipe, inputs, arguments, _preference_config(recipe))
     if checkpoint is not None and recipe.method.name in {m.name for m in METHODS}:
-        return trainer_of(load_for_training(model, checkpoint), recipe, inputs, arguments)
+        wanted = adapter_config(recipe.method, inputs.reader.task, "unused", drawn_modules(model))
+        resumed = load_for_training(model, checkpoint)
+        _check_continues(resumed.peft_config["default"], wanted, recipe.method, checkpoint)
+        return trainer_of(resumed, recipe, inputs, arguments)
     calibration = calibration_of(
         inputs.train,
         recipe.calibration,
@@ -122,6 +125,34 @@ def _trainer(
     drawn = drawn_modules(model)
     config = adapter_config(recipe.method, inputs.reader.task, calibration, drawn)
     return trainer_of(get_peft_model(model, config), recipe, inputs, arguments)
+
+
+def _check_continues(
+    kept: PeftConfig, wanted: PeftConfig, method: MethodSection, checkpoint: str
+) -> None:
+    """Refuse a checkpoint of another adapter, which would be trained on under this one's name.
+
+    Args:
+        kept: the config of the checkpoint.
+        wanted: that of the recipe.
+        method: what the recipe says.
+        checkpoint: where it is.
+
+    Raises:
+        ConfigError: naming what differs.
+    """
+    names = ["r", "use_rslora", *method.options]
+    names += [] if method.lora_alpha is None else ["lora_alpha"]
+    names += ["target_modules"] if isinstance(method.target_modules, list) else []
+    pairs = {name: (getattr(kept, name, None), getattr(wanted, name, None)) for name in names}
+    if kept.peft_type != wanted.peft_type:
+        pairs = {"name": (kept.peft_type.value.lower(), method.name)}
+    changed = [f"{name}={old!r} (now {new!r})" for name, (old, new) in pairs.items() if old != new]
+    if changed:
+        raise ConfigError(
+            f"the checkpoint {checkpoint!r} is of a run with method.{', method.'.join(changed)}; put the "
+            "recipe back to continue it, or give another output to begin."
+        )
 
 
 def _preference_config(recipe: Recipe) -> PeftConfig:

@@ -227,6 +227,23 @@ def test_resuming_continues_the_same_run(tmp_path):
     run(PICO, tmp_path / "out", "training.max_steps=1", "evaluation.metrics=[]")  # saves none
 
 
+def test_resuming_another_adapter_is_refused(tmp_path):
+    """The checkpoint decides what is trained, so results would name what was not."""
+    targets = "method.target_modules=[q_proj, v_proj]"
+    more = ("training.save_steps=1", "evaluation.metrics=[]", targets)
+    run(PICO, tmp_path / "out", *more, "training.max_steps=1")
+    more += ("training.max_steps=2", "training.resume_from_checkpoint=true")
+    for change, said in {
+        "method.name=lora_ga": r"method\.name='lora_one' \(now 'lora_ga'\)",
+        "method.r=4": r"method\.r=8 \(now 4\)",
+        "method.options={use_dora: true}": r"method\.use_dora=False \(now True\)",
+        "method.target_modules=[q_proj]": r"method\.target_modules=\{",
+    }.items():
+        with pytest.raises(ConfigError, match=f"is of a run with {said}"):
+            run(PICO, tmp_path / "out", *more, change)
+    assert len(run(PICO, tmp_path / "out", *more)["losses"]) == 2
+
+
 def test_resuming_without_a_checkpoint_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="holds no checkpoint"):
         run(PICO, tmp_path / "out", "training.resume_from_checkpoint=true")
