@@ -140,21 +140,23 @@ def _holders(loader: Any) -> list[Any]:
 @contextmanager
 def _epochs(data: Any) -> Iterator[None]:
     """Put counted epochs back, and Accelerate's list of loaders, which one that is left early stays on."""
+    holders = _holders(data)
     counted = [
         (vars(holder), name, vars(holder)[name])
-        for holder in _holders(data)
+        for holder in holders
         for name in ("epoch", "iteration")
         if type(getattr(holder, "__dict__", {}).get(name)) is int
     ]
-    gradients: Any = getattr(data, "gradient_state", None)
-    references = getattr(gradients, "dataloader_references", None)
+    found = [getattr(holder, "gradient_state", None) for holder in holders]
+    states: list[Any] = [state for state in found if hasattr(state, "dataloader_references")]
+    references = [list(state.dataloader_references) for state in states]
     try:
         yield
     finally:
         for fields, name, value in counted:
             fields[name] = value
-        if references is not None:
-            gradients.dataloader_references = references
+        for state, loaders in zip(states, references, strict=True):
+            state.dataloader_references = loaders
 
 
 @contextmanager

@@ -169,11 +169,9 @@ def as_in_training(model: nn.Module, seed: int) -> Iterator[None]:
 
 @contextmanager
 def bookkeeping(accelerator: Any) -> Iterator[None]:
-    """Make the accelerator forget the data loader of the pass, which may not be read to its end."""
-    loaders, gradients = list(accelerator._dataloaders), accelerator.gradient_state
-    references = gradients.dataloader_references
+    """Make the accelerator forget the data loader of the pass."""
+    loaders = list(accelerator._dataloaders)
     try:
         yield
     finally:
         accelerator._dataloaders[:] = loaders
-        gradients.dataloader_references = references
