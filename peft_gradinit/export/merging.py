@@ -25,12 +25,12 @@ def merged_model(model: Any, adapter_name: str) -> PreTrainedModel:
     """
     _check_mergeable(model)
     config = copy.deepcopy(model.config)
-    plain = _skeleton(model, config)
-    tensors = _tensors(plain, model, adapter_name)
-    apart = _apart(plain.all_tied_weights_keys, tensors)
+    fresh = _skeleton(model, config)
+    tensors = _tensors(fresh, model, adapter_name)
+    apart = _apart(fresh.all_tied_weights_keys, tensors)
     if apart:
         _untie(model, config, apart)
-    fresh = _skeleton(model, config)
+        fresh = _skeleton(model, config)
     names = fresh.state_dict().keys()
     fresh.load_state_dict({name: tensors[name] for name in names}, assign=True)
     for name in apart:
