@@ -6,14 +6,18 @@ import statistics
 import time
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from peft_gradinit.files import write_json
 
+from .half import half_products
+from .method import Method
 from .methods import METHODS
 from .study import Study, load_task, prepare_process
-from .tasks import select, size
+from .tasks import Task, select, size
 from .training import calibration_batches
 
 N_STEPS = 10
@@ -44,23 +48,28 @@ def measure_costs(
 def _measure(task_name: str, name: str, device: str) -> dict[str, float]:
     """Seconds of the start, seconds of a step, and peak memory beyond the loaded model."""
     task, method = load_task(task_name, device), METHODS[name]
-    training = task.settings.training
     torch.manual_seed(0)
     model = task.load_model()
+    with half_products(model):  # as in the runs
+        return _measured(method, model, task, device)
+
+
+def _measured(method: Method, model: PreTrainedModel, task: Task, device: str) -> dict[str, float]:
+    training = task.settings.training
     batches = calibration_batches(task, 0)
     loaded = _peak_mib(device)
     started = time.perf_counter()
-    model = method.start(model, task, batches)
+    adapted: Any = method.start(model, task, batches)
     _finish(device)
     start_seconds = time.perf_counter() - started
     after_start = _peak_mib(device)
-    optimizer = method.optimizer(model, method.first_rate, training.head_learning_rate)
-    model.train()
+    optimizer = method.optimizer(adapted, method.first_rate, training.head_learning_rate)
+    adapted.train()
     seconds = []
     for step in range(N_STEPS):
         indices = torch.arange(step * training.batch_size, (step + 1) * training.batch_size)
         started = time.perf_counter()
-        model(**select(task.train, indices % size(task.train))).loss.backward()
+        adapted(**select(task.train, indices % size(task.train))).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         _finish(device)

@@ -36,7 +36,7 @@ from .method import (
     plain,
     with_output,
 )
-from .neighbours import loraplus, muon, peft_corda, peft_eva, peft_lora_ga, riemannian
+from .neighbours import loraplus, muon, olora, peft_corda, peft_eva, peft_lora_ga, riemannian
 from .pair_levers import PAIR_LEVERS
 from .pretraining import Rows
 from .tasks import Task
@@ -127,7 +127,7 @@ METHODS: dict[str, Method] = {
     "loraplus": Method("LoRA+", plain(), 1e-3, loraplus),
     "riemannian": Method("rsLoRA, Riemannian", plain(), 3.2e-3, riemannian),
     "pissa": Method("PiSSA", plain(init_lora_weights="pissa"), 1e-3),
-    "olora": Method("OLoRA", plain(init_lora_weights="olora"), 1e-3),
+    "olora": Method("OLoRA", olora, 3.2e-3),
     "peft_corda": Method("CorDA (PEFT)", peft_corda, 1e-3, reads_data=True),
     "peft_eva": Method("EVA (PEFT)", peft_eva, 1e-3, reads_data=True),
     "peft_lora_ga": Method("LoRA-GA (PEFT)", peft_lora_ga, 1e-3, reads_data=True),

@@ -34,6 +34,17 @@ def riemannian(model: nn.Module, lr: float, head_lr: float) -> torch.optim.Optim
     return _with_head(optimizer, model, head_lr)
 
 
+def olora(model: PreTrainedModel, task: Task, batches: list[Rows]) -> nn.Module:
+    """PEFT's OLoRA at scaling 1, its default, since the scaling is part of the start.
+
+    It moves `scaling` times the leading part of a weight's QR decomposition out of the base.
+    """
+    del batches
+    options = {"init_lora_weights": "olora", "use_rslora": False}
+    options["lora_alpha"] = task.settings.adapter["r"]
+    return get_peft_model(model, LoraConfig(**adapter_of(task, **options)))
+
+
 def muon(model: nn.Module, lr: float, head_lr: float) -> torch.optim.Optimizer:
     """Torch's Muon for the matrices of hidden layers, AdamW with the same rate for all else."""
     head, rest = head_and_rest(model)
