@@ -146,7 +146,8 @@ def _check_continues(
     names += ["target_modules"] if isinstance(method.target_modules, list) else []
     pairs = {name: (getattr(kept, name, None), getattr(wanted, name, None)) for name in names}
     if kept.peft_type != wanted.peft_type:
-        pairs = {"name": (kept.peft_type.value.lower(), method.name)}
+        kind = getattr(kept.peft_type, "value", kept.peft_type)
+        pairs = {"name": (str(kind).lower(), method.name)}
     changed = [f"{name}={old!r} (now {new!r})" for name, (old, new) in pairs.items() if old != new]
     if changed:
         raise ConfigError(
