@@ -1,7 +1,6 @@
 """The PEFT config and the calibration that a recipe asks for."""
 
 import dataclasses
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -60,12 +59,10 @@ def adapter_config(
 
 
 def _is_saved(name: str, task: Task, options: Mapping[str, Any]) -> bool:
-    """Whether PEFT saves a module with one that it is, or is a part of."""
-    saved = options.get("modules_to_save") or ()
-    within = [name[:i] for i in (*(m.start() for m in re.finditer(r"\.", name)), None)]
-    if any(part.endswith(tuple(saved)) for part in within):
-        return True
-    return task == "SEQ_CLS" and not set(SEQ_CLS_HEAD_NAMES).isdisjoint(name.split("."))
+    """Whether a module is one that PEFT is told to save, or a part of one."""
+    saved = [*(options.get("modules_to_save") or ())]
+    saved += SEQ_CLS_HEAD_NAMES if task == "SEQ_CLS" else []  # which PEFT adds
+    return any(f".{part}." in f".{name}." for part in saved)
 
 
 def _reads_data(config_class: Any) -> bool:

@@ -10,6 +10,8 @@ from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
+    BertConfig,
+    BertForMaskedLM,
     DistilBertConfig,
     DistilBertForMaskedLM,
 )
@@ -21,7 +23,7 @@ from peft_gradinit.recipes.collation import collator
 from peft_gradinit.recipes.schema import Recipe
 from peft_gradinit_cli.work.jobs import RECORD_NAME
 from tests.cli.conftest import run as command  # noqa: F401
-from tests.recipes.classifiers import N_POSITIONS, save_classifier, tokenizer
+from tests.recipes.classifiers import N_POSITIONS, SIZES, save_classifier, tokenizer
 
 # Older datasets leave it to the garbage collector to close a CSV.
 pytestmark = pytest.mark.filterwarnings(
@@ -126,23 +128,28 @@ def test_a_label_of_the_evaluation_alone_is_told_before_a_model_is_loaded(tmp_pa
         finetune(recipe(tmp_path, folder, data))
 
 
-def test_all_that_a_checkpoint_lacks_is_trained(tmp_path, command):  # noqa: F811
-    """DistilBERT has a layer before its head that language models lack, too."""
+@pytest.mark.parametrize("kind", ["bert", "distilbert"])
+def test_all_that_a_checkpoint_lacks_is_trained(kind, tmp_path, command):  # noqa: F811
+    """Language models lack the layer before the head, too: BERT's pooler, say."""
     folder, path = tmp_path / "model", reviews(tmp_path, [5, 1, 2] * 3)
     tokenizer().save_pretrained(folder)
-    small = DistilBertConfig(vocab_size=9, dim=16, hidden_dim=16, n_layers=1, n_heads=2)
-    DistilBertForMaskedLM(small).save_pretrained(folder)
+    if kind == "bert":
+        BertForMaskedLM(BertConfig(**SIZES)).save_pretrained(folder)
+        before = "bert.pooler.dense"
+    else:
+        small = DistilBertConfig(vocab_size=9, dim=16, hidden_dim=16, n_layers=1, n_heads=2)
+        DistilBertForMaskedLM(small).save_pretrained(folder)
+        before = "pre_classifier"
     method = {"name": "lora_ga", "r": 2}  # of all linear layers
     asked = recipe(tmp_path, str(folder), {"path": path, "n_eval": 6}, method=method)
     model = asked.model.model_copy(update={"task": "SEQ_CLS"})
     finetune(asked.model_copy(update={"model": model}))
     saved = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
-    of_new = {key for key in saved if "classifier" in key}
-    names = ("pre_classifier", "classifier")
-    assert of_new == {f"base_model.model.{n}.{p}" for n in names for p in ("weight", "bias")}
+    new = {f"base_model.model.{n}.{p}" for n in (before, "classifier") for p in ("weight", "bias")}
+    assert {key for key in saved if "classifier" in key or "pooler" in key} == new
     line = [str(folder), path, str(tmp_path / "c"), "--task", "SEQ_CLS", "--text", "review"]
     said = command("calibrate", *line, "--label", "stars", "--json").json["config"]
-    assert said["modules_to_save"] == ["pre_classifier"]  # PEFT adds the other one
+    assert said["modules_to_save"] == [before]  # PEFT adds the other one
     load = AutoModelForSequenceClassification.from_pretrained
     config = LoraGAConfig(**said)  # as it is printed
     torch.manual_seed(0)  # that of recipes: the calibration is of one head
