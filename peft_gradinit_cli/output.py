@@ -10,8 +10,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from peft_gradinit.files import finite
-
 console = Console()
 if not console.is_terminal:
     console.width = 160  # as wide as layer names need; a terminal has its own
@@ -159,7 +157,7 @@ def _with_its_end(name: str, room: int) -> str:
 
 def print_json(content: dict[str, Any]) -> None:
     """Print one JSON object to standard output."""
-    print(json.dumps(finite(_plain(content)), indent=1, allow_nan=False))  # noqa: T201
+    print(_json(content, indent=1))  # noqa: T201
 
 
 def _text(value: Any, style: str) -> str:
@@ -176,8 +174,14 @@ def _text(value: Any, style: str) -> str:
     if style and isinstance(value, int | float):
         return format(value, style)
     if isinstance(value, dict):
-        return json.dumps(finite(_plain(value)))
+        return _json(value)
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _json(value: Any, indent: int | None = None) -> str:
+    from peft_gradinit.files import finite  # late: help and version load no library of models
+
+    return json.dumps(finite(_plain(value)), indent=indent, allow_nan=False)
 
 
 def _plain(value: Any) -> Any:
