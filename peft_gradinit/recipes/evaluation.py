@@ -67,12 +67,19 @@ def check_evaluation(
     _check_room(recipe, reader, asked.max_new_tokens)
     encoder = Encoder(reader.section, reader.task, reader.processor, columns_of(rows))
     for row in rows.take(1):
-        encoder.prompt(cast("dict[str, Any]", row))
+        first = cast("dict[str, Any]", row)
+        encoder.prompt(first)
+        encoder.completion(first)
+    if asked.answer is not None:
+        _check_answers(encoder, rows, asked.answer)
+
+
+def _check_answers(encoder: Encoder, rows: Rows, pattern: str) -> None:
     for i, row in enumerate(rows):
         reference = encoder.completion(cast("dict[str, Any]", row))
-        if reference is not None and not _has_answer(reference, asked.answer):
+        if reference is not None and not answer_of(reference, pattern):
             raise DataError(
-                f"evaluation.answer={asked.answer!r} finds no answer in row {i} of the evaluation data, "
+                f"evaluation.answer={pattern!r} finds no answer in row {i} of the evaluation data, "
                 f"{reference[:80]!r}; mend the expression, or leave such rows out by "
                 "data.completion_keep."
             )
@@ -82,10 +89,6 @@ def _kind(reader: Reader) -> Literal["classes", "texts", "numbers"]:
     if reader.task not in CLASSIFIED:
         return "texts"
     return "numbers" if isinstance(reader.labels, Numbers) else "classes"
-
-
-def _has_answer(reference: str, pattern: str | None) -> bool:
-    return pattern is None or answer_of(reference, pattern) != ""
 
 
 def _check_best(asked: str | None, metrics: list[str], task: Task) -> None:

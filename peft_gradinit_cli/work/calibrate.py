@@ -59,7 +59,7 @@ def run(
     rate = job.learning_rate(measured, result)
     if state.is_main_process:
         config = {**job.said(measured), "calibration": str(there.folder)}
-        _show_result(result, there.folder, type(job.config()).__name__, config, rate, as_json)
+        _show_result(result, type(job.config()).__name__, config, rate, as_json)
     state.wait_for_everyone()
 
 
@@ -110,7 +110,6 @@ def _traffic(costs: Estimate) -> str:
 
 def _show_result(
     result: CalibrationResult,
-    output: Path,
     name: str,
     config: dict[str, Any],
     rate: LearningRate | None,
@@ -119,7 +118,7 @@ def _show_result(
     facts = dataclasses.asdict(result.facts)
     if as_json:
         more = {"config": config, "learning_rate": rate.suggested if rate else None}
-        facts = {"output": str(output), **facts, "failures": result.failures, **more}
+        facts = {"output": config["calibration"], **facts, "failures": result.failures, **more}
         Listing("", (), (), facts).show(True)
         return
     loss = "" if result.facts.loss is None else f", loss {result.facts.loss:.4f}"
