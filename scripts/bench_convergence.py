@@ -41,8 +41,6 @@ COMMANDS = ("run", "costs", "changes", "report", "draw", "publish")
 OUT = Path("out/convergence")
 MEASURED = Path(__file__).parent / "convergence" / "measured"
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
-STUDIES = {"numbers": MEASURED / "numbers", "ranks": MEASURED}
-"""Folders of what is published: at equal trained numbers, and the earlier one at equal sums of ranks."""
 
 
 def main() -> None:
@@ -61,13 +59,9 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes side by side")
     parser.add_argument("--device", default="cpu", help="where to train: cpu, cuda, cuda:1, …")
     parser.add_argument("--out", type=Path, default=OUT, help="folder of results and report")
-    parser.add_argument(
-        "--study", choices=STUDIES, default="numbers", help="what is equal in what is published"
-    )
     options = parser.parse_args()
     if options.command == "draw":
-        for study in STUDIES:
-            _publish(study)
+        _publish()
         return
     studies = [_study(options.out / "results", task) for task in options.tasks]
     if fault := _fault(options.command, studies):
@@ -97,37 +91,35 @@ def _report(studies: list[Study], options: argparse.Namespace) -> None:
     if not tasks:
         return
     publish = options.command == "publish"
-    summaries = STUDIES[options.study] if publish else options.out / "summaries"
+    summaries = MEASURED if publish else options.out / "summaries"
     for task in tasks:
         save(task, summaries)
     if publish:
-        _publish(options.study)
+        _publish()
     else:
         kept = [task for task in load(summaries) if task.task in {t.task for t in tasks}]
         sys.stdout.write(write_report(kept, options.out) + "\n")
 
 
-def _publish(study: str) -> None:
-    """Report and pictures beside the summaries that are kept, and the table into the page."""
-    tasks = load(STUDIES[study])
-    sys.stdout.write(write_report(tasks, STUDIES[study]) + "\n")
-    for what, text in shown(study, tasks).items():
+def _publish() -> None:
+    """Report and pictures beside the summaries that are kept, and the tables into the page."""
+    tasks = load(MEASURED)
+    sys.stdout.write(write_report(tasks, MEASURED) + "\n")
+    for what, text in shown(tasks).items():
         begin, end = marks(what)
         before, rest = PAGE.read_text(encoding="utf-8").split(begin)
         _, after = rest.split(end)
         PAGE.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}", encoding="utf-8")
 
 
-def shown(study: str, tasks: list[TaskSummary]) -> dict[str, str]:
-    """The tables of a study that the page has."""
-    tables = {f"equal {study}": overview(tasks)}
-    if study == "numbers":
-        tables |= {
-            "without a sweep": without_sweep(tasks),
-            "longer runs": longer(tasks),
-            "costs and changes": beside(tasks),
-        }
-    return tables
+def shown(tasks: list[TaskSummary]) -> dict[str, str]:
+    """The tables that the page has."""
+    return {
+        "equal numbers": overview(tasks),
+        "without a sweep": without_sweep(tasks),
+        "longer runs": longer(tasks),
+        "costs and changes": beside(tasks),
+    }
 
 
 def marks(what: str) -> tuple[str, str]:
@@ -147,19 +139,19 @@ def _fault(command: str, studies: list[Study]) -> str | None:
 
 
 def _study(folder: Path, task: str) -> Study:
-    earlier = _published(load_settings(task), "numbers")
+    earlier = _published(load_settings(task))
     return Study(folder, task, earlier.searches() if earlier else None)
 
 
-def _published(settings: Settings, study: str) -> TaskSummary | None:
-    """What a study has published of a task with the same settings."""
-    return next((t for t in load(STUDIES[study]) if t.key == settings.key), None)
+def _published(settings: Settings) -> TaskSummary | None:
+    """What is published of a task with the same settings."""
+    return next((t for t in load(MEASURED) if t.key == settings.key), None)
 
 
 def _summaries(studies: list[Study], options: argparse.Namespace) -> list[TaskSummary]:
     found = {}
     for study in studies:
-        earlier = _published(study.settings, options.study)
+        earlier = _published(study.settings)
         found[study.settings.task] = summarise_task(study, options.methods, earlier)
     for name in (n for n, summary in found.items() if summary is None):
         print(f"{name}: the search for LoRA's learning rate is not over.")

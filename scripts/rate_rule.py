@@ -40,7 +40,7 @@ from peft_gradinit.optim import OPTIMIZERS
 from peft_gradinit.tuners import guidance
 
 MEASURED = Path(__file__).parent / "convergence" / "measured" / "rates" / "rates.json"
-NUMBERS = MEASURED.parents[1] / "numbers"
+STUDY = MEASURED.parents[1]
 RESULTS = Path("out/convergence/results")
 METHOD = "lora"
 PROBE = 1e-4
@@ -344,7 +344,7 @@ def main() -> None:
     else:
         console = Console(width=200)
         console.print(table(load(options.measured)))
-        console.print(table_of_pairs(of_pairs(load_tasks(NUMBERS))))
+        console.print(table_of_pairs(of_pairs(load_tasks(STUDY))))
 
 
 if __name__ == "__main__":

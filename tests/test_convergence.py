@@ -25,11 +25,12 @@ sys.path.insert(0, str(SCRIPTS))
 
 import bench_convergence  # noqa: E402
 import rate_rule  # noqa: E402
-from bench_convergence import STUDIES, marks  # noqa: E402
+from bench_convergence import MEASURED, marks  # noqa: E402
 from bench_convergence import shown as tables_of  # noqa: E402
 from convergence.changes import n_intruders  # noqa: E402
 from convergence.half import RoundedProducts, half_products  # noqa: E402
-from convergence.methods import METHODS, NOT_PUBLISHED  # noqa: E402
+from convergence.methods import METHODS  # noqa: E402
+from convergence.neighbours import muon  # noqa: E402
 from convergence.plan import (  # noqa: E402
     MAX_STEPS_FROM_FIRST,
     best_rate,
@@ -41,7 +42,7 @@ from convergence.plan import (  # noqa: E402
 )
 from convergence.report import COLUMNS, beside, interval, longer, markdown  # noqa: E402
 from convergence.settings import load_settings  # noqa: E402
-from convergence.study import REFERENCES, Study, carry_out  # noqa: E402
+from convergence.study import Study, carry_out  # noqa: E402
 from convergence.summary import Summary, TaskSummary, load, save, summarise_task  # noqa: E402
 from convergence.tasks import TASKS, fold  # noqa: E402
 from convergence.training import Key, run, warmup_steps  # noqa: E402
@@ -56,7 +57,6 @@ from rate_rule import (  # noqa: E402
 )
 
 PAGE = SCRIPTS.parent / "docs" / "benchmarks.md"
-MEASURED = SCRIPTS / "convergence" / "measured"
 
 
 def searched(first, loss_of):
@@ -431,17 +431,16 @@ def test_rows_with_an_output_layer_are_for_language_models(tmp_path):
 
 
 def test_published_tables_are_those_of_the_published_figures():
-    assert [t.task for t in load(MEASURED)] == ["digits", "docstrings", "topics"]
+    tasks = load(MEASURED)
+    assert {"digits", "docstrings", "reference", "topics"} <= {task.task for task in tasks}
     page = PAGE.read_text(encoding="utf-8")
-    for study, folder in STUDIES.items():
-        tasks = load(folder)
-        for what, text in tables_of(study, tasks).items():
-            begin, end = marks(what)
-            assert page.split(begin)[1].split(end)[0].strip() == text
-        report = (folder / "report.md").read_text(encoding="utf-8")
-        assert report == markdown(tasks) + "\n"
-        shown = re.findall(r"!\[[^]]+\]\((.+)\)", report)
-        assert sorted(shown) == sorted(path.name for path in folder.glob("*.png"))
+    for what, text in tables_of(tasks).items():
+        begin, end = marks(what)
+        assert page.split(begin)[1].split(end)[0].strip() == text
+    report = (MEASURED / "report.md").read_text(encoding="utf-8")
+    assert report == markdown(tasks) + "\n"
+    shown = re.findall(r"!\[[^]]+\]\((.+)\)", report)
+    assert sorted(shown) == sorted(path.name for path in MEASURED.glob("*.png"))
 
 
 MORE = {"full": math.inf, "full+muon": math.inf, "dora": 1.13, "peft_eva": 1.02}
@@ -449,7 +448,7 @@ MORE = {"full": math.inf, "full+muon": math.inf, "dora": 1.13, "peft_eva": 1.02}
 
 
 def test_methods_of_the_study_at_equal_numbers_train_no_more_than_lora():
-    for task in load(STUDIES["numbers"]):
+    for task in load(MEASURED):
         of_lora = task.methods["lora"].n_trained
         for method, summary in task.methods.items():
             assert summary.n_trained <= of_lora * MORE.get(method, 1.0), (task.task, method)
@@ -461,7 +460,7 @@ def _of_readme(summary):
 
 
 def test_figures_of_the_readme_are_the_published_ones():
-    tasks = load(STUDIES["numbers"])
+    tasks = load(MEASURED)
     rows = {}
     for method, info in METHODS.items():
         found = [task.methods.get(method) for task in tasks]
@@ -477,15 +476,15 @@ def test_figures_of_the_readme_are_the_published_ones():
         assert rows[name] == cells
 
 
-def test_published_figures_have_every_method_with_all_seeds():
+def test_published_figures_have_all_seeds():
     for task in load(MEASURED):
-        assert list(task.in_order()) == [m for m in METHODS if m not in NOT_PUBLISHED]
-        for method, summary in task.methods.items():
-            n = len(summary.losses)
-            assert n == len(summary.accuracies) == len(summary.reach) >= 3
-            assert len(summary.short_losses) in ((n,) if method in REFERENCES else (0, n))
-            assert len(summary.suggested_losses) == (n if METHODS[method].suggests else 0)
-            assert summary.costs
+        settings = load_settings(task.task)
+        assert task.key == settings.key
+        for summary in task.methods.values():
+            n = settings.seeds
+            assert n == len(summary.losses) == len(summary.accuracies) == len(summary.reach) >= 3
+            assert {len(of) for of in (summary.short_losses, summary.long_losses)} <= {0, n}
+            assert len(summary.suggested_losses) in (0, n)
 
 
 def test_summaries_survive_their_files(tmp_path):
@@ -522,6 +521,25 @@ def test_products_of_half_precision_are_those_of_float32_rounded():
         torch.testing.assert_close(rounded, product.bfloat16(), rtol=2**-7, atol=1e-6)
 
 
+def test_full_fine_tuning_with_muon_steps_as_torch_does(monkeypatch):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    torch.manual_seed(0)
+    ours, theirs = (nn.Sequential(nn.Linear(12, 9), nn.Linear(9, 4)) for _ in range(2))
+    theirs.load_state_dict(ours.state_dict())
+    before = [p.detach().clone() for p in ours.parameters()]
+    for model in (ours, theirs):
+        model.get_output_embeddings = lambda: None
+        for index, p in enumerate(model.parameters()):
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(index))
+    muon(ours, 1e-2, 1e-3).step()
+    matrices = [p for p in theirs.parameters() if p.ndim == 2]
+    torch.optim.Muon(matrices, lr=1e-2, weight_decay=0.0, adjust_lr_fn="match_rms_adamw").step()
+    vectors = [p for p in theirs.parameters() if p.ndim == 1]
+    torch.optim.AdamW(vectors, lr=1e-2, weight_decay=0.0).step()
+    for p, other, start in zip(ours.parameters(), theirs.parameters(), before, strict=True):
+        assert (p - other).norm() <= 0.02 * (other - start).norm() > 0  # bfloat16
+
+
 def test_products_are_rounded_where_the_cpu_has_none_of_half_precision(monkeypatch):
     half, whole = nn.Linear(2, 2).bfloat16(), nn.Linear(2, 2)
     for has in (False, True):
@@ -531,7 +549,7 @@ def test_products_are_rounded_where_the_cpu_has_none_of_half_precision(monkeypat
 
 
 def test_a_summary_keeps_earlier_rows_that_have_no_runs(tmp_path):
-    earlier = next(task for task in load(STUDIES["numbers"]) if task.task == "digits")
+    earlier = next(task for task in load(MEASURED) if task.task == "digits")
     study = Study(tmp_path, "digits")
     assert earlier.key == study.settings.key
     assert summarise_task(study, ["lora", "dora"]) is None
@@ -586,7 +604,7 @@ def test_a_loss_between_two_rates_is_read_from_both():
 
 
 def test_optimisers_of_pairs_are_held_against_the_suggestion_for_the_same_start():
-    task = next(t for t in load(STUDIES["numbers"]) if t.task == "topics")
+    task = next(t for t in load(MEASURED) if t.task == "topics")
     best = {lr: 1 + abs(math.log(lr / 2e-3)) for lr in (1e-4, 1e-3, 2e-3, 4e-3, 1e-1)}
     of_start = dataclasses.replace(task.methods["lora"], suggested_lr=1e-3)
     of_pro = dataclasses.replace(task.methods["lora+lora_pro"], search=best)
@@ -629,7 +647,7 @@ RATES_PAGE = SCRIPTS.parent / "docs" / "explanations" / "learning-rate.md"
 
 
 def test_the_page_has_the_figures_of_the_optimisers_of_pairs():
-    found = rate_rule.of_pairs(load(STUDIES["numbers"]))
+    found = rate_rule.of_pairs(load(MEASURED))
     shown = RATES_PAGE.read_text("utf-8").partition("## Optimisers of pairs")[2]
     models = ["digits", "docstrings", "reference", "topics"]
     rows = [line.strip("| ").split(" | ") for line in shown.splitlines() if line.startswith("| `")]

@@ -49,7 +49,13 @@ def _is_half(value: Any) -> bool:
 
 def half_products(model: nn.Module) -> contextlib.AbstractContextManager:
     """What a model's runs are made in: rounded products if it needs them and the CPU has no others."""
-    needed = any(_is_half(p) for p in model.parameters())
-    if needed and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return RoundedProducts()
+    if any(_is_half(p) for p in model.parameters()):
+        return rounded_products()
     return contextlib.nullcontext()
+
+
+def rounded_products() -> contextlib.AbstractContextManager:
+    """Rounded products if the CPU has no others."""
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return contextlib.nullcontext()
+    return RoundedProducts()

@@ -24,9 +24,13 @@ Change = Callable[[nn.Module, torch.optim.Optimizer, Task, list[Rows]], None]
 
 HEADS = ("classifier", "score")
 """Names of the new heads of tasks."""
-BY_GRADIENT = {"rank_allocation": "gradient_energy", "rho": 4.0}
-EQUAL_NUMBERS = {**BY_GRADIENT, "budget": "parameters", "use_rslora": False}
-"""Options of ranks by gradient; and with as many trained numbers as LoRA has."""
+EQUAL_NUMBERS = {
+    "rank_allocation": "gradient_energy",
+    "rho": 4.0,
+    "budget": "parameters",
+    "use_rslora": False,
+}
+"""Options of ranks by gradient, with as many trained numbers as LoRA has."""
 
 
 def adamw(model: nn.Module, lr: float, head_lr: float) -> torch.optim.Optimizer:

@@ -26,7 +26,6 @@ from peft_gradinit.optim import OPTIMIZERS, optimizer
 
 from .levers import LEVERS
 from .method import (
-    BY_GRADIENT,
     EQUAL_NUMBERS,
     Method,
     Start,
@@ -132,18 +131,6 @@ METHODS: dict[str, Method] = {
     "peft_eva": Method("EVA (PEFT)", peft_eva, 1e-3, reads_data=True),
     "peft_lora_ga": Method("LoRA-GA (PEFT)", peft_lora_ga, 1e-3, reads_data=True),
     "lora_ga": Method("LoRA-GA", calibrated(LoraGAConfig), 1e-3, **CALIBRATED),
-    "lora_ga_ranks": Method(
-        "LoRA-GA, ranks by gradient",
-        calibrated(LoraGAConfig, **BY_GRADIENT),
-        3.2e-4,
-        **CALIBRATED,
-    ),
-    "lora_ga_ranks_as_lora": Method(
-        "LoRA-GA, ranks by gradient, LoRA's length",
-        calibrated(LoraGAConfig, scale="lora", use_rslora=False, **BY_GRADIENT),
-        1.8e-3,
-        **CALIBRATED,
-    ),
     "lora_ga_auto": Method(
         "LoRA-GA, `auto`, LoRA's length",
         automatic(LoraGAConfig, "auto", scale="lora"),
@@ -186,14 +173,6 @@ METHODS: dict[str, Method] = {
         3.2e-3,
         **CALIBRATED,
         has_output=True,
-    ),
-    "lora_one_riemannian": Method(
-        "LoRA-One, Riemannian",
-        calibrated(LoraOneConfig),
-        3.2e-3,
-        riemannian,
-        reads_data=True,
-        ours=True,
     ),
     "eva": Method("EVA", calibrated(EvaConfig, budget="parameters"), 1e-3, **CALIBRATED),
     "corda": Method("CorDA", calibrated(CorDAConfig), 1e-3, **CALIBRATED),
@@ -260,14 +239,3 @@ for name in ("lora", "lora_output", "lora_one_auto_output", "lora_output+lora_mu
         METHODS[name], title=f"{METHODS[name].title}, linear decay", schedule="linear"
     )
 METHODS |= LEVERS | PAIR_LEVERS
-NOT_PUBLISHED = frozenset({
-    *LEVERS,
-    *PAIR_LEVERS,
-    *("lora_linear", "lora_output_linear", "lora_one_auto_output_linear"),
-    *("lora_output", "lora_one_ranks", "lora_one_auto", "lora_one_auto_output"),
-    *("dora", "dora_less", "lora_one_ranks_dora", "lora_one_auto_output_dora"),
-    *("lora_ga_auto", "lora_ga_auto_output"),
-    *("peft_corda", "corda", "pissa_anchored"),
-    *(name for name in METHODS if "+" in name),
-})
-"""Rows that `run` makes, and whose figures are not in `measured/` yet."""

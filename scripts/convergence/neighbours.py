@@ -12,6 +12,7 @@ from peft.tuners.lora.eva import prepare_layer_inputs_fn_language_modeling
 from torch import nn
 from transformers import PreTrainedModel
 
+from .half import rounded_products
 from .method import HEADS, adapter_of, head_and_rest
 from .pretraining import Rows
 from .tasks import Task, select, size
@@ -77,10 +78,11 @@ class Both(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        """One step of each."""
+        """One step of each; torch's Muon makes its matrices orthogonal in bfloat16."""
         del closure
-        for part in self.parts:
-            part.step()
+        with rounded_products():
+            for part in self.parts:
+                part.step()
 
 
 def _with_head(optimizer, model: nn.Module, head_lr: float) -> torch.optim.Optimizer:
