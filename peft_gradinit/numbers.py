@@ -8,12 +8,15 @@ import numpy as np
 
 
 def as_python(value: Any) -> Any:
-    """A NumPy number as Python's, which JSON can hold; also inside a dict. Other values stay."""
+    """A NumPy number as Python's, which JSON can hold; also in a dict, list or tuple. Other values stay."""
     if isinstance(value, np.generic):
         return value.item()
-    if isinstance(value, dict) and any(isinstance(v, np.generic) for v in value.values()):
+    parts = value.values() if isinstance(value, dict) else value
+    if type(value) not in (dict, list, tuple) or not any(isinstance(v, np.generic) for v in parts):
+        return value
+    if isinstance(value, dict):
         return {key: as_python(v) for key, v in value.items()}
-    return value
+    return type(value)(map(as_python, value))
 
 
 def use_python_numbers(options: Any) -> None:

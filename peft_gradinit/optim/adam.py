@@ -22,8 +22,8 @@ Sides = tuple[Tensor, Tensor]
 """`(n, r, in)` for `A` and `(n, out, r)` for `B`."""
 
 
-def adam_options(optimizer: str, modes: Any, **options: Any) -> dict[str, Any]:
-    """The options `mode`, `betas`, `eps` and `dampening`, checked.
+def check_adam(optimizer: str, modes: Any, options: Mapping[str, Any]) -> None:
+    """Check the options `mode`, `betas`, `eps` and `dampening`.
 
     Args:
         optimizer: its name, for errors.
@@ -36,7 +36,6 @@ def adam_options(optimizer: str, modes: Any, **options: Any) -> dict[str, Any]:
     check_choice(optimizer, "mode", options["mode"], modes)
     check_betas(optimizer, options["betas"])
     check_fraction(optimizer, eps=options["eps"], dampening=options["dampening"])
-    return options
 
 
 def adam_directions(

@@ -59,6 +59,8 @@ class PairOptimizer(torch.optim.Optimizer):
         check_layout(model, self.title)
         check_options(self.title, common, options_of(type(self)))
         values: dict[str, Any] = {name: as_python(v) for name, v in (defaults() | common).items()}
+        options = {name: as_python(value) for name, value in options.items()}
+        self.check(options)
         numbers = {k: v for k, v in values.items() if k != "adapter_name"}
         if values["head_lr"] is None:
             del numbers["head_lr"]
@@ -69,6 +71,14 @@ class PairOptimizer(torch.optim.Optimizer):
         of_rest = values["head_lr"], values["head_weight_decay"], self.title
         rest = groups_of_rest(model, found, *of_rest)
         super().__init__([of_pairs, *rest], {"lr": lr, "weight_decay": 0.0})
+
+    @abstractmethod
+    def check(self, options: Mapping[str, Any]) -> None:
+        """Refuse options of the method's own that have no meaning; NumPy's numbers are Python's here.
+
+        Raises:
+            ConfigError: if one has none.
+        """
 
     @abstractmethod
     def layouts(self, options: Mapping[str, Any]) -> dict[str, Layout]:

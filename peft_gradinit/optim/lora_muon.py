@@ -79,11 +79,14 @@ class LoraMuon(PairOptimizer):
         dampening: float = 1e-4,
         **common: "Unpack[Common]",
     ) -> None:
-        check_fraction(self.title, momentum=momentum, dampening=dampening)
-        check_flag(self.title, nesterov=nesterov)
         options = {"momentum": momentum, "nesterov": nesterov, "dampening": dampening}
         super().__init__(model, options, **common)
         product_decay(self.param_groups[0])
+
+    def check(self, options: Mapping[str, Any]) -> None:  # noqa: D102
+        numbers = {name: options[name] for name in ("momentum", "dampening")}
+        check_fraction(self.title, **numbers)
+        check_flag(self.title, nesterov=options["nesterov"])
 
     def layouts(self, options: Mapping[str, Any]) -> dict[str, Layout]:  # noqa: D102
         del options

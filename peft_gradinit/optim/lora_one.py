@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .adam import ADAM, adam_directions, adam_options, stepped
+from .adam import ADAM, adam_directions, check_adam, stepped
 from .base import PairOptimizer
 from .options import Common
 from .stacks import Layout, Stack
@@ -73,7 +73,10 @@ class LoraOne(PairOptimizer):
         **common: "Unpack[Common]",
     ) -> None:
         given = {"mode": mode, "betas": betas, "eps": eps, "dampening": dampening}
-        super().__init__(model, adam_options(self.title, Mode, **given), **common)
+        super().__init__(model, given, **common)
+
+    def check(self, options: Mapping[str, Any]) -> None:  # noqa: D102
+        check_adam(self.title, Mode, options)
 
     def layouts(self, options: Mapping[str, Any]) -> dict[str, Layout]:  # noqa: D102
         return ADAM if options["mode"] == "adamw" else {}

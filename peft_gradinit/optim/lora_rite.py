@@ -77,9 +77,11 @@ class LoraRite(PairOptimizer):
         dampening: float = 1e-6,
         **common: "Unpack[Common]",
     ) -> None:
-        check_betas(self.title, betas)
-        check_fraction(self.title, dampening=dampening)
         super().__init__(model, {"betas": betas, "dampening": dampening}, **common)
+
+    def check(self, options: Mapping[str, Any]) -> None:  # noqa: D102
+        check_betas(self.title, options["betas"])
+        check_fraction(self.title, dampening=options["dampening"])
 
     def layouts(self, options: Mapping[str, Any]) -> dict[str, Layout]:  # noqa: D102
         del options

@@ -29,9 +29,10 @@ class Factory:
 
 
 def optimizer(name: str, **options: Any) -> tuple[Factory, dict[str, Any]]:
-    """What `Trainer(optimizer_cls_and_kwargs=...)` of Transformers and TRL takes.
+    """What `Trainer(optimizer_cls_and_kwargs=...)` takes.
 
-    `Trainer` makes the optimiser from its model. The rates are the ones given here:
+    Where a trainer lacks that argument, as TRL's for DPO, KTO and GRPO do, set its attribute of that name before
+    it trains. `Trainer` makes the optimiser from its model. The rates are the ones given here:
     `TrainingArguments.learning_rate`, `weight_decay` and `optim` are not read. Schedules, clipping,
     accumulation and checkpoints work as with any optimiser.
 

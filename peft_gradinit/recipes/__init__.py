@@ -8,7 +8,14 @@ try:
     from .lengths import sequence_length
     from .loading import load_recipe, section_of
     from .methods import adapter_config, calibration_of
-    from .models import drawn_modules, empty_model, load_model, load_processor, task_of
+    from .models import (
+        drawn_modules,
+        empty_model,
+        load_model,
+        load_processor,
+        model_config,
+        task_of,
+    )
     from .reading import Reader
     from .schema import CalibrationSection, DataSection, MethodSection, ModelSection
     from .values import read_yaml
@@ -38,6 +45,7 @@ __all__ = [
     "load_processor",
     "load_recipe",
     "load_rows",
+    "model_config",
     "read_yaml",
     "section_of",
     "sequence_length",

@@ -90,12 +90,15 @@ def model_config(section: ModelSection) -> Any:
         raise ConfigError(_unloadable("model", section.name, error)) from error
 
 
-def load_model(section: ModelSection, labels: Labels | None = None) -> nn.Module:
+def load_model(
+    section: ModelSection, labels: Labels | None = None, auto_class: Any = None
+) -> nn.Module:
     """Load a model on the CPU (quantised ones: where bitsandbytes puts them).
 
     Args:
         section: which model, and how.
         labels: what the head of a classifier is to give.
+        auto_class: of Transformers, which loads it. Default: that of the section's task.
 
     Returns:
         The model, in eval mode.
@@ -103,25 +106,25 @@ def load_model(section: ModelSection, labels: Labels | None = None) -> nn.Module
     Raises:
         ConfigError: if it cannot be loaded.
     """
-    task = task_of(section)
+    classified = auto_class is not None or task_of(section) in CLASSIFIED
     torch.manual_seed(section.seed)
     dtype = section.dtype if section.dtype == "auto" else getattr(torch, section.dtype)
     if section.name == embedded.PICO_LLAMA:
         model = LlamaForCausalLM(embedded.pico_llama_config()).eval()
         return model if dtype == "auto" else nn.Module.to(model, dtype)
     options: dict[str, Any] = {"revision": section.revision, "dtype": dtype}
-    head = _head(task, section, labels)
+    head = _head(section, labels) if classified else {}
     # A head for other classes is replaced by one that is drawn from the seed.
     options |= {**head, "ignore_mismatched_sizes": True} if head else {}
     if section.quantization is not None:
         options["quantization_config"] = _quantization(section, dtype)
     try:
-        model, info = _AUTO_CLASSES[task].from_pretrained(
+        model, info = (auto_class or _AUTO_CLASSES[task_of(section)]).from_pretrained(
             _location(section.name), output_loading_info=True, **options
         )
     except _FAILURES as error:
         raise ConfigError(_unloadable("model", section.name, error)) from error
-    if task in CLASSIFIED:
+    if classified:
         _DRAWN[model] = _modules_of(model, [*info["missing_keys"], *info["mismatched_keys"]])
     return model
 
@@ -157,7 +160,7 @@ def empty_model(section: ModelSection, labels: Labels | None = None) -> nn.Modul
         The model.
     """
     task, config = task_of(section), model_config(section)
-    for name, value in _head(task, section, labels).items():
+    for name, value in (_head(section, labels) if task in CLASSIFIED else {}).items():
         setattr(config, name, value)
     dtype = torch.float32 if section.dtype == "auto" else getattr(torch, section.dtype)
     if section.dtype == "auto" and isinstance(config.dtype, torch.dtype):
@@ -211,9 +214,7 @@ def _check_vocabulary(name: str, tokenizer: Any) -> None:
         raise ConfigError(_unloadable("tokenizer or image processor of", name, ValueError(reason)))
 
 
-def _head(task: Task, section: ModelSection, labels: Labels | None) -> dict[str, Any]:
-    if task not in CLASSIFIED:
-        return {}
+def _head(section: ModelSection, labels: Labels | None) -> dict[str, Any]:
     if labels is not None:
         return labels.head()
     return {} if section.n_labels is None else {"num_labels": section.n_labels}

@@ -17,19 +17,12 @@ from safetensors import safe_open
 
 from ..files import check_is_file, whole_file
 from .hub import hub_id
-from .names import CARD, PICTURE, PROVENANCE_FILE
+from .names import CARD, PICTURE, PROVENANCE_FILE, base_class
 from .picture import draw_layers
 from .reading import read_dict
 from .report import ModuleReport, by_parameter
 
 _START, _END = "<!-- peft_gradinit: {} -->", "<!-- peft_gradinit: end of {} -->"
-_AUTO_CLASSES = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-}
 _GENERATED = "This is the model card of a 🤗 transformers model that has been pushed on the Hub."
 
 
@@ -294,7 +287,7 @@ def _report_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
 def _usage(facts: dict[str, Any]) -> str:
     where = json.dumps(facts["repo_id"] or ".")
     note = "" if facts["repo_id"] else "  # this directory, or the name of its repository"
-    auto = _AUTO_CLASSES.get(facts["config"].get("task_type") or "", "AutoModel")
+    auto = base_class(facts["config"]) or base_class(facts["saved"]) or "AutoModel"
     imported = f"from transformers import {auto}"
     if facts["target"] == "merged":
         return _python(imported, "", f"model = {auto}.from_pretrained({where}){note}")

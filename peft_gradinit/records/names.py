@@ -1,4 +1,7 @@
-"""Names of the files that this package writes beside an adapter of PEFT."""
+"""Names of the files that this package writes beside an adapter of PEFT, and of what loads its base model."""
+
+from collections.abc import Mapping
+from typing import Any
 
 PROVENANCE_FILE = "gradinit.json"
 """The facts that `adapter_config.json` has no place for."""
@@ -8,3 +11,30 @@ PICTURE = "gradinit.png"
 
 CARD = "README.md"
 """PEFT and `Trainer` write it as well; a section of it is ours."""
+
+_AUTO_CLASSES = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+
+
+def base_class(config: Mapping[str, Any]) -> str | None:
+    """The class of Transformers that loads the base model of an adapter.
+
+    PEFT notes the class of the model in `auto_mapping` if the adapter has no `task_type`.
+
+    Args:
+        config: what `adapter_config.json` holds.
+
+    Returns:
+        Its name, or nothing if the adapter does not tell.
+    """
+    if (known := _AUTO_CLASSES.get(config.get("task_type") or "")) is not None:
+        return known
+    mapping = config.get("auto_mapping") or {}
+    is_known = str(mapping.get("parent_library")).split(".")[0] == "transformers"
+    return mapping.get("base_model_class") if is_known else None

@@ -220,18 +220,32 @@ def _check_keys(
             f"the weights in {str(directory)!r} lack {len(absent)} entries that their "
             f"gradinit.json describes ({absent[0]}, …); restore the saved adapter."
         )
+    if unknown := unknown_entries(model, result, adapter_name):
+        raise DataError(
+            f"the weights in {str(directory)!r} have {len(unknown)} entries that are unknown to "
+            f"the adapter ({unknown[0]}, …); restore the saved adapter."
+        )
+
+
+def unknown_entries(model: PeftModel, result: Any, adapter_name: str) -> list[str]:
+    """Entries of a file that a model with its adapter has no place for.
+
+    Args:
+        model: after loading.
+        result: what PEFT gives for it.
+        adapter_name: of the adapter.
+
+    Returns:
+        Their keys, sorted.
+    """
     if not result.unexpected_keys:
-        return
+        return []
     # PEFT saves trained tokens of tied embeddings twice, and loads them once.
     embeddings = hasattr(model, "get_input_embeddings")
     own = get_peft_model_state_dict(
         model, adapter_name=adapter_name, save_embedding_layers=embeddings
     )
-    if unknown := sorted(set(result.unexpected_keys) - own.keys()):
-        raise DataError(
-            f"the weights in {str(directory)!r} have {len(unknown)} entries that are unknown to "
-            f"the adapter ({unknown[0]}, …); restore the saved adapter."
-        )
+    return sorted(set(result.unexpected_keys) - own.keys())
 
 
 def _check_options(

@@ -21,6 +21,7 @@ def calibrate(
     ] = None,
     output: Annotated[Path | None, typer.Argument(help="Folder of the result.")] = None,
     *,
+    context: typer.Context,
     measured: Measured,
     method: Annotated[
         str, typer.Option(help=methods.HELP, rich_help_panel=options.ADAPTER)
@@ -60,6 +61,7 @@ def calibrate(
 
         peft-gradinit calibrate configs/shapes/llama-3-70b --dry-run --processes 8
     """
+    options.needed_by(context, "--dry-run", dry_run, "processes")
     with results_alone():
         from ..work.calibrate import run
 

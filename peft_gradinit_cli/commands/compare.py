@@ -15,6 +15,7 @@ TOP, THRESHOLD = 10, 0.5
 
 
 def compare(
+    context: typer.Context,
     first: Annotated[str, typer.Argument(help="An adapter or a calibration.")],
     second: Annotated[
         str | None, typer.Argument(help="Another one of the same kind and base model.")
@@ -57,6 +58,8 @@ def compare(
 
         peft-gradinit compare out/lora --base MODEL --mitigate out/mitigated
     """
+    options.needed_by(context, "--base", base, "top", "threshold", "rank")
+    options.needed_by(context, "--mitigate", mitigate, "factor", "overwrite")
     with results_alone():
         from ..work.compare import run
 

@@ -29,3 +29,22 @@ Plot = Annotated[
 Rank = Annotated[
     int | None, typer.Option(min=1, help="Truncate every layer to this rank, by its SVD.")
 ]
+
+
+def needed_by(context: typer.Context, needed: str, value: object, *names: str) -> None:
+    """Refuse options that would be ignored, because the one that they belong to is not given.
+
+    Args:
+        context: of the command.
+        needed: the option that they belong to.
+        value: what it is.
+        names: of the parameters.
+
+    Raises:
+        typer.BadParameter: if one of them is given.
+    """
+    for name in names:
+        source = context.get_parameter_source(name)
+        if not value and source is not None and source.name == "COMMANDLINE":
+            message = f"means nothing without {needed}; give that, or leave this one out."
+            raise typer.BadParameter(message, ctx=context, param_hint=f"--{name}")

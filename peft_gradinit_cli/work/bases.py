@@ -1,12 +1,14 @@
 """Weights of a base model, by the names that an adapter has for its layers."""
 
 from collections.abc import Callable
+from typing import Any
 
+import transformers
 from torch import Tensor, nn
 
 from peft_gradinit.errors import AdapterError
-from peft_gradinit.recipes import ModelSection, load_model, section_of
-from peft_gradinit.records import SavedAdapter
+from peft_gradinit.recipes import ModelSection, load_model, model_config, section_of
+from peft_gradinit.records import PREFIX, SavedAdapter, base_class
 from peft_gradinit.starts import linear_shape, linear_weight
 
 _HEADS = ("classifier.weight", "classifier.out_proj.weight", "score.weight")
@@ -18,27 +20,52 @@ def model_section(name: str, adapter: SavedAdapter) -> ModelSection:
 
     Args:
         name: Hub name or folder.
-        adapter: tells the task, the classes of a head that it has trained, and, if the model is
-            the one that it names, the revision.
+        adapter: tells the classes of a head that it has trained, and, if the model is the one that it
+            names, the revision.
 
     Returns:
         The section.
     """
-    tasks = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS")
-    task = str(getattr(adapter.config.task_type, "value", adapter.config.task_type))
     named = adapter.config.base_model_name_or_path == name
     heads = [t.shape[0] for k, t in adapter.others.items() if k.endswith(_HEADS) and t.dim() == 2]
     return section_of(
         ModelSection,
         name=name,
-        task=task if task in tasks else None,
         revision=adapter.config.revision if named else None,
         n_labels=heads[-1] if heads else None,
     )
 
 
+def class_of(section: ModelSection, adapter: SavedAdapter) -> Any:
+    """The class of Transformers whose layers an adapter has: the adapter's, else the checkpoint's.
+
+    Args:
+        section: the base model.
+        adapter: of it.
+
+    Returns:
+        The class.
+
+    Raises:
+        AdapterError: if neither tells.
+    """
+    config = model_config(section)
+    named = base_class(adapter.config.to_dict())
+    of_text = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    if named is None or (named == "AutoModelForCausalLM" and not of_text):  # vision and language
+        named = next(iter(config.architectures or []), named)
+    found = getattr(transformers, str(named), None)
+    if not hasattr(found, "from_pretrained"):
+        raise AdapterError(
+            f"{adapter.directory!r} has no task_type and no class of Transformers in its "
+            f"adapter_config.json, and the checkpoint of {section.name!r} names none either (got "
+            f"{named!r}); write the task, such as 'SEQ_CLS', into the adapter's task_type."
+        )
+    return found
+
+
 def load_base(name: str, adapter: SavedAdapter) -> nn.Module:
-    """Load a base model that an adapter fits.
+    """Load a base model that an adapter fits, with as many tokens as the adapter's saved embedding.
 
     Args:
         name: Hub name or folder.
@@ -50,7 +77,9 @@ def load_base(name: str, adapter: SavedAdapter) -> nn.Module:
     Raises:
         AdapterError: if the model lacks a layer, or has it in another shape.
     """
-    model = load_model(model_section(name, adapter))
+    section = model_section(name, adapter)
+    model = load_model(section, auto_class=class_of(section, adapter))
+    _resize(model, name, adapter)
     modules = dict(model.named_modules())
     for layer, update in adapter.layers.items():
         want = (update.B.shape[0], update.A.shape[1])
@@ -61,6 +90,34 @@ def load_base(name: str, adapter: SavedAdapter) -> nn.Module:
                 f"the model and {want} in the adapter; give the model that it was trained on."
             )
     return model
+
+
+def _resize(model: Any, name: str, adapter: SavedAdapter) -> None:
+    """Add the tokens that an adapter's saved embedding has and its base lacks.
+
+    Raises:
+        AdapterError: if the adapter does not hold all that grows, which would be random.
+    """
+    names = {id(module): n for n, module in model.named_modules()}
+    if not hasattr(model, "get_input_embeddings"):
+        return
+    embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
+    saved = {
+        key.removeprefix(PREFIX).replace(".base_layer", ""): tensor.shape[0]
+        for key, tensor in adapter.others.items()
+        if key.endswith(".weight")
+    }
+    rows = saved.get(f"{names.get(id(embedding))}.weight")
+    if rows is None or rows == embedding.weight.shape[0]:
+        return
+    is_tied = output is None or output.weight is embedding.weight
+    if not is_tied and saved.get(f"{names[id(output)]}.weight") != rows:
+        raise AdapterError(
+            f"{adapter.directory!r} holds an embedding of {rows} tokens, {name!r} has one of "
+            f"{embedding.weight.shape[0]}, and the adapter lacks the output layer "
+            f"{names[id(output)]!r} of so many; give the model that it was trained on, resized and saved."
+        )
+    model.resize_token_embeddings(rows, mean_resizing=False)
 
 
 def weights_of(name: str, adapter: SavedAdapter) -> Callable[[str], Tensor]:

@@ -5,10 +5,10 @@ from typing import get_args
 
 from peft import PeftModel
 
-from peft_gradinit.errors import ConfigError, GradInitError
+from peft_gradinit.errors import AdapterError, ConfigError, GradInitError
 from peft_gradinit.export import ExportTarget, check_directory, export_adapter
 from peft_gradinit.records import SavedAdapter, read_adapter, read_provenance
-from peft_gradinit.tuners import load_for_training
+from peft_gradinit.tuners import load_for_training, unknown_entries
 
 from ..output import Column, Listing
 from .bases import load_base
@@ -70,10 +70,23 @@ def run(
 
 
 def _loaded(saved: SavedAdapter, base: str) -> PeftModel:
-    """The adapter in its live form if it is from this package, else as PEFT loads it."""
+    """The adapter in its live form if it is from this package, else as PEFT loads it.
+
+    Raises:
+        AdapterError: if the file holds what the base model has no place for, such as another head.
+    """
     model = load_base(base, saved)
     try:
         read_provenance(saved.directory)
     except GradInitError:
-        return PeftModel.from_pretrained(model, saved.directory)
-    return load_for_training(model, saved.directory)
+        peft_model = PeftModel.from_pretrained(model, saved.directory)
+    else:
+        return load_for_training(model, saved.directory)
+    result = peft_model.load_adapter(saved.directory, "default")  # the first gives no result
+    if lost := unknown_entries(peft_model, result, "default"):
+        raise AdapterError(
+            f"{saved.directory!r} holds {len(lost)} entries that {base!r}, loaded as "
+            f"{type(model).__name__}, has no place for ({lost[0]}, …), so they would be lost; give the "
+            "model that it was trained on, or the right task_type in its adapter_config.json."
+        )
+    return peft_model

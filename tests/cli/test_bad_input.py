@@ -79,6 +79,25 @@ def filled(line, workshop, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("line", "needed"),
+    [
+        (("compare", "LORA", "LORA", "--rank", "4"), "--base"),
+        (("compare", "LORA", "LORA", "--top", "3"), "--base"),
+        (("compare", "LORA", "LORA", "--threshold", "0.5"), "--base"),
+        (("compare", "LORA", "--base", "BASE", "--factor", "0.5"), "--mitigate"),
+        (("compare", "LORA", "--base", "BASE", "--overwrite"), "--mitigate"),
+        (("calibrate", "BASE", "DATA", "OUT", "--processes", "2"), "--dry-run"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_options_that_would_be_ignored(run, workshop, tmp_path, line, needed):
+    done = run(*filled(line, workshop, tmp_path))
+    assert (done.code, done.out) == (2, "")
+    flat = " ".join(done.err.replace("│", " ").split())
+    assert f"means nothing without {needed}; give that, or leave this one out." in flat
+
+
+@pytest.mark.parametrize(
     "line",
     [
         ("inspect", "FOREIGN"),

@@ -1,5 +1,7 @@
 """What `Trainer` is given, and every error about options."""
 
+import inspect
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from torch import nn
 
 from peft_gradinit.errors import ConfigError
 from peft_gradinit.optim import OPTIMIZERS, LoraMuon, LoraOne, LoraRite, optimizer
-from tests.optim.rows import ROWS, toy
+from tests.optim.rows import ROWS, every_row, toy
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
@@ -73,6 +75,20 @@ def test_numbers_without_a_meaning_are_refused(kind, options, message):
 def test_numbers_of_numpy_are_numbers():
     group = LoraMuon(toy(), lr=np.float32(0.5)).param_groups[0]
     assert (group["lr"], type(group["lr"])) == (0.5, float)
+
+
+@every_row
+def test_options_of_numpy_are_saved_as_numbers(row, tmp_path):
+    """Torch loads no NumPy numbers, so a run with them could not be resumed."""
+    usual = row.make(toy()).param_groups[0]
+    mine = [n for n in inspect.signature(row.kind).parameters if n not in ("model", "common")]
+    given = {n: tuple(map(np.float64, v)) for n in mine if isinstance(v := usual[n], tuple)}
+    given |= {n: np.float64(v) for n in mine if isinstance(v := usual[n], float)}
+    assert len(given) >= 2
+    made = row.make(toy(), **given)
+    torch.save(made.state_dict(), tmp_path / "optimizer.pt")
+    kept = torch.load(tmp_path / "optimizer.pt", weights_only=True)["param_groups"][0]
+    assert {n: kept[n] for n in given} == {n: usual[n] for n in given}
 
 
 @pytest.mark.parametrize("given", [lambda m: m.parameters(), lambda m: [{"params": []}]])

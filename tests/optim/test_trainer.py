@@ -104,6 +104,19 @@ def test_trl_passes_it_on(tmp_path):
     assert all(p.B.any() for p in pairs(made.model))
 
 
+@pytest.mark.parametrize("kind", ["sft", "dpo", "kto", "grpo"])
+def test_trainers_of_trl_take_it_as_an_attribute(kind, tmp_path):
+    pytest.importorskip("trl")
+    from tests.trainer.trl_runs import trainer_of as trl_trainer
+
+    config = LoraConfig(r=4, target_modules="all-linear")
+    made = trl_trainer(kind, tmp_path, peft_config=config, learning_rate=0.0)
+    made.optimizer_cls_and_kwargs = optimizer("lora_muon", lr=0.03)
+    made.train()
+    assert type(made.optimizer.optimizer) is LoraMuon
+    assert any(p.B.any() for p in pairs(made.model))
+
+
 def test_accelerate_accumulates_and_clips():
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
