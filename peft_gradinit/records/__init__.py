@@ -47,7 +47,7 @@ from .lora_file import (
 from .names import CARD, PICTURE, PROVENANCE_FILE, base_class
 from .picture import BLOCK
 from .provenance import EXPORT_FORMAT, facts_of, read_provenance, write_provenance
-from .publishing import attend, saved, unsaved, write_card
+from .publishing import attend, check_no_conversion, saved, unsaved, write_card
 from .reading import read_dict, read_tensors
 from .report import InitReport, LearningRate, ModuleReport, StepCheck, by_parameter
 from .table import as_text, table_of

@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from ..statistics import Fingerprint
@@ -114,8 +115,19 @@ class WithReports:
         return merged
 
     def unload(self) -> nn.Module:
-        """Unload as PEFT does, and forget the records."""
+        """Unload as PEFT does, put back the modules that were trained in full, and forget the records.
+
+        PEFT alone leaves the trained copies in the base model.
+        """
+        originals = {
+            name: module.original_module
+            for name, module in self.model.named_modules()
+            if isinstance(module, ModulesToSaveWrapper)
+        }
         unloaded = super().unload()  # pyright: ignore[reportAttributeAccessIssue]
+        for name, module in originals.items():
+            parent, _, child = name.rpartition(".")
+            setattr(unloaded.get_submodule(parent), child, module)
         vars(self.model).pop(_ATTRIBUTE, None)
         return unloaded
 

@@ -13,6 +13,7 @@ from peft import LoraConfig, PeftModel
 from peft.utils import CONFIG_NAME
 from torch import nn
 
+from ..errors import ConfigError
 from ..files import write_json
 from .card import complete_card, is_of_peft, remove_section
 from .hub import hub_id
@@ -100,7 +101,28 @@ def write_card(model: PeftModel, directory: Path) -> None:
     type(model).create_or_update_model_card(model, str(directory))
 
 
+def check_no_conversion(folder: object, config: Any) -> None:
+    """Refuse to convert an adapter of this package for an initial model of PEFT.
+
+    Args:
+        folder: what `save_pretrained` got as `path_initial_model_for_weight_conversion`.
+        config: of the adapter.
+
+    Raises:
+        ConfigError: if there is such a folder, and the adapter is of this package.
+    """
+    if folder is not None and hasattr(config, "method"):
+        raise ConfigError(
+            f"path_initial_model_for_weight_conversion={folder!r} is for starts that write into the base "
+            f"model, and {type(config).__name__} leaves it as it is: its file is plain LoRA for that model "
+            "already; call save_pretrained without it."
+        )
+
+
 def _save(model: PeftModel, *args: Any, **kwargs: Any) -> None:
+    for name in kwargs.get("selected_adapters") or model.peft_config:
+        folder = kwargs.get("path_initial_model_for_weight_conversion")
+        check_no_conversion(folder, model.peft_config.get(name))
     vars(model)[_SAVES] = True
     try:
         type(model).save_pretrained(model, *args, **kwargs)

@@ -8,6 +8,7 @@ from typing import Any, cast
 from peft import PeftModel
 from torch import nn
 
+from ..errors import TargetError
 from ..layouts import model_fingerprint
 from ..records import PREFIX
 
@@ -37,6 +38,34 @@ def is_trained_in_full(name: str, config: Any) -> bool:
     parts = name.split(".")
     paths = [".".join(parts[: i + 1]) for i in range(len(parts))]
     return any(path.endswith(end) for path in paths for end in config.modules_to_save or ())
+
+
+_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+"""What PEFT adds to `modules_to_save` for a task; for the last two only after it has injected the adapter."""
+
+
+def ends_as_head(name: str, config: Any) -> bool:
+    """Whether PEFT would train a module in full because of how its name ends: the task's head, or one in `modules_to_save`."""
+    ends = (*(config.modules_to_save or ()), *_HEADS.get(config.task_type or "", ()))
+    return name.endswith(tuple(ends))
+
+
+def check_no_head(name: str, config: Any) -> None:
+    """Refuse, before any data are read, what PEFT refuses after that: an adapter on what it trains in full.
+
+    Raises:
+        TargetError: if the module is one.
+    """
+    if ends_as_head(name, config):
+        raise TargetError(
+            f"PEFT trains {name} in full, as its name ends like what task_type={config.task_type!r} or "
+            f"modules_to_save={config.modules_to_save!r} names, so it cannot have an adapter; add {name!r} to "
+            "exclude_modules."
+        )
 
 
 def _base_name(key: str) -> str:

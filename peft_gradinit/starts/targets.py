@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError, TargetError, warn
 from ..layouts import is_offloaded
 from ..records import alpha_growth, alpha_of, patterns, rank_of
-from .base import is_trained_in_full
+from .base import check_no_head, ends_as_head, is_trained_in_full
 from .config import GradInitConfig
 from .experts import expert_shape, expert_weights
 from .options import AUTO_WITH_OUTPUT, is_automatic
@@ -113,9 +113,13 @@ def resolve_targets(
     """
     recorded = _TargetRecorder(model, copy.deepcopy(config), others or {}).record(state_dict)
     _check_parameter_options(config, [name for name, (_, param) in recorded.items() if param])
+    if not config.automatic:
+        for name in (name for name, (_, param) in recorded.items() if not param):
+            check_no_head(name, config)
     targets = {}
     for name, (module, parameter) in recorded.items():
-        ranks, can_start = partial(_ranks, name, config=config), partial(_can_start, config=config)
+        ranks = partial(_ranks, name, config=config)
+        can_start = partial(_can_start, name, config=config)
         targets |= targets_of(name, module, parameter, ranks, can_start)
     _check_kinds(targets, config)
     _check_loaded_for_dora(targets, config)
@@ -195,7 +199,9 @@ def targets_of(
     return {key: Target(key, base, shape, *of_all, expert=w) for key, w in weights.items()}
 
 
-def _can_start(shape: tuple[int, int], config: GradInitConfig) -> bool:
+def _can_start(name: str, shape: tuple[int, int], config: GradInitConfig) -> bool:
+    if config.automatic and ends_as_head(name, config):
+        return False
     has_choice = config.automatic or config.uncalibrated == "lora"
     return not has_choice or config.needs().rank_limit(shape) >= 1
 

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..records import attach_record, attend, note_entries, records_of
+from ..records import attach_record, attend, check_no_conversion, note_entries, records_of
 
 
 class RecordedSaves:
@@ -45,6 +45,15 @@ class RecordedSaves:
         remove = cls._remove_adapter_name_from_key  # pyright: ignore[reportAttributeAccessIssue]
         note_entries(record, {remove(key, adapter_name): v for key, v in entries.items()})
         return entries
+
+    @classmethod
+    def _convert_state_dict_for_initial_model(
+        cls, peft_model: Any, peft_config: Any, path: str, *args: Any
+    ) -> dict[str, Tensor]:
+        check_no_conversion(path, peft_config)
+        return super()._convert_state_dict_for_initial_model(  # pyright: ignore[reportAttributeAccessIssue]
+            peft_model, peft_config, path, *args
+        )
 
 
 def check_not_empty(

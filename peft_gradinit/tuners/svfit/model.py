@@ -28,6 +28,7 @@ from ...starts import (
     SpectralConfig,
     adapted_by_peft,
     base_fingerprint,
+    check_no_head,
     check_not_merged,
     warn_of_idle,
 )
@@ -117,6 +118,7 @@ class SVFitModel(WithReports, RecordedSaves, OffloadedBase, BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
+        check_no_head(current_key, peft_config)
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         shape = checked_shape(current_key, base)
         r = min(*shape, peft_config.requested_rank(current_key, shape))
@@ -124,6 +126,13 @@ class SVFitModel(WithReports, RecordedSaves, OffloadedBase, BaseTuner):
         layer.add_adapter(adapter_name, r)
         if layer is not target:
             setattr(parent, target_name, layer)
+
+    def _replace_module(
+        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
+    ) -> None:
+        # PEFT's goes on to move a weight, which heads that are trained in full have in their parts.
+        del child
+        setattr(parent, child_name, new_module)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
