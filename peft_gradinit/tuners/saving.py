@@ -48,11 +48,20 @@ class RecordedSaves:
 
     @classmethod
     def _convert_state_dict_for_initial_model(
-        cls, peft_model: Any, peft_config: Any, path: str, *args: Any
+        cls,
+        peft_model: Any,
+        peft_config: Any,
+        path_initial_model_for_weight_conversion: str,
+        output_state_dict: Any,
+        kwargs: Any,
     ) -> dict[str, Tensor]:
-        check_no_conversion(path, peft_config)
+        check_no_conversion(path_initial_model_for_weight_conversion, peft_config)
         return super()._convert_state_dict_for_initial_model(  # pyright: ignore[reportAttributeAccessIssue]
-            peft_model, peft_config, path, *args
+            peft_model,
+            peft_config,
+            path_initial_model_for_weight_conversion,
+            output_state_dict,
+            kwargs,
         )
 
 
