@@ -1,0 +1,54 @@
+"""The class that loads an adapter's base model, on the command line and on the card."""
+
+import pytest
+from peft import get_peft_model
+from transformers import ViTConfig, ViTForImageClassification
+
+from peft_gradinit import PiSSAConfig
+from peft_gradinit.records import base_class
+
+OF_TRANSFORMERS = "transformers.models.vit.modeling_vit"
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        ({"task_type": "TOKEN_CLS"}, "AutoModelForTokenClassification"),
+        ({"task_type": "FEATURE_EXTRACTION"}, "AutoModel"),
+        ({"task_type": "CAUSAL_LM", "auto_mapping": {}}, "AutoModelForCausalLM"),
+        (
+            {
+                "task_type": None,
+                "auto_mapping": {
+                    "base_model_class": "ViTModel",
+                    "parent_library": OF_TRANSFORMERS,
+                },
+            },
+            "ViTModel",
+        ),
+        ({"auto_mapping": {"base_model_class": "Net", "parent_library": "__main__"}}, None),
+        ({"auto_mapping": None}, None),
+        ({}, None),
+    ],
+)
+def test_the_class_is_that_of_the_task_or_the_one_that_peft_noted(config, name):
+    assert base_class(config) == name
+
+
+def test_the_card_names_the_class_of_a_model_without_a_task(tmp_path):
+    config = ViTConfig(
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=8,
+        patch_size=4,
+        num_labels=3,
+    )
+    model = ViTForImageClassification(config)
+    adapter = PiSSAConfig(r=2, target_modules=["q_proj"], modules_to_save=["classifier"])
+    get_peft_model(model, adapter).save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "from transformers import ViTForImageClassification" in card
+    assert "ViTForImageClassification.from_pretrained(" in card
+    assert "num_labels=3" in card
