@@ -50,7 +50,7 @@ CASES = {
     ),
     "images, without a task": (
         *(lambda: ViTModel(VIT), ViTForImageClassification, IMAGE),
-        {"target_modules": ["q_proj"], "modules_to_save": ["classifier"]},
+        {"target_modules": r".*\.(query|q_proj)", "modules_to_save": ["classifier"]},
     ),
 }
 

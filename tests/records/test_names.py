@@ -46,7 +46,7 @@ def test_the_card_names_the_class_of_a_model_without_a_task(tmp_path):
         num_labels=3,
     )
     model = ViTForImageClassification(config)
-    adapter = PiSSAConfig(r=2, target_modules=["q_proj"], modules_to_save=["classifier"])
+    adapter = PiSSAConfig(r=2, target_modules=r".*\.(query|q_proj)", modules_to_save=["classifier"])
     get_peft_model(model, adapter).save_pretrained(tmp_path)
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert "from transformers import ViTForImageClassification" in card
