@@ -480,6 +480,8 @@ def test_published_figures_have_all_seeds():
     for task in load(MEASURED):
         settings = load_settings(task.task)
         assert task.key == settings.key
+        assert task.methods.keys() <= METHODS.keys()  # the tables show no others
+        assert len(task.methods["lora"].suggested_losses) == settings.seeds
         for summary in task.methods.values():
             n = settings.seeds
             assert n == len(summary.losses) == len(summary.accuracies) == len(summary.reach) >= 3

@@ -106,25 +106,26 @@ def load_model(
     Raises:
         ConfigError: if it cannot be loaded.
     """
-    classified = auto_class is not None or task_of(section) in CLASSIFIED
+    task = None if auto_class else task_of(section)
+    may_classify = task is None or task in CLASSIFIED
     torch.manual_seed(section.seed)
     dtype = section.dtype if section.dtype == "auto" else getattr(torch, section.dtype)
     if section.name == embedded.PICO_LLAMA:
         model = LlamaForCausalLM(embedded.pico_llama_config()).eval()
         return model if dtype == "auto" else nn.Module.to(model, dtype)
     options: dict[str, Any] = {"revision": section.revision, "dtype": dtype}
-    head = _head(section, labels) if classified else {}
+    head = _head(section, labels) if may_classify else {}
     # A head for other classes is replaced by one that is drawn from the seed.
     options |= {**head, "ignore_mismatched_sizes": True} if head else {}
     if section.quantization is not None:
         options["quantization_config"] = _quantization(section, dtype)
     try:
-        model, info = (auto_class or _AUTO_CLASSES[task_of(section)]).from_pretrained(
+        model, info = (_AUTO_CLASSES[task] if task else auto_class).from_pretrained(
             _location(section.name), output_loading_info=True, **options
         )
     except _FAILURES as error:
         raise ConfigError(_unloadable("model", section.name, error)) from error
-    if classified:
+    if may_classify:
         _DRAWN[model] = _modules_of(model, [*info["missing_keys"], *info["mismatched_keys"]])
     return model
 

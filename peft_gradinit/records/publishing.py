@@ -120,8 +120,8 @@ def check_no_conversion(folder: object, config: Any) -> None:
 
 
 def _save(model: PeftModel, *args: Any, **kwargs: Any) -> None:
+    folder = kwargs.get("path_initial_model_for_weight_conversion")
     for name in kwargs.get("selected_adapters") or model.peft_config:
-        folder = kwargs.get("path_initial_model_for_weight_conversion")
         check_no_conversion(folder, model.peft_config.get(name))
     vars(model)[_SAVES] = True
     try:

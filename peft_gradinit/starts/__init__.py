@@ -1,7 +1,7 @@
 """From a model and a config to the factors of a start; the model is not edited here."""
 
 from .allocation import resized, without_empty
-from .base import base_fingerprint, base_hashes, check_no_head, is_trained_in_full
+from .base import base_fingerprint, base_hashes, base_name, check_no_head, is_trained_in_full
 from .config import GradInitConfig
 from .experts import scores_of_all
 from .options import TARGET_WORDS

@@ -25,7 +25,7 @@ def base_fingerprint(model: nn.Module, config: Any, saved: Collection[str] = ())
             tied to them: embeddings of a resized vocabulary, or those with trained tokens.
     """
     hashes = base_hashes(model)
-    brought = {hashes[name] for key in saved if (name := _base_name(key)) in hashes}
+    brought = {hashes[name] for key in saved if (name := base_name(key)) in hashes}
     return {
         name: value
         for name, value in hashes.items()
@@ -68,7 +68,7 @@ def check_no_head(name: str, config: Any) -> None:
         )
 
 
-def _base_name(key: str) -> str:
+def base_name(key: str) -> str:
     """Name in the base model of the weight that an entry of an adapter's file replaces."""
     name = key.removeprefix(PREFIX).replace(".base_layer", "")
     return re.sub(r"(\.token_adapter)?\.trainable_tokens_delta$", ".weight", name)

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from peft_gradinit.errors import AdapterError
 from peft_gradinit.recipes import ModelSection, load_model, model_config, section_of
-from peft_gradinit.records import PREFIX, SavedAdapter, base_class
-from peft_gradinit.starts import linear_shape, linear_weight
+from peft_gradinit.records import SavedAdapter, base_class
+from peft_gradinit.starts import base_name, linear_shape, linear_weight
 
 _HEADS = ("classifier.weight", "classifier.out_proj.weight", "score.weight")
 """What the heads of classifiers end with."""
@@ -98,15 +98,12 @@ def _resize(model: Any, name: str, adapter: SavedAdapter) -> None:
     Raises:
         AdapterError: if the adapter does not hold all that grows, which would be random.
     """
-    names = {id(module): n for n, module in model.named_modules()}
     if not hasattr(model, "get_input_embeddings"):
         return
+    names = {id(module): n for n, module in model.named_modules()}
     embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
-    saved = {
-        key.removeprefix(PREFIX).replace(".base_layer", ""): tensor.shape[0]
-        for key, tensor in adapter.others.items()
-        if key.endswith(".weight")
-    }
+    whole = {key: t.shape[0] for key, t in adapter.others.items() if key.endswith(".weight")}
+    saved = {base_name(key): rows for key, rows in whole.items()}
     rows = saved.get(f"{names.get(id(embedding))}.weight")
     if rows is None or rows == embedding.weight.shape[0]:
         return

@@ -2,10 +2,11 @@
 
 import pytest
 from peft import get_peft_model
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import ViTForImageClassification
 
 from peft_gradinit import PiSSAConfig
 from peft_gradinit.records import base_class
+from tests.recipes.images import save_vit
 
 OF_TRANSFORMERS = "transformers.models.vit.modeling_vit"
 
@@ -14,6 +15,7 @@ OF_TRANSFORMERS = "transformers.models.vit.modeling_vit"
     ("config", "name"),
     [
         ({"task_type": "TOKEN_CLS"}, "AutoModelForTokenClassification"),
+        ({"task_type": "SEQ_CLS"}, "AutoModelForSequenceClassification"),
         ({"task_type": "FEATURE_EXTRACTION"}, "AutoModel"),
         ({"task_type": "CAUSAL_LM", "auto_mapping": {}}, "AutoModelForCausalLM"),
         (
@@ -36,19 +38,13 @@ def test_the_class_is_that_of_the_task_or_the_one_that_peft_noted(config, name):
 
 
 def test_the_card_names_the_class_of_a_model_without_a_task(tmp_path):
-    config = ViTConfig(
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        image_size=8,
-        patch_size=4,
-        num_labels=3,
+    save_vit(tmp_path / "base")
+    model = ViTForImageClassification.from_pretrained(
+        tmp_path / "base", num_labels=3, ignore_mismatched_sizes=True
     )
-    model = ViTForImageClassification(config)
     adapter = PiSSAConfig(r=2, target_modules=r".*\.(query|q_proj)", modules_to_save=["classifier"])
-    get_peft_model(model, adapter).save_pretrained(tmp_path)
-    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    get_peft_model(model, adapter).save_pretrained(tmp_path / "adapter")
+    card = (tmp_path / "adapter" / "README.md").read_text(encoding="utf-8")
     assert "from transformers import ViTForImageClassification" in card
     assert "ViTForImageClassification.from_pretrained(" in card
     assert "num_labels=3" in card
