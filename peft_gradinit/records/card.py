@@ -17,7 +17,7 @@ from safetensors import safe_open
 
 from ..files import check_is_file, whole_file
 from .hub import hub_id
-from .names import CARD, PICTURE, PROVENANCE_FILE, base_class
+from .names import CARD, PICTURE, PROVENANCE_FILE, base_class, label_count
 from .picture import draw_layers
 from .reading import read_dict
 from .report import ModuleReport, by_parameter
@@ -114,9 +114,8 @@ def _n_labels(directory: Path) -> int | None:
         return None
     check_is_file(path)
     with safe_open(path, framework="pt") as file:
-        heads = [k for k in file.keys() if "lora_" not in k and k.endswith(".weight")]  # noqa: SIM118
-        sizes = [file.get_slice(key).get_shape() for key in heads]
-    return sizes[0][0] if len(sizes) == 1 else None
+        names = [k for k in file.keys() if "lora_" not in k]  # noqa: SIM118
+        return label_count({name: file.get_slice(name).get_shape() for name in names})
 
 
 def _picture(directory: Path, facts: dict[str, Any]) -> bool:

@@ -1,6 +1,6 @@
 """Names of the files that this package writes beside an adapter of PEFT, and of what loads its base model."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 PROVENANCE_FILE = "gradinit.json"
@@ -21,6 +21,15 @@ _AUTO_CLASSES = {
     "FEATURE_EXTRACTION": "AutoModel",
 }
 
+_LAST_OF_HEADS = (
+    ".classifier.weight",
+    ".classifier.1.weight",
+    ".classifier.out_proj.weight",
+    ".classification_head.out_proj.weight",
+    ".score.weight",
+)
+"""Last layers of heads of classifiers; DistilBERT's `pre_classifier` is none."""
+
 
 def base_class(config: Mapping[str, Any]) -> str | None:
     """The class of Transformers that loads the base model of an adapter.
@@ -38,3 +47,20 @@ def base_class(config: Mapping[str, Any]) -> str | None:
     mapping = config.get("auto_mapping") or {}
     is_known = str(mapping.get("parent_library")).split(".")[0] == "transformers"
     return mapping.get("base_model_class") if is_known else None
+
+
+def label_count(shapes: Mapping[str, Sequence[int]]) -> int | None:
+    """Number of classes of the head that was trained with an adapter.
+
+    Args:
+        shapes: of what was trained in full, by name.
+
+    Returns:
+        The outputs of the head's last layer, or nothing if no head has a name that is known.
+    """
+    sizes = {
+        shape[0]
+        for name, shape in shapes.items()
+        if len(shape) > 1 and f".{name}".endswith(_LAST_OF_HEADS)
+    }
+    return sizes.pop() if len(sizes) == 1 else None

@@ -8,11 +8,8 @@ from torch import Tensor, nn
 
 from peft_gradinit.errors import AdapterError
 from peft_gradinit.recipes import ModelSection, load_model, model_config, section_of
-from peft_gradinit.records import SavedAdapter, base_class
+from peft_gradinit.records import SavedAdapter, base_class, label_count
 from peft_gradinit.starts import base_name, linear_shape, linear_weight
-
-_HEADS = ("classifier.weight", "classifier.out_proj.weight", "score.weight")
-"""What the heads of classifiers end with."""
 
 
 def model_section(name: str, adapter: SavedAdapter) -> ModelSection:
@@ -27,12 +24,11 @@ def model_section(name: str, adapter: SavedAdapter) -> ModelSection:
         The section.
     """
     named = adapter.config.base_model_name_or_path == name
-    heads = [t.shape[0] for k, t in adapter.others.items() if k.endswith(_HEADS) and t.dim() == 2]
     return section_of(
         ModelSection,
         name=name,
         revision=adapter.config.revision if named else None,
-        n_labels=heads[-1] if heads else None,
+        n_labels=label_count({name: t.shape for name, t in adapter.others.items()}),
     )
 
 

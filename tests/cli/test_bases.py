@@ -12,8 +12,14 @@ from transformers import (
     BertForMaskedLM,
     BertForTokenClassification,
     BertModel,
+    DistilBertConfig,
+    DistilBertForMaskedLM,
+    DistilBertForSequenceClassification,
     LlamaForCausalLM,
     LlamaForTokenClassification,
+    RobertaConfig,
+    RobertaForMaskedLM,
+    RobertaForSequenceClassification,
     ViTConfig,
     ViTForImageClassification,
     ViTModel,
@@ -32,6 +38,8 @@ SMALL = {
 }
 BERT = BertConfig(vocab_size=50, **SMALL)
 VIT = ViTConfig(image_size=8, patch_size=4, num_channels=1, **SMALL)
+DISTILBERT = DistilBertConfig(vocab_size=50, dim=16, hidden_dim=24, n_layers=1, n_heads=2)
+ROBERTA = RobertaConfig(vocab_size=50, pad_token_id=49, **SMALL)
 LORA = {"r": 2, "lora_alpha": 4}
 IDS = {"input_ids": torch.arange(6).view(1, 6)}
 IMAGE = {"pixel_values": torch.linspace(-1, 1, 64).view(1, 1, 8, 8)}
@@ -47,6 +55,14 @@ CASES = {
     "features": (
         *(lambda: BertModel(BERT), BertModel, IDS),
         {"task_type": "FEATURE_EXTRACTION", "target_modules": ["query"]},
+    ),
+    "classes, with a layer before the head": (
+        *(lambda: DistilBertForMaskedLM(DISTILBERT), DistilBertForSequenceClassification, IDS),
+        {"task_type": "SEQ_CLS", "target_modules": ["q_lin"]},
+    ),
+    "classes, with a head of two layers": (
+        *(lambda: RobertaForMaskedLM(ROBERTA), RobertaForSequenceClassification, IDS),
+        {"task_type": "SEQ_CLS", "target_modules": ["query"]},
     ),
     "images, without a task": (
         *(lambda: ViTModel(VIT), ViTForImageClassification, IMAGE),

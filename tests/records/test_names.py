@@ -5,7 +5,7 @@ from peft import get_peft_model
 from transformers import ViTForImageClassification
 
 from peft_gradinit import PiSSAConfig
-from peft_gradinit.records import base_class
+from peft_gradinit.records import base_class, label_count
 from tests.recipes.images import save_vit
 
 OF_TRANSFORMERS = "transformers.models.vit.modeling_vit"
@@ -35,6 +35,22 @@ OF_TRANSFORMERS = "transformers.models.vit.modeling_vit"
 )
 def test_the_class_is_that_of_the_task_or_the_one_that_peft_noted(config, name):
     assert base_class(config) == name
+
+
+@pytest.mark.parametrize(
+    ("shapes", "count"),
+    [
+        ({"base_model.model.score.weight": (3, 16)}, 3),
+        ({"classifier.weight": (3, 16), "pre_classifier.weight": (16, 16)}, 3),
+        ({"classifier.dense.weight": (16, 16), "classifier.out_proj.weight": (3, 16)}, 3),
+        ({"classifier.1.weight": (3, 16), "classifier.1.bias": (3,)}, 3),
+        ({"model.layers.0.self_attn.out_proj.weight": (16, 16)}, None),
+        ({"lm_head.weight": (50, 16)}, None),
+        ({}, None),
+    ],
+)
+def test_the_classes_are_those_of_the_last_layer_of_the_head(shapes, count):
+    assert label_count(shapes) == count
 
 
 def test_the_card_names_the_class_of_a_model_without_a_task(tmp_path):
