@@ -41,7 +41,7 @@ from ..records import (
 )
 from ..starts import GradInitConfig, SpectralConfig
 from .checks import check_base, check_truncatable
-from .merging import merged_model
+from .merging import check_mergeable, merged_model
 from .serving import check_servable, completed, served_rank, target_names
 
 if TYPE_CHECKING:
@@ -185,6 +185,21 @@ def check_directory(directory: str | os.PathLike[str], *, overwrite: bool) -> No
     """Refuse a directory that `export_adapter` would refuse, before there is an adapter."""
     check_replaceable(Path(directory), overwrite, _is_ours)
     check_writable(Path(directory).parent)
+
+
+def check_export(
+    peft_model: PeftModel,
+    target: ExportTarget,
+    rank: int | None = None,
+    adapter_name: str = "default",
+) -> None:
+    """Refuse what `export_adapter` would refuse, before an adapter is trained; arguments as there."""
+    _checked_config(peft_model, target, rank, adapter_name)
+    if target == "merged":
+        check_mergeable(peft_model.get_base_model())
+    elif target == "serving" or rank is not None:
+        entries = _saved_entries(peft_model, adapter_name, embeddings=True)
+        _truncated(peft_model, adapter_name, entries, target, rank)
 
 
 def _checked_config(

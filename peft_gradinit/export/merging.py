@@ -23,7 +23,7 @@ def merged_model(model: Any, adapter_name: str) -> PreTrainedModel:
     so they must not be written; those that wait on disk are read. Weights that its config ties and
     that differ, since the adapter has changed one or the checkpoint had two, are not tied.
     """
-    _check_mergeable(model)
+    check_mergeable(model)
     config = copy.deepcopy(model.config)
     fresh = _skeleton(model, config)
     tensors = _tensors(fresh, model, adapter_name)
@@ -41,7 +41,8 @@ def merged_model(model: Any, adapter_name: str) -> PreTrainedModel:
     return fresh.eval()
 
 
-def _check_mergeable(model: nn.Module) -> None:
+def check_mergeable(model: nn.Module) -> None:
+    """Refuse a model that cannot be written with its adapter merged."""
     if not isinstance(model, PreTrainedModel):
         raise ExportError(
             f"target='merged' writes transformers models, got a {type(model).__name__}; use "

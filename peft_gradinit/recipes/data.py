@@ -1,11 +1,9 @@
 """Rows of a dataset: read, chosen, and turned into what a model takes."""
 
 import functools
-import glob
 import re
 import warnings
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -19,17 +17,9 @@ from .preparation import prepare
 from .rows import Rows, columns_of
 from .schema import DataSection
 from .sections import Task, nearest
+from .stored import BUILDERS, read_stored
 
-_BUILDERS = {
-    ".jsonl": "json",
-    ".json": "json",
-    ".parquet": "parquet",
-    ".csv": "csv",
-    ".tsv": "csv",
-    ".txt": "text",
-}
-_ONLY = "train"
-"""The split of data without splits, as `datasets` calls it."""
+_NEW = "encoded "
 _FAILURES = (OSError, ValueError, KeyError, RuntimeError, ImportError, DatasetGenerationError)
 
 
@@ -43,18 +33,18 @@ def load_rows(section: DataSection, *, evaluation: bool = False) -> Rows:
     Returns:
         Rows as they are in the dataset.
     """
-    if section.eval_split is None:
-        rows = _chosen(_read(section.path, section.name, section.split, section), section)
-        return _held_out(rows, section, evaluation)
-    if evaluation:
+    if evaluation and section.eval_split is not None:
         path = section.eval_path or section.path
         name = section.eval_name or (section.name if section.eval_path is None else None)
         rows = _read(path, name, section.eval_split, section)
         if section.eval_path is None:
-            rows = _chosen(rows, section)
+            rows = _shuffled(_chosen(rows, section), section)
         return _first(_renamed(rows, section.eval_rename), section.n_eval)
     rows = _chosen(_read(section.path, section.name, section.split, section), section)
-    return _first(rows, section.n_train)
+    if not _streams(rows):
+        return _part_of(_shuffled(rows, section), section, evaluation)
+    part = _part_of(rows, section, evaluation)  # every epoch shuffles a stream anew
+    return part if evaluation else _shuffled(part, section)
 
 
 def encode(
@@ -93,7 +83,7 @@ def encode(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*couldn't be hashed properly.*")
         warnings.filterwarnings("ignore", message=".*longer than the specified maximum.*")
-        encoded = rows.map(encoder, remove_columns=columns, **shown).filter(_is_kept)
+        encoded = _mapped(rows, encoder, columns, **shown).filter(_is_kept)
         if task == "CAUSAL_LM" and not _is_empty(encoded):
             encoded = prepare(encoded, section, encoder.processor, options)
     if isinstance(encoded, datasets.Dataset) and _is_empty(encoded):
@@ -104,6 +94,22 @@ def encode(
     return encoded
 
 
+def _mapped(rows: Rows, encoder: Encoder, columns: list[str], **options: Any) -> Rows:
+    """What the encoder makes of the rows, in types of its own.
+
+    `datasets` keeps the type of a column that was there before: it would turn texts into the numbers or
+    dates of a column of the same name.
+    """
+    if isinstance(rows, datasets.IterableDataset):
+        return rows.map(encoder, remove_columns=columns)
+    mapped = rows.map(functools.partial(_renewed, encoder), remove_columns=columns, **options)
+    return mapped.rename_columns({name: name.removeprefix(_NEW) for name in mapped.column_names})
+
+
+def _renewed(encoder: Encoder, row: dict[str, Any]) -> dict[str, Any]:
+    return {_NEW + name: value for name, value in encoder(row).items()}
+
+
 def _read(path: str, name: str | None, split: str, section: DataSection) -> Rows:
     if path.startswith(embedded.PREFIX):
         if path not in embedded.DATA:
@@ -111,102 +117,19 @@ def _read(path: str, name: str | None, split: str, section: DataSection) -> Rows
             raise ConfigError(f"there are no data {path!r}{nearest(path, known)}; known: {known}.")
         return embedded.DATA[path](split)
     try:
-        rows = _read_stored(path, name, split, section)
-    except GradInitErrors:
+        rows = read_stored(path, name, split, section)
+    except (ConfigError, DataError):
         raise
     except _FAILURES as error:
         reason = str(error.__cause__ or error).strip().splitlines()
         raise DataError(
             f"cannot read the data {path!r} (split {split!r}): "
             f"{reason[0] if reason else repr(error)} Give a Hub name, a folder, or a file ending "
-            f"in {', '.join(_BUILDERS)}."
+            f"in {', '.join(BUILDERS)}."
         ) from error
     if _n_rows(rows) == 0:
         raise DataError(f"the data {path!r} have no row in the split {split!r}; give another one.")
     return rows
-
-
-GradInitErrors = (ConfigError, DataError)
-
-
-def _read_stored(path: str, name: str | None, split: str, section: DataSection) -> Rows:
-    place = Path(path)
-    if place.is_file():
-        if (builder := _BUILDERS.get(place.suffix.lower())) is None:
-            raise DataError(
-                f"the data file {path!r} ends in {place.suffix!r}; expected one of "
-                f"{', '.join(_BUILDERS)}."
-            )
-        if place.stat().st_size == 0:
-            raise DataError(f"the data file {path!r} is empty.")
-        tabs = place.suffix.lower() == ".tsv"
-        options: dict[str, Any] = {"delimiter": "\t"} if tabs else {}
-        files = glob.escape(str(place))  # `datasets` takes it for a pattern
-        part = _part_of_one(path, split, section)
-        rows: Any = datasets.load_dataset(builder, data_files=files, split=part, **options)
-        return rows.filter(_is_written) if builder == "text" else rows
-    if (place / "dataset_info.json").exists() or (place / "dataset_dict.json").exists():
-        stored = datasets.load_from_disk(str(place))
-        if isinstance(stored, datasets.DatasetDict):
-            return _part(stored, path, split)
-        return _part({_ONLY: stored}, path, _part_of_one(path, split, section))
-    if not place.exists() and (path.startswith((".", "/")) or place.suffix in _BUILDERS):
-        raise DataError(f"there are no data at {path!r}.")
-    return datasets.load_dataset(
-        path, name, split=split, revision=section.revision, streaming=section.streaming
-    )
-
-
-def _part_of_one(path: str, split: str, section: DataSection) -> str:
-    """What is read of a file, or of a saved dataset, whose only split is `train`.
-
-    A file of evaluation data alone may go by any name. A name that is none of the training data's is
-    refused: it would give the rows that are trained on.
-
-    Args:
-        path: the file or folder.
-        split: a name, with or without slices.
-        section: where the training data are.
-
-    Returns:
-        The same slices of `train`.
-
-    Raises:
-        DataError: if another split is asked for.
-    """
-    parts = [part.strip().partition("[") for part in split.split("+")]  # "train[:9]+train[20:]"
-    is_trained_on = Path(path).resolve() == Path(section.path).resolve()
-    if is_trained_on and any(name != _ONLY for name, *_ in parts):
-        raise DataError(
-            f"the data {path!r} have one split, {_ONLY!r}, got {split!r}. Leave the name out, or "
-            f"give slices, such as '{_ONLY}[90%:]'; to evaluate, give data.n_eval, data.eval_path, "
-            "or slices of both."
-        )
-    return "+".join("".join((_ONLY, *slices)) for _, *slices in parts)
-
-
-def _part(stored: Mapping[Any, datasets.Dataset], path: str, split: str) -> datasets.Dataset:
-    """Rows of a dataset that `save_to_disk` wrote.
-
-    Args:
-        stored: its splits.
-        path: its folder, for the error.
-        split: names with or without slices, as `datasets.load_dataset` takes them.
-
-    Returns:
-        The rows.
-
-    Raises:
-        DataError: if there is no such split.
-    """
-    lengths = {name: len(rows) for name, rows in stored.items()}
-    try:
-        parts = datasets.ReadInstruction.from_spec(split).to_absolute(lengths)
-    except (ValueError, AssertionError) as error:
-        raise DataError(f"{path!r} has the splits {sorted(stored)}, got {split!r}.") from error
-    return datasets.concatenate_datasets([
-        stored[part.splitname].select(range(part.from_, part.to)) for part in parts
-    ])
 
 
 def _chosen(rows: Rows, section: DataSection) -> Rows:
@@ -222,6 +145,10 @@ def _chosen(rows: Rows, section: DataSection) -> Rows:
             f"none of the rows of {section.path!r} matches data.where={section.where}; each is a "
             "column, and a regular expression that matches somewhere in it."
         )
+    return rows
+
+
+def _shuffled(rows: Rows, section: DataSection) -> Rows:
     return rows if section.shuffle_seed is None else rows.shuffle(seed=section.shuffle_seed)
 
 
@@ -252,8 +179,8 @@ def _matches(row: dict[str, Any], *, column: str, pattern: str) -> bool:
     return row[column] is not None and re.search(pattern, str(row[column])) is not None
 
 
-def _held_out(rows: Rows, section: DataSection, evaluation: bool) -> Rows:
-    """The first `n_eval` rows, to evaluate on, or all others.
+def _part_of(rows: Rows, section: DataSection, evaluation: bool) -> Rows:
+    """The first `n_eval` rows, to evaluate on, if there are no others for that; or those to train on.
 
     Args:
         rows: all of them.
@@ -267,6 +194,8 @@ def _held_out(rows: Rows, section: DataSection, evaluation: bool) -> Rows:
         ConfigError: if there are none to evaluate on.
         DataError: if there are none to train on.
     """
+    if section.eval_split is not None:
+        return _first(rows, section.n_train)
     n, n_rows = section.n_eval or 0, _n_rows(rows)
     if n_rows is not None and n >= n_rows:
         raise DataError(
@@ -295,12 +224,7 @@ def _n_rows(rows: Rows) -> int | None:
 
 def _is_kept(row: dict[str, Any]) -> bool:
     whole = row.get("completion", "") is not None and row.get("input_ids", [0]) != []
-    return whole and _is_written(row)
-
-
-def _is_written(row: dict[str, Any]) -> bool:
-    """Whether a row of text has any: blank lines of a file separate texts."""
-    return row.get("text", ".").strip() != ""
+    return whole and row.get("text", ".").strip() != ""
 
 
 def _is_empty(rows: Rows) -> bool:

@@ -1,5 +1,6 @@
 """One row of a dataset: for TRL as texts or chats, else as tokens or pixels with their label."""
 
+import functools
 import re
 from collections.abc import Callable, Mapping
 from string import Formatter
@@ -10,11 +11,13 @@ from .chats import as_messages, of_chat, prompt_turns, template_options, with_te
 from .schema import DataSection
 from .sections import CLASSIFIED, Task, nearest
 
+_NO_LOSS = -100
+"""What the losses of Transformers leave out."""
+
 _EMPTY: dict[str, list[int]] = {"input_ids": [], "attention_mask": [], "labels": []}
 """What a dropped row becomes."""
 
 _CHATS = ("messages", "conversations", "conversation")
-_TEXTS = ("text", "sentence", "content")
 
 
 class Encoder:
@@ -75,7 +78,8 @@ class Encoder:
                 **template_options(row),
             )["input_ids"]
         elif self.task == "SEQ_2_SEQ_LM":
-            ids = list(self.processor(str(prompt))["input_ids"])
+            length = self.section.length
+            ids = list(self.processor(str(prompt), truncation=True, max_length=length)["input_ids"])
         else:
             ids = self._ids(str(prompt).rstrip(" "))
         return ids[: self.section.length]
@@ -94,28 +98,44 @@ class Encoder:
             A method.
 
         Raises:
+            ConfigError: if the section says what cannot be heeded, or two things of one.
             DataError: if neither tells.
         """
+        by_task = {
+            "IMAGE_CLS": self._image,
+            "SEQ_CLS": self._classified,
+            "SEQ_2_SEQ_LM": self._pair_of_texts,
+            "PREFERENCE": self._preferred,
+        }
+        encode = by_task.get(self.task) or self._of_causal()
+        if self.section.completion_keep and encode not in (self._pair_of_texts, self._prompted):
+            raise ConfigError(
+                "data.completion_keep is for prompts and completions, and these rows are read as others "
+                "are; leave it out."
+            )
+        if self.section.drop_longer and self.task in ("IMAGE_CLS", "PREFERENCE"):
+            raise ConfigError(
+                f"data.drop_longer cannot be heeded for {self.task}, whose rows are not tokenised here; "
+                "leave it out."
+            )
+        return encode
+
+    def _of_causal(self) -> Any:
+        """What the section says, else what the columns are called."""
         section, columns = self.section, self.columns
-        if self.task == "IMAGE_CLS":
-            return self._image
-        if self.task == "SEQ_CLS":
-            return self._classified
-        if self.task == "SEQ_2_SEQ_LM":
-            return self._pair_of_texts
-        if self.task == "PREFERENCE":
-            return self._preferred
-        if section.prompt or section.completion or {"prompt", "completion"} <= set(columns):
+        pair = [name for name in ("prompt", "completion") if getattr(section, name)]
+        said = [*pair[:1], *(name for name in ("messages", "text") if getattr(section, name))]
+        if len(said) > 1:
+            raise ConfigError(
+                f"data.{said[0]} and data.{said[1]} both say what to read; leave one of them out."
+            )
+        if pair or (not said and {"prompt", "completion"} <= set(columns)):
             return self._prompted
         chat = section.messages or next((c for c in _CHATS if c in columns), None)
         if chat is not None and section.text is None:
-            return lambda row: {
-                "messages": self._messages(self._value(row, chat)),
-                **of_chat(row),
-            }
-        text = section.text or next((c for c in _TEXTS if c in columns), None)
-        if text is not None:
-            return lambda row: {"text": str(self._value(row, text))}
+            return functools.partial(self._chat, chat)
+        if section.text is not None or "text" in columns:
+            return self._text
         if "input_ids" in columns:
             return self._tokens
         raise DataError(
@@ -124,16 +144,37 @@ class Encoder:
             "answer, model.task: PREFERENCE."
         )
 
+    def _chat(self, column: str, row: Mapping[str, Any]) -> dict[str, Any]:
+        return {"messages": self._messages(self._value(row, column)), **of_chat(row)}
+
+    def _text(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        return {"text": str(self._value(row, self.section.text or "text"))}
+
     def _tokens(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """Tokens that are there already; masks of TRL's names say which of them carry loss."""
         ids = list(row["input_ids"])
-        return {"input_ids": ids, "labels": list(row.get("labels", ids))}
+        labels = list(row.get("labels") or ids)
+        masks = ["assistant_masks"] + ([] if self.section.loss_on_prompt else ["completion_mask"])
+        real = row.get("attention_mask") or [1] * len(ids)
+        given = [row[name] for name in masks if row.get(name)]
+        if any(len(other) != len(ids) for other in (labels, real, *given)):
+            raise DataError(
+                "a row has other numbers of labels or of entries in its masks than of input_ids, of which "
+                f"it has {len(ids)}; tokenise it again."
+            )
+        for mask in given:
+            labels = [
+                label if keeps else _NO_LOSS for label, keeps in zip(labels, mask, strict=True)
+            ]
+        kept = [i for i, is_real in enumerate(real) if is_real]
+        return {"input_ids": [ids[i] for i in kept], "labels": [labels[i] for i in kept]}
 
     def _prompted(self, row: Mapping[str, Any]) -> dict[str, Any]:
         prompt = self._value(row, self.section.prompt or "prompt")
         completion = self._value(row, self.section.completion or "completion")
         if isinstance(prompt, list):
-            chats = {"prompt": self._messages(prompt), "completion": self._messages(completion)}
-            return {**chats, **of_chat(row)}
+            answer = self._kept_turns(self._messages(completion))
+            return {"prompt": self._messages(prompt), "completion": answer, **of_chat(row)}
         kept, start = self._kept(str(completion)), str(prompt).rstrip(" ")
         gap = str(prompt)[len(start) :]  # tokenizers make it the beginning of the next word
         return {"prompt": start, "completion": kept if kept is None else gap + kept}
@@ -171,22 +212,26 @@ class Encoder:
         if kept is None:
             return dict(_EMPTY)
         prompt = str(self._value(row, self.section.prompt or "prompt"))
-        length = self.section.length
-        encoded = self.processor(prompt, truncation=True, max_length=length)
-        target = self.processor(text_target=kept, truncation=True, max_length=length)
+        encoded, target = self._tokenised(prompt), self._tokenised(text_target=kept)
         return {
-            "input_ids": encoded["input_ids"],
+            "input_ids": encoded["input_ids"] if target["input_ids"] else [],
             "attention_mask": encoded["attention_mask"],
             "labels": target["input_ids"],
         }
 
     def _classified(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        name = self.section.text or next((c for c in _TEXTS if c in self.columns), "text")
-        texts = [str(self._value(row, name))]
+        texts = [str(self._value(row, self.section.text or "text"))]
         if self.section.pair is not None:
             texts.append(str(self._value(row, self.section.pair)))
-        encoded = self.processor(*texts, truncation=True, max_length=self.section.length)
-        return {**encoded, "labels": self._label(row)}
+        return {**self._tokenised(*texts), "labels": self._label(row)}
+
+    def _tokenised(self, *texts: str, **target: str) -> dict[str, Any]:
+        """Tokens of texts, cut to the length; none if they are to be dropped instead."""
+        cut, length = not self.section.drop_longer, self.section.length
+        encoded = dict(self.processor(*texts, **target, truncation=cut, max_length=length))
+        if len(encoded["input_ids"]) > length:
+            encoded["input_ids"] = []
+        return encoded
 
     def _image(self, row: Mapping[str, Any]) -> dict[str, Any]:
         name = self.section.image or "image"
@@ -230,7 +275,7 @@ class Encoder:
             hint = nearest(missing[0], self.columns)
             raise DataError(
                 f"the template {source!r} asks for the column {missing[0]!r}{hint}; the columns "
-                f"are {self.columns}."
+                f"are {self.columns}. Braces that are to stay are written twice: {{{{ and }}}}."
             )
         if not fields:
             raise DataError(
@@ -246,6 +291,13 @@ class Encoder:
         found = re.search(self.section.completion_keep, completion)
         return found.group(1) if found else None
 
+    def _kept_turns(self, turns: list[dict[str, Any]]) -> list[dict[str, Any]] | None:
+        """A completion that is a chat: what is kept of its last turn."""
+        if self.section.completion_keep is None:
+            return turns
+        kept = self._kept(str(turns[-1]["content"]))
+        return None if kept is None else [*turns[:-1], {**turns[-1], "content": kept}]
+
     def _ids(self, text: str) -> list[int]:
         ids = list(self.processor(text)["input_ids"])
         return ids[:-1] if ids and ids[-1] == self.processor.eos_token_id else ids
@@ -256,7 +308,7 @@ def _check_filled(row: Mapping[str, Any], columns: list[str]) -> None:
         if row[column] is None:
             raise DataError(
                 f"the column {column!r} is empty in a row; filter such rows out first (data.where: "
-                f"{{{column}: .}} in a recipe)."
+                f"{{{column}: .}} in a recipe does so for data.path, not for data.eval_path)."
             )
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, PeftType, get_peft_model
 from torch import nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
@@ -14,11 +14,11 @@ from transformers.trainer_utils import get_last_checkpoint
 from ..analysis import check_available, draw_losses, is_available
 from ..calibration import DEFERRED
 from ..errors import ConfigError, warn
-from ..export import export_adapter
+from ..export import ExportTarget, check_export, export_adapter
 from ..files import check_writable, write_json
 from ..layouts import process_state
 from ..methods import METHODS
-from ..records import unsaved
+from ..records import PROVENANCE_FILE, read_provenance, unsaved
 from ..tuners import load_for_training
 from .data import load_rows
 from .evaluation import check_evaluation, evaluate_model
@@ -27,6 +27,7 @@ from .models import drawn_modules
 from .publishing import make_repository, publish
 from .reading import Reader
 from .schema import MethodSection, Recipe
+from .sections import Task
 from .trainers import Inputs, arguments_of, preparation_of, trainer_of
 
 RESULTS, PICTURE = "results.json", "loss.png"
@@ -59,10 +60,13 @@ def finetune(recipe: Recipe) -> dict[str, Any]:
     if recipe.model.quantization is None:
         model.to(state.device)
     trainer = _trainer(model, recipe, inputs, arguments, checkpoint)
+    adapted: Any = trainer.model
+    for target, rank in _exports(recipe):
+        check_export(adapted, target, rank)
     trainer.train(resume_from_checkpoint=checkpoint)
     trained: Any = trainer.accelerator.unwrap_model(trainer.model)
     if state.is_main_process:
-        _write(trained, recipe, inputs)
+        _write(trained, output / "adapter", inputs.reader.processor)
     state.wait_for_everyone()
     metrics = {}
     if inputs.evaluation_rows is not None:
@@ -72,6 +76,8 @@ def finetune(recipe: Recipe) -> dict[str, Any]:
         write_json(output / RESULTS, results)
         if draws:
             draw_losses(_curves(results, baselines), output / PICTURE)
+        for target, rank in _exports(recipe):
+            export_adapter(trained, output / target, target, rank, overwrite=True)
         if recipe.push is not None:
             publish(trained, recipe.push, output / "adapter")
     state.wait_for_everyone()
@@ -109,13 +115,12 @@ def _trainer(
     itself, since one that is there already becomes the reference of TRL, also if it was trained; and
     the start is computed in training, from the loss of pairs.
     """
+    if checkpoint is not None:
+        _check_continues(model, recipe.method, inputs.reader.task, checkpoint)
     if inputs.reader.task == "PREFERENCE":
         return trainer_of(model, recipe, inputs, arguments, _preference_config(recipe))
     if checkpoint is not None and recipe.method.name in {m.name for m in METHODS}:
-        wanted = adapter_config(recipe.method, inputs.reader.task, "unused", drawn_modules(model))
-        resumed = load_for_training(model, checkpoint)
-        _check_continues(resumed.peft_config["default"], wanted, recipe.method, checkpoint)
-        return trainer_of(resumed, recipe, inputs, arguments)
+        return trainer_of(load_for_training(model, checkpoint), recipe, inputs, arguments)
     calibration = calibration_of(
         inputs.train,
         recipe.calibration,
@@ -127,33 +132,52 @@ def _trainer(
     return trainer_of(get_peft_model(model, config), recipe, inputs, arguments)
 
 
-def _check_continues(
-    kept: PeftConfig, wanted: PeftConfig, method: MethodSection, checkpoint: str
-) -> None:
+def _check_continues(model: nn.Module, method: MethodSection, task: Task, checkpoint: str) -> None:
     """Refuse a checkpoint of another adapter, which would be trained on under this one's name.
 
     Args:
-        kept: the config of the checkpoint.
-        wanted: that of the recipe.
+        model: the base.
         method: what the recipe says.
+        task: what the model is for.
         checkpoint: where it is.
 
     Raises:
         ConfigError: naming what differs.
     """
-    names = ["r", "use_rslora", *method.options]
-    names += [] if method.lora_alpha is None else ["lora_alpha"]
-    names += ["target_modules"] if isinstance(method.target_modules, list) else []
-    pairs = {name: (getattr(kept, name, None), getattr(wanted, name, None)) for name in names}
-    if kept.peft_type != wanted.peft_type:
-        kind = getattr(kept.peft_type, "value", kept.peft_type)
-        pairs = {"name": (str(kind).lower(), method.name)}
+    if (Path(checkpoint) / PROVENANCE_FILE).exists():
+        kept = read_provenance(checkpoint)["config"]
+    else:
+        kept = PeftConfig.from_pretrained(checkpoint).to_dict()
+    wanted = adapter_config(method, task, "unused").to_dict()
+    names = ["r", "lora_alpha", "use_rslora", "use_dora", *method.options]
+    pairs = {name: (_listed(kept.get(name)), _listed(wanted.get(name))) for name in names}
+    if isinstance(method.target_modules, list):  # PEFT shortens long lists
+        before, now = (_layers(model, config["target_modules"]) for config in (kept, wanted))
+        if before != now:
+            pairs["target_modules"] = _listed(kept["target_modules"]), method.target_modules
+    kinds = tuple(PeftType(config["peft_type"]).value for config in (kept, wanted))
+    if kinds[0] != kinds[1]:
+        pairs = {"name": (kinds[0].lower(), method.name)}
     changed = [f"{name}={old!r} (now {new!r})" for name, (old, new) in pairs.items() if old != new]
     if changed:
         raise ConfigError(
             f"the checkpoint {checkpoint!r} is of a run with method.{', method.'.join(changed)}; put the "
             "recipe back to continue it, or give another output to begin."
         )
+
+
+def _listed(value: Any) -> Any:
+    if isinstance(value, set | frozenset):
+        return sorted(value)
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _layers(model: nn.Module, targets: Any) -> Any:
+    """The layers that a list of names means."""
+    if isinstance(targets, str) or targets is None:
+        return targets
+    ends = tuple(f".{target}" for target in targets)
+    return {name for name, _ in model.named_modules() if f".{name}".endswith(ends)}
 
 
 def _preference_config(recipe: Recipe) -> PeftConfig:
@@ -230,16 +254,21 @@ def _peak_rate(trainer: Trainer) -> float:
     return optimizer.param_groups[0].get("initial_lr", trainer.args.learning_rate)
 
 
-def _write(model: PeftModel, recipe: Recipe, inputs: Inputs) -> None:
-    output = Path(recipe.output)
-    unsaved(output / "adapter")
-    model.save_pretrained(str(output / "adapter"))
-    if hasattr(inputs.reader.processor, "save_pretrained"):
-        inputs.reader.processor.save_pretrained(str(output / "adapter"))
-    for target in recipe.export.targets:
-        if target != "peft" or recipe.export.rank is not None:
-            rank = recipe.export.rank if target != "merged" else None
-            export_adapter(model, output / target, target, rank, overwrite=True)
+def _write(model: PeftModel, folder: Path, processor: Any) -> None:
+    unsaved(folder)
+    model.save_pretrained(str(folder))
+    if hasattr(processor, "save_pretrained"):
+        processor.save_pretrained(str(folder))
+
+
+def _exports(recipe: Recipe) -> list[tuple[ExportTarget, int | None]]:
+    """Forms and ranks of what is written beside the adapter itself."""
+    rank = recipe.export.rank
+    return [
+        (target, rank if target != "merged" else None)
+        for target in recipe.export.targets
+        if target != "peft" or rank is not None
+    ]
 
 
 def _draws(recipe: Recipe) -> bool:

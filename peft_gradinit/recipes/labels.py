@@ -125,12 +125,17 @@ def labels_of(rows: Rows, section: DataSection, config: Any, n_labels: int | Non
         The labels.
 
     Raises:
-        ConfigError: if another number of classes was asked for.
+        ConfigError: if another number of outputs was asked for.
         DataError: if there is one class only.
     """
     column = section.label or "label"
     _check_column(rows, column)
     if section.label_kind == "number" or (section.label_kind is None and n_labels == 1):
+        if n_labels not in (None, 1):
+            raise ConfigError(
+                f"data.label_kind='number' takes one output, got model.n_labels={n_labels}; leave one "
+                "of them out."
+            )
         return Numbers(column)
     classes = _classes(rows, column, section, config, n_labels)
     if n_labels is not None and len(classes.names) != n_labels:

@@ -186,8 +186,9 @@ def load_processor(section: ModelSection) -> Any:
         return embedded.pico_tokenizer()
     name = section.tokenizer or section.name
     auto = AutoImageProcessor if task_of(section) == "IMAGE_CLS" else AutoTokenizer
+    revision = section.revision if name == section.name else None
     try:
-        processor = auto.from_pretrained(_location(name), revision=section.revision)
+        processor = auto.from_pretrained(_location(name), revision=revision)
     except _FAILURES as error:
         raise ConfigError(_unloadable("tokenizer or image processor of", name, error)) from error
     if auto is AutoTokenizer:

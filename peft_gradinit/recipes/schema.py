@@ -94,13 +94,16 @@ class DataSection(Section):
     )
     streaming: bool = Field(default=False, description="Read a Hub dataset without downloading it.")
     shuffle_seed: int | None = Field(
-        default=None, description="Shuffle the rows first; default: as they are."
+        default=None,
+        description="Shuffle the rows first, those of a stream after the choice; default: as they are.",
     )
     where: dict[str, Pattern] = Field(
         default={},
         description="Keep rows of `path` whose column matches a regular expression somewhere.",
     )
-    text: str | None = Field(default=None, description="All of it carries loss; or is classified.")
+    text: str | None = Field(
+        default=None, description="All of it carries loss; or is classified; default: `text`."
+    )
     pair: str | None = Field(default=None, description="Second text of a classified pair.")
     prompt: str | None = Field(default=None, description="Carries no loss.")
     completion: str | None = Field(default=None, description="Carries the loss.")
@@ -111,8 +114,8 @@ class DataSection(Section):
     rejected: str | None = Field(default=None, description="The other one; default: `rejected`.")
     completion_keep: Group | None = Field(
         default=None,
-        description="Regular expression whose first group is kept of the completion; rows without "
-        "a match are dropped.",
+        description="Regular expression whose first group is kept of the completion (of a chat: of its "
+        "last turn); rows without a match are dropped.",
     )
     messages: str | None = Field(
         default=None, description="Column of chats, put through the chat template."

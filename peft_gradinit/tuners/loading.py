@@ -304,5 +304,6 @@ def _check_base(
         if (want := stored["weights"].get(name)) != got:
             raise FingerprintError(
                 f"the adapter in {str(directory)!r} was made on another base model: {name} has "
-                f"hash {want} there and {got} here; load that base, or pass allow_mismatch=True."
+                f"hash {want} there and {got} here; load that base. In Python, load_for_training(..., "
+                "allow_mismatch=True) loads it onto this one."
             )

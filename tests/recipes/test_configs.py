@@ -171,6 +171,8 @@ def test_overrides_are_yaml_and_the_last_one_wins():
     ("text", "message"),
     [
         ("a: [", "is not YAML"),
+        ("method: {r: 4}\nmethod: {r: 8}\n", r"the key 'method' is there twice"),
+        ("method: {name: lora, r: 4, r: 8}\n", r"the key 'r' is there twice"),
         ("just text", "holds str where keys and values are expected"),
         (None, "there is no recipe .*give a file"),
     ],

@@ -434,3 +434,4 @@ def test_prompts_of_an_encoder_keep_their_end():
     encoder = Encoder(section(max_length=4), "SEQ_2_SEQ_LM", with_ends(TOKENIZER), ["prompt"])
     assert encoder.prompt({"prompt": "a"})[-1] == TOKENIZER.eos_token_id
     assert len(encoder.prompt({"prompt": "a long one " * 9})) == 4
+    assert encoder.prompt({"prompt": "a long one " * 9})[-1] == TOKENIZER.eos_token_id

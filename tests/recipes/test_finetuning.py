@@ -16,10 +16,11 @@ import torch
 import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
+from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration, ViTForImageClassification
 
 from peft_gradinit import suggest_learning_rate
-from peft_gradinit.errors import ConfigError, DataError, OutputError
+from peft_gradinit.errors import ConfigError, DataError, ExportError, OutputError
 from peft_gradinit.recipes import (
     ModelSection,
     finetune,
@@ -237,11 +238,58 @@ def test_resuming_another_adapter_is_refused(tmp_path):
         "method.name=lora_ga": r"method\.name='lora_one' \(now 'lora_ga'\)",
         "method.r=4": r"method\.r=8 \(now 4\)",
         "method.options={use_dora: true}": r"method\.use_dora=False \(now True\)",
-        "method.target_modules=[q_proj]": r"method\.target_modules=\{",
+        "method.target_modules=[q_proj]": r"method\.target_modules=\['q_proj', 'v_proj'\] \(now \['q_proj'\]\)",
     }.items():
         with pytest.raises(ConfigError, match=f"is of a run with {said}"):
             run(PICO, tmp_path / "out", *more, change)
     assert len(run(PICO, tmp_path / "out", *more)["losses"]) == 2
+
+
+def test_resuming_another_plain_lora_is_refused(tmp_path):
+    lora = ("method.name=lora", "method.options={}", "evaluation.metrics=[]")
+    more = (*lora, "training.save_steps=1", "training.resume_from_checkpoint=true")
+    run(PICO, tmp_path / "out", *more[:-1], "training.max_steps=1", "method.lora_alpha=64")
+    more += ("training.max_steps=2",)
+    for change, said in {
+        "method.lora_alpha=4": r"method\.lora_alpha=64.* \(now 4",
+        "method.r=4": r"method\.r=8 \(now 4\), method\.lora_alpha=64",
+        "method.name=lora_one": r"method\.name='lora' \(now 'lora_one'\)",
+    }.items():
+        with pytest.raises(ConfigError, match=f"is of a run with {said}"):
+            run(PICO, tmp_path / "out", *more, change)
+    assert len(run(PICO, tmp_path / "out", *more, "method.lora_alpha=64")["losses"]) == 2
+
+
+def test_resuming_a_long_list_of_layers(tmp_path):
+    """PEFT shortens lists of twenty names and more, where no other layer ends like them."""
+    recipe = load_recipe(PICO, [])
+    linear = [n for n, m in load_model(recipe.model).named_modules() if isinstance(m, nn.Linear)]
+    kinds = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    targets = [name for name in linear if name.endswith(kinds)]
+    assert len(targets) >= 20
+    more = (f"method.target_modules={targets}", "evaluation.metrics=[]", "training.save_steps=1")
+    run(PICO, tmp_path / "out", *more, "training.max_steps=1")
+    saved = tmp_path / "out/checkpoints/checkpoint-1/gradinit.json"
+    assert len(json.loads(saved.read_text())["config"]["target_modules"]) == len(kinds)
+    more += ("training.max_steps=2", "training.resume_from_checkpoint=true")
+    assert len(run(PICO, tmp_path / "out", *more)["losses"]) == 2
+
+
+def test_an_impossible_export_is_refused_before_training(tmp_path):
+    more = ("method.name=lora", "method.options={use_dora: true}", "export.targets=[serving]")
+    with pytest.raises(ExportError, match="servers do not know DoRA"):
+        run(PICO, tmp_path / "out", *more)
+    assert not (tmp_path / "out" / "adapter").exists()
+
+
+def test_an_export_that_fails_loses_no_results(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise ExportError("the disk is full")
+
+    monkeypatch.setattr("peft_gradinit.recipes.finetuning.export_adapter", fail)
+    with pytest.raises(ExportError, match="the disk is full"):
+        run(PICO, tmp_path / "out", "export.targets=[merged]")
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["losses"]
 
 
 def test_resuming_without_a_checkpoint_is_refused(tmp_path):

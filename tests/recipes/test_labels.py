@@ -204,3 +204,8 @@ def test_many_classes_are_not_all_listed():
 def test_a_classifier_is_not_encoded_without_its_classes():
     with pytest.raises(ConfigError, match=r"SEQ_CLS needs to know the classes; pass labels="):
         encoded([0], None)
+
+
+def test_numbers_with_several_outputs_are_refused():
+    with pytest.raises(ConfigError, match=r"'number' takes one output, got model\.n_labels=3"):
+        labels([0.5, 1.5], n_labels=3, label_kind="number")

@@ -1,0 +1,221 @@
+"""Data as they are stored: a file, a dataset that was saved, a dataset of the Hub.
+
+What a file has as text stays the text that it is: no column is read as numbers or dates because its
+values look like some. Only labels are, since classes and quantities are no text.
+"""
+
+import contextlib
+import glob
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pandas as pd
+import pyarrow as pa
+
+from ..errors import DataError
+from .rows import Rows
+from .schema import DataSection
+
+BUILDERS = {
+    ".jsonl": "json",
+    ".json": "json",
+    ".parquet": "parquet",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".txt": "text",
+}
+"""What `datasets` calls the kinds of files, by how their names end."""
+_ONLY = "train"
+"""The split of data without splits, as `datasets` calls it."""
+_AS_WRITTEN: dict[str, Any] = {"keep_default_na": False, "na_values": [""]}
+"""Options of pandas: an empty cell alone is empty, and `NA` or `None` is a word."""
+
+
+def read_stored(path: str, name: str | None, split: str, section: DataSection) -> Rows:
+    """Read rows from where they are.
+
+    Args:
+        path: a file, a folder, or a Hub name.
+        name: of a configuration of a dataset.
+        split: names with or without slices, as `datasets.load_dataset` takes them.
+        section: which column holds labels, the revision, and where the training data are.
+
+    Returns:
+        The rows.
+
+    Raises:
+        DataError: if there are none.
+    """
+    place = Path(path)
+    if place.is_file():
+        return _read_file(place, _part_of_one(path, split, section), section)
+    if (place / "dataset_info.json").exists() or (place / "dataset_dict.json").exists():
+        stored = datasets.load_from_disk(str(place))
+        if isinstance(stored, datasets.DatasetDict):
+            return _part(stored, path, split)
+        return _part({_ONLY: stored}, path, _part_of_one(path, split, section))
+    if not place.exists() and (path.startswith((".", "/")) or place.suffix in BUILDERS):
+        raise DataError(f"there are no data at {path!r}.")
+    revision = section.revision if path == section.path else None
+    return datasets.load_dataset(
+        path, name, split=split, revision=revision, streaming=section.streaming
+    )
+
+
+def _read_file(place: Path, part: str, section: DataSection) -> datasets.Dataset:
+    if (builder := BUILDERS.get(place.suffix.lower())) is None:
+        raise DataError(
+            f"the data file {str(place)!r} ends in {place.suffix!r}; expected one of "
+            f"{', '.join(BUILDERS)}."
+        )
+    if place.stat().st_size == 0:
+        raise DataError(f"the data file {str(place)!r} is empty.")
+    options = _options_of_csv(place) if builder == "csv" else {}
+    files = glob.escape(str(place))  # `datasets` takes it for a pattern
+    rows: Any = datasets.load_dataset(builder, data_files=files, split=_ONLY, **options)
+    if builder == "csv":
+        rows = _with_labels(rows, section)
+    elif builder == "json" and (features := _without_dates(rows.features)) != rows.features:
+        rows = _of_json(place, features)
+    rows = _part({_ONLY: rows}, str(place), part)
+    return rows.filter(_is_written) if builder == "text" else rows
+
+
+def _is_written(row: Mapping[str, Any]) -> bool:
+    """Blank lines of a file of text separate texts."""
+    return row["text"].strip() != ""
+
+
+# Tables of text ---------------------------------------------------------------------------------
+
+
+def _options_of_csv(place: Path) -> dict[str, Any]:
+    """Options by which `datasets` reads all columns as text."""
+    options = {"sep": "\t" if place.suffix.lower() == ".tsv" else ",", **_AS_WRITTEN}
+    names = pd.read_csv(place, nrows=0, **options).columns
+    features = datasets.Features({str(name): datasets.Value("string") for name in names})
+    return {**options, "features": features}
+
+
+def _with_labels(rows: datasets.Dataset, section: DataSection) -> datasets.Dataset:
+    """The rows with labels as numbers, if all of a column are."""
+    label = section.label or "label"
+    named = {label, *(old for old, new in section.eval_rename.items() if new == label)}
+    for column in named & set(rows.column_names):
+        rows = rows.cast_column(column, datasets.Value(_kind_of(rows.data.column(column))))
+    return rows
+
+
+def _kind_of(cells: pa.ChunkedArray) -> str:
+    for kind in ("int64", "float64", "bool"):
+        with contextlib.suppress(pa.ArrowInvalid):
+            cells.cast(kind)
+            return kind
+    return "string"
+
+
+# JSON -------------------------------------------------------------------------------------------
+
+
+def _without_dates(features: datasets.Features) -> datasets.Features:
+    """The same columns with text where `datasets` has made dates of it, which JSON does not have."""
+    kinds = {name: _of_text(kind) for name, kind in _arrow_types(features)}
+    if kinds == dict(_arrow_types(features)):
+        return features
+    return datasets.Features.from_arrow_schema(pa.schema(list(kinds.items())))
+
+
+def _arrow_types(features: datasets.Features) -> Iterator[tuple[str, pa.DataType]]:
+    return ((field.name, field.type) for field in features.arrow_schema)
+
+
+def _of_text(kind: pa.DataType) -> pa.DataType:
+    if pa.types.is_temporal(kind):
+        return pa.string()
+    if pa.types.is_struct(kind):
+        return pa.struct([pa.field(field.name, _of_text(field.type)) for field in kind])
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return pa.list_(_of_text(kind.value_type))
+    return kind
+
+
+def _of_json(place: Path, features: datasets.Features) -> datasets.Dataset:
+    # By these arguments `datasets` knows what it has read before. It would take a list for shards.
+    changed = place.stat().st_mtime_ns
+    names = {"path": str(place), "columns": tuple(features), "changed": changed}
+    rows: Any = datasets.Dataset.from_generator(_entries, features, gen_kwargs=names)
+    return rows
+
+
+def _entries(path: str, columns: tuple[str, ...], changed: int) -> Iterator[dict[str, Any]]:
+    """Objects of a file: those of a list, or one after the other."""
+    text, decoder = Path(path).read_text(encoding="utf-8-sig"), json.JSONDecoder()
+    at = _after_space(text, 0)
+    while at < len(text):
+        value, end = decoder.raw_decode(text, at)
+        for entry in value if isinstance(value, list) else [value]:
+            yield {name: entry.get(name) for name in columns}
+        at = _after_space(text, end)
+
+
+def _after_space(text: str, at: int) -> int:
+    return re.compile(r"\s*").match(text, at).end()  # pyright: ignore[reportOptionalMemberAccess]
+
+
+# Splits -----------------------------------------------------------------------------------------
+
+
+def _part_of_one(path: str, split: str, section: DataSection) -> str:
+    """What is read of a file, or of a saved dataset, whose only split is `train`.
+
+    A file of evaluation data alone may go by any name. A name that is none of the training data's is
+    refused: it would give the rows that are trained on.
+
+    Args:
+        path: the file or folder.
+        split: a name, with or without slices.
+        section: where the training data are.
+
+    Returns:
+        The same slices of `train`.
+
+    Raises:
+        DataError: if another split is asked for.
+    """
+    parts = [part.strip().partition("[") for part in split.split("+")]  # "train[:9]+train[20:]"
+    is_trained_on = Path(path).resolve() == Path(section.path).resolve()
+    if is_trained_on and any(name != _ONLY for name, *_ in parts):
+        raise DataError(
+            f"the data {path!r} have one split, {_ONLY!r}, got {split!r}. Leave the name out, or "
+            f"give slices, such as '{_ONLY}[90%:]'; to evaluate, give data.n_eval, data.eval_path, "
+            "or slices of both."
+        )
+    return "+".join("".join((_ONLY, *slices)) for _, *slices in parts)
+
+
+def _part(stored: Mapping[Any, datasets.Dataset], path: str, split: str) -> datasets.Dataset:
+    """Rows of a dataset that `save_to_disk` wrote.
+
+    Args:
+        stored: its splits.
+        path: its folder, for the error.
+        split: names with or without slices, as `datasets.load_dataset` takes them.
+
+    Returns:
+        The rows.
+
+    Raises:
+        DataError: if there is no such split.
+    """
+    lengths = {name: len(rows) for name, rows in stored.items()}
+    try:
+        parts = datasets.ReadInstruction.from_spec(split).to_absolute(lengths)
+    except (ValueError, AssertionError) as error:
+        raise DataError(f"{path!r} has the splits {sorted(stored)}, got {split!r}.") from error
+    return datasets.concatenate_datasets([
+        stored[part.splitname].select(range(part.from_, part.to)) for part in parts
+    ])
