@@ -1,5 +1,6 @@
 """Pictures show what they were given."""
 
+import dataclasses
 import re
 
 import pytest
@@ -12,6 +13,7 @@ from peft_gradinit.analysis.plots import (
     draw_losses,
     draw_rank_map,
     draw_spectra,
+    places_of,
 )
 from peft_gradinit.errors import ConfigError
 from peft_gradinit.records import read_adapter
@@ -54,6 +56,35 @@ def test_encoders_and_decoders_are_told_apart(tmp_path, figures):
     draw_rank_map(ranks, tmp_path / "map.png")
     rows = [t.get_text() for t in figures[0].axes[0].get_yticklabels()]
     assert rows == ["encoder layer.0.q", "decoder layer.0.q"]
+
+
+@pytest.mark.parametrize(
+    ("names", "rows"),
+    [
+        (
+            ["model.encoder.layers.0.fc1", "model.decoder.layers.0.fc1"],
+            ["encoder fc1", "decoder fc1"],
+        ),
+        (
+            ["vision_model.encoder.layers.0.fc1", "text_model.encoder.layers.0.fc1", "head"],
+            ["vision_model fc1", "text_model fc1", "head"],
+        ),
+        (["visual.blocks.0.fc1", "layers.0.fc1"], ["visual.blocks fc1", "layers fc1"]),
+        (["layers.0", "layers.1"], ["layers"]),
+        (["model.layers.0.experts.3.up"], ["experts.3.up"]),
+    ],
+)
+def test_stacks_of_blocks_are_told_apart_by_where_they_differ(names, rows):
+    assert list(dict.fromkeys(kind for _, kind in places_of(names).values())) == rows
+
+
+def test_no_angles_are_no_picture(tmp_path):
+    pair = [read_adapter(saved_lora(tmp_path / str(s), seed=s, steps=0)) for s in (0, 0)]
+    lines = [
+        dataclasses.replace(x, input_angles=(), output_angles=()) for x in compare_adapters(*pair)
+    ]
+    with pytest.raises(ConfigError, match="no angles between first and second"):
+        draw_angles(lines, tmp_path / "angles.png")
 
 
 def test_spectra(tmp_path, figures):

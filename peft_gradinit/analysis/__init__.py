@@ -11,6 +11,6 @@ from .plots import (
     draw_rank_map,
     draw_spectra,
     is_available,
-    place_of,
+    places_of,
 )
 from .suggestions import suggested_ranks

@@ -81,6 +81,12 @@ def initial_update(trained: SavedAdapter, initial: SavedAdapter) -> Callable[[st
                 f"{update.r} there and {trained.layers[name].r} here; give the adapter that was "
                 "saved right after get_peft_model."
             )
+    if trained.config.init_lora_weights is False:
+        raise AdapterError(
+            f"{trained.directory!r} has init_lora_weights=False, which starts from random factors and "
+            "leaves the base model as it is: there is nothing to convert."
+        )
+    _check_orientation(trained)
     return lambda name: initial.layers[name]
 
 
@@ -90,6 +96,7 @@ def recomputed_update(trained: SavedAdapter, weight: Weight) -> Callable[[str], 
     if start == "pissa":
         return lambda name: _scaled(truncated_svd(weight(name), trained.layers[name].r))
     if start == "olora":
+        _check_orientation(trained)
         return lambda name: _leading_qr(weight(name), trained.layers[name].r, trained.scaling(name))
     if start is None:
         raise AdapterError(
@@ -102,6 +109,22 @@ def recomputed_update(trained: SavedAdapter, weight: Weight) -> Callable[[str], 
         "from the weights (it is random or depends on data); give the adapter that was saved right "
         "after get_peft_model, or the overwritten base model."
     )
+
+
+def _check_orientation(trained: SavedAdapter) -> None:
+    """Refuse OLoRA on weights that are stored `(in, out)`: PEFT takes them for `(out, in)` ones.
+
+    What it subtracts from them is not the start of the adapter, but that one transposed.
+
+    Raises:
+        AdapterError: naming the way that is left.
+    """
+    if trained.overwritten_by == "olora" and trained.config.fan_in_fan_out:
+        raise AdapterError(
+            f"{trained.directory!r} was started with init_lora_weights='olora' on layers that store their "
+            "weights (in, out), such as Conv1D, where PEFT does not subtract what it starts from; give "
+            "the overwritten base model instead (--residual)."
+        )
 
 
 def residual_update(

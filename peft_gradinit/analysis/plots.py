@@ -4,6 +4,7 @@ Every `draw_` function writes one PNG and returns its path. The depth of a layer
 in its name; the rest of the name after it is its kind.
 """
 
+import itertools
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -45,8 +46,8 @@ def is_available() -> bool:
 def draw_spectra(result: CalibrationResult, path: str | os.PathLike[str]) -> Path:
     """Draw singular values over their statistic's norm, in a panel for each kind of layer."""
     kinds: dict[str, list[str]] = {}
-    for name in result.triplets:
-        kinds.setdefault(place_of(name)[1], []).append(name)
+    for name, (_, kind) in places_of(result.triplets).items():
+        kinds.setdefault(kind, []).append(name)
     figure, panels = _panels(len(kinds), size=(3.0, 2.3), share_y=True)
     colours, deepest = _depth_colours(result.triplets)
     for panel, (kind, names) in zip(panels, kinds.items(), strict=False):
@@ -89,8 +90,9 @@ def draw_drift(drifts: Mapping[str, Mapping[str, float]], path: str | os.PathLik
     figure, (panel,) = _panels(1, size=(6.4, 3.6))
     for label, layers in drifts.items():
         by_depth: dict[int, list[float]] = {}
+        places = places_of(layers)
         for name, value in layers.items():
-            by_depth.setdefault(place_of(name)[0] or 0, []).append(value)
+            by_depth.setdefault(places[name][0] or 0, []).append(value)
         depths = sorted(by_depth)
         means = [100 * sum(by_depth[d]) / len(by_depth[d]) for d in depths]
         panel.plot(depths, means, marker="o", ms=3, label=label)
@@ -111,6 +113,11 @@ def draw_angles(
 ) -> Path:
     """Draw the principal angles between the input and output spaces of two adapters or results."""
     sides = [s for s in ("input", "output") if any(getattr(x, f"{s}_angles") for x in lines)]
+    if not sides:
+        raise ConfigError(
+            f"there are no angles between {names[0]} and {names[1]}: in no layer do both have a space, "
+            "as where all B are zero; leave the picture out."
+        )
     figure, panels = _panels(len(sides), size=(4.4, 3.4))
     colours, deepest = _depth_colours(line.name for line in lines)
     for panel, side in zip(panels, sides, strict=False):
@@ -154,7 +161,7 @@ def draw_losses(
 
 def _map(values: Mapping[str, float], title: str, style: str) -> "Figure":
     """A heat map by depth and kind of layer; layers without a depth are in the first column."""
-    places = {name: place_of(name) for name in values}
+    places = places_of(values)
     columns = sorted({depth for depth, _ in places.values()}, key=lambda d: -1 if d is None else d)
     kinds = list(dict.fromkeys(kind for _, kind in places.values()))
     grid = [[math.nan] * len(columns) for _ in kinds]
@@ -186,14 +193,39 @@ def _label_cells(panel: "Axes", grid: list[list[float]], highest: float, style: 
                 panel.text(x, y, text, ha="center", va="center", fontsize=6, color=colour)
 
 
-def place_of(name: str) -> tuple[int | None, str]:
-    """Depth and kind of a layer."""
-    block = BLOCK.search(name)
-    if block is None:
-        return None, name
-    stack = name[: block.start()].split(".")
-    side = f"{stack[0]} " if stack[0] in ("encoder", "decoder") else ""  # some models have both
-    return int(block[1]), side + (name[block.end() + 1 :] or ".".join(stack))
+def places_of(names: Iterable[str]) -> dict[str, tuple[int | None, str]]:
+    """Depth and kind of every layer of a model.
+
+    The kind is the name after the number of the block. If blocks are in several stacks, such as an encoder
+    and a decoder, it begins with where those differ.
+    """
+    blocks = {name: BLOCK.search(name) for name in names}
+    stacks = {name[: block.start()] for name, block in blocks.items() if block}
+    sides = dict(zip(stacks, _differing([stack.split(".") for stack in stacks]), strict=True))
+    places: dict[str, tuple[int | None, str]] = {}
+    for name, block in blocks.items():
+        if block is None:
+            places[name] = None, name
+            continue
+        stack = name[: block.start()]
+        kind = " ".join(filter(None, (sides[stack], name[block.end() + 1 :])))
+        places[name] = int(block[1]), kind or stack
+    return places
+
+
+def _differing(paths: list[list[str]]) -> list[str]:
+    """The paths without what they all begin and end with."""
+    if len(paths) < 2:
+        return [""] * len(paths)
+    start = _n_alike(paths)
+    end = _n_alike([path[start:][::-1] for path in paths])
+    return [".".join(path[start : len(path) - end]) for path in paths]
+
+
+def _n_alike(paths: list[list[str]]) -> int:
+    """How many parts all of them begin with."""
+    parts = zip(*paths, strict=False)
+    return len(list(itertools.takewhile(lambda found: len(set(found)) == 1, parts)))
 
 
 def _panels(
@@ -228,7 +260,7 @@ def _pyplot() -> Any:
 
 def _depth_colours(names: Iterable[str]) -> tuple[dict[str, Any], int]:
     """A colour for every layer by its depth, and the largest depth."""
-    depths = {name: place_of(name)[0] for name in names}
+    depths = {name: depth for name, (depth, _) in places_of(names).items()}
     deepest = max((depth or 0 for depth in depths.values()), default=0)
     colours = _pyplot().get_cmap("viridis")
     return {

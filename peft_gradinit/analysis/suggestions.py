@@ -20,12 +20,11 @@ def suggested_ranks(result: CalibrationResult, mean_rank: int) -> dict[str, int]
         ConfigError: if the calibration measured less than `mean_rank` takes.
     """
     scores = _scores(result)
-    measured = min((len(values) for values in scores.values()), default=0)
+    measured = sum(map(len, scores.values())) // max(1, len(scores))
     if not 1 <= mean_rank <= measured:
         raise ConfigError(
-            f"the calibration serves ranks up to {measured} in its smallest layer, so the mean "
-            f"rank must be between 1 and {measured}, got {mean_rank}; calibrate with a larger r or "
-            "rho."
+            f"the calibration serves {measured} ranks a layer in the mean, so the mean rank must be "
+            f"between 1 and {measured}, got {mean_rank}; calibrate with a larger r or rho."
         )
     return allocate_ranks(scores, mean_rank * len(scores), min_rank=1)
 

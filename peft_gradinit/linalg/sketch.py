@@ -51,7 +51,7 @@ def draw_test_matrix(
     Drawn on the CPU from the seed and the dimension alone, so every device and every process gets
     the same matrix without talking to others. The global generator is not touched.
     """
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + dimension)
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + dimension) % 2**63)
     drawn = torch.randn(dimension, width, generator=generator, dtype=torch.float32, device="cpu")
     return (drawn / dimension**0.5).to(device)
 

@@ -21,7 +21,15 @@ from ..linalg import Factors
 from ..numbers import is_finite_number, is_integer
 from .digests import check_digests, check_finite
 from .hub import adapter_folder
-from .lora_file import alpha_of, entries, linear_layers, overwrites_base, scaling, unscaled
+from .lora_file import (
+    OUT_OF_ATTENTION,
+    alpha_of,
+    entries,
+    linear_layers,
+    overwrites_base,
+    scaling,
+    unscaled,
+)
 from .names import CARD, PICTURE, PROVENANCE_FILE
 from .reading import read_dict
 
@@ -137,6 +145,7 @@ def write_adapter(
     or not at all.
     """
     like.check_all_linear()
+    layers = _of_attention_alike(layers)
     with whole_folder(directory, overwrite=overwrite, is_ours=_FILES.__contains__) as folder:
         ranks = {name: update.r for name, update in layers.items()}
         unscaled(like.config, ranks, inference_mode=True).save_pretrained(str(folder))
@@ -144,6 +153,16 @@ def write_adapter(
         tensors = {**others, **entries(layers)}
         save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
     return Path(directory)
+
+
+def _of_attention_alike(layers: Mapping[str, Factors]) -> dict[str, Factors]:
+    """The same updates, with one rank for both layers of a `MultiheadAttention`, as PEFT has it."""
+    ranks: dict[str, int] = {}
+    for name, update in layers.items():
+        module = name.removesuffix(OUT_OF_ATTENTION)
+        ranks[module] = max(update.r, ranks.get(module, 0))
+    wanted = {name: ranks[name.removesuffix(OUT_OF_ATTENTION)] for name in layers}
+    return {n: u if u.r == wanted[n] else u.padded(wanted[n]) for n, u in layers.items()}
 
 
 def _folder(name: str) -> Path:

@@ -120,7 +120,7 @@ def _n_labels(directory: Path) -> int | None:
 
 def _picture(directory: Path, facts: dict[str, Any]) -> bool:
     reported = (facts["report"] or {}).get("modules", ())
-    lines = by_parameter(ModuleReport(**line) for line in reported)
+    lines = by_parameter(ModuleReport.from_dict(line) for line in reported)
     ranks = {line.name: line.r for line in lines}
     if not lines and facts["fingerprint"]:
         ranks = {name: r for name, (_, _, r) in facts["fingerprint"]["targets"].items()}

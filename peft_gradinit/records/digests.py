@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ..errors import AdapterError
+from ..files import finite
 from ..statistics import digest
 from .live import AdapterRecord
 from .reading import read_dict, read_tensors
@@ -108,7 +109,7 @@ def check_finite(directory: Path, tensors: Mapping[str, Tensor]) -> None:
 def digest_of_facts(content: Mapping[str, Any]) -> str:
     """SHA-256 of a `gradinit.json` without its own digest, by which a changed one is noticed."""
     facts = {name: value for name, value in content.items() if name != "sha256"}
-    text = json.dumps(json.loads(json.dumps(facts)), sort_keys=True)
+    text = json.dumps(finite(json.loads(json.dumps(facts))), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

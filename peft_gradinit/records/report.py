@@ -1,8 +1,9 @@
 """`InitReport`: the start of each module, and the cost of computing it."""
 
 import dataclasses
+import math
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..calibration import PassFacts
@@ -75,6 +76,12 @@ class ModuleReport:
     fallback: str
     learning_rate: float | None = None
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "ModuleReport":
+        """Undo `dataclasses.asdict`, also from JSON, which has no infinity."""
+        norm = values["start_norm"]
+        return cls(**{**values, "start_norm": math.inf if norm is None else norm})
+
 
 @dataclasses.dataclass(frozen=True)
 class StepCheck:
@@ -129,7 +136,7 @@ class InitReport:
         """Undo `to_dict`."""
         return cls(
             method=values["method"],
-            modules=tuple(ModuleReport(**line) for line in values["modules"]),
+            modules=tuple(ModuleReport.from_dict(line) for line in values["modules"]),
             facts=PassFacts(**values["facts"]) if values["facts"] else None,
             drift=values["drift"],
             step=StepCheck(**values["step"]) if values.get("step") else None,

@@ -177,7 +177,8 @@ def without_empty(config: GradInitConfig, targets: Mapping[str, Target]) -> None
     old = config.exclude_modules or []
     # One regular expression matches full names. In a list, "0" would exclude "1.0" as well.
     if isinstance(old, str):
-        kept = [f"(?:{old})"]
+        flags = re.match(r"\(\?([a-zA-Z]+)\)", old)  # Python takes them at the very beginning alone
+        kept = [f"(?{flags[1]}:{old[flags.end() :]})" if flags else f"(?:{old})"]
     else:
         kept = [rf"(?:.*\.)?{re.escape(name)}" for name in sorted(old)]
     config.exclude_modules = "|".join([*kept, *(re.escape(name) for name in empty)])

@@ -79,7 +79,8 @@ class GradInitConfig(PaperSettings, AllocationOptions, LoraConfig, abc.ABC):
             numbers changes. `"parameters"`: as many trained numbers as without an allocation, or up
             to one rank of a layer fewer; a rank goes where it gains most for each number. A whole
             number: so many trained numbers. A number between 0 and 1: that share of the model's.
-            Magnitudes of `use_dora` and biases of `lora_bias` count as trained numbers.
+            Magnitudes of `use_dora` and biases of `lora_bias` count as trained numbers; layers that are not
+            measured, such as embeddings, do not.
         rho: with an allocation, a layer can get up to `rho * r` ranks. 2, as in the EVA paper; at 1
             all ranks stay.
         min_rank: with an allocation, the least that a layer gets; at 0 it may lose its adapter.

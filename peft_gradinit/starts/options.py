@@ -133,7 +133,7 @@ class AllocationOptions:
         budget = self.budget
         if budget not in ("ranks", "parameters") and not _is_amount(budget):
             raise ConfigError(
-                f"{name}: budget must be 'ranks', 'parameters', a number of trained numbers of at "
+                f"{name}: budget must be 'ranks', 'parameters', a whole number of trained numbers of at "
                 f"least 1, or a share of the model's numbers between 0 and 1, got {budget!r}."
             )
         if budget != "ranks" and self.rank_allocation == "uniform":
@@ -167,6 +167,6 @@ class AllocationOptions:
 
 def _is_amount(budget: Any) -> bool:
     """Whether a budget is a number of trained numbers, or a share."""
-    if is_integer(budget):
+    if is_integer(budget) or (is_finite_number(budget) and float(budget).is_integer()):
         return budget >= 1
     return is_finite_number(budget) and 0 < budget < 1

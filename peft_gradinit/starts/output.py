@@ -1,6 +1,7 @@
 """A config that also adapts the output layer of a language model, for as many trained numbers."""
 
 import copy
+import re
 from typing import TypeVar
 
 from peft import LoraConfig
@@ -68,7 +69,10 @@ def with_output_layer(model: nn.Module, config: ConfigT) -> ConfigT:
         )
     own = min(MOST_TIMES_R * config.r, (given * freed - once) // sum(shape))
     changed = _changed(config, adapted, name, config.r - given, own)
-    if name not in adapted_by_peft(model, changed):
+    now = adapted_by_peft(model, changed)
+    if now.keys() > {*adapted, name}:  # in a list, "lm_head" names "draft.lm_head" as well
+        changed.target_modules = "|".join(map(re.escape, sorted(changed.target_modules or ())))
+    if name not in now:
         raise ConfigError(
             f"exclude_modules={config.exclude_modules!r} keeps {name} without an adapter; take it out "
             "there, or use the config as it is."

@@ -245,6 +245,6 @@ def _line(
         r=target.r,
         requested_r=target.requested_r,
         captured_energy=captured,
-        start_norm=start / norm if norm else math.inf,
+        start_norm=0.0 if start == 0 else start / norm if norm else math.inf,
         fallback=note,
     )

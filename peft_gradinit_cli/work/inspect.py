@@ -80,7 +80,8 @@ def _of_calibration(result: CalibrationResult, rank: int | None, plot: Path | No
         "loss": result.facts.loss,
     }
     if triplets := result.triplets:
-        most = max(1, min(len(svd.S) for svd in triplets.values()) // max(1, need.size(1)))
+        measured = sum(len(svd.S) for svd in triplets.values()) // len(triplets)
+        most = max(1, measured // max(1, need.size(1)))
         rank = rank or max(1, most // 2)
         suggested = suggested_ranks(result, rank)
         rows = [row | _spectrum(result, row["layer"], (rank, most), suggested) for row in rows]

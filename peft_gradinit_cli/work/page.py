@@ -9,7 +9,7 @@ from typing import Any
 import jinja2
 
 from peft_gradinit import __version__
-from peft_gradinit.analysis import place_of
+from peft_gradinit.analysis import places_of
 from peft_gradinit.files import whole_file
 
 from ..output import Listing
@@ -105,30 +105,33 @@ def _maps(listing: Listing) -> list[Map]:
 def _map(listing: Listing, key: str, column: int) -> Map:
     values = {row["layer"]: row.get(key) or 0 for row in listing.rows}
     highest = max(values.values(), default=0) or 1
-    depths = sorted({_depth(name) for name in values})
-    kinds = list(dict.fromkeys(place_of(name)[1] for name in values))
+    places = _places(listing.rows)
+    depths = sorted({depth for depth, _ in places.values()})
+    kinds = list(dict.fromkeys(kind for _, kind in places.values()))
     grid: dict[str, list[Cell | None]] = {kind: [None] * len(depths) for kind in kinds}
     for row in listing.rows:
         name = row["layer"]
         cell = Cell(listing.cells(row)[column], values[name] / highest, name)
-        grid[place_of(name)[1]][depths.index(_depth(name))] = cell
+        depth, kind = places[name]
+        grid[kind][depths.index(depth)] = cell
     labels = ["none" if depth < 0 else str(depth) for depth in depths]
     return Map(listing.columns[column].title, labels, list(grid.items()))
 
 
 def _panels(rows: Sequence[Mapping[str, Any]], decades: int) -> list[Panel]:
     """Singular values over their norm, one panel a kind; none if nothing has singular values."""
-    deepest = max((_depth(row["layer"]) for row in rows), default=0)
+    places = _places(rows)
+    deepest = max((depth for depth, _ in places.values()), default=0)
     kinds: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
         if row.get("singular_values"):
-            kinds.setdefault(place_of(row["layer"])[1], []).append(row)
+            kinds.setdefault(places[row["layer"]][1], []).append(row)
     longest = max((len(row.get("singular_values", ())) for row in rows), default=0)
     panels = []
     for kind, members in kinds.items():
         lines = []
         for row in members:
-            share = max(0, _depth(row["layer"])) / max(1, deepest)
+            share = max(0, places[row["layer"]][0]) / max(1, deepest)
             points = _points(row, (_WIDTH, _HEIGHT), longest, decades)
             lines.append((row["layer"], points, _css(_between(share))))
         panels.append(Panel(kind, lines, longest))
@@ -161,14 +164,14 @@ def _decades(rows: Sequence[Mapping[str, Any]]) -> int:
 
 
 def _depths(rows: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
-    depths = [depth for row in rows if (depth := _depth(row["layer"])) >= 0]
+    depths = [depth for depth, _ in _places(rows).values() if depth >= 0]
     return min(depths, default=0), max(depths, default=0)
 
 
-def _depth(name: str) -> int:
-    """Of a layer; -1 for one that is in no block."""
-    depth = place_of(name)[0]
-    return -1 if depth is None else depth
+def _places(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[int, str]]:
+    """Depth and kind of every layer; -1 for one that is in no block."""
+    places = places_of(row["layer"] for row in rows)
+    return {name: (-1 if depth is None else depth, kind) for name, (depth, kind) in places.items()}
 
 
 def _between(share: float) -> tuple[int, int, int]:

@@ -272,3 +272,13 @@ def test_reconstruction_gives_the_number_of_threads_back():
         assert torch.get_num_threads() == before + 1
     finally:
         torch.set_num_threads(before)
+
+
+def test_any_seed_draws():
+    """Also one that torch gives by itself, which has 64 bits."""
+    small = draw_test_matrix(8, 2, seed=3)
+    assert torch.equal(small, draw_test_matrix(8, 2, seed=3))
+    for seed in (67280421310721, 2**63 - 1, -5):
+        drawn = draw_test_matrix(8, 2, seed=seed)
+        assert torch.equal(drawn, draw_test_matrix(8, 2, seed=seed))
+        assert not torch.equal(drawn, small)

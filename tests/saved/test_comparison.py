@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from peft import get_peft_model
+from torch import nn
 
 from peft_gradinit import EvaConfig, LoraGAConfig, LoraOneConfig, calibrate, init_report
 from peft_gradinit.analysis import compare_adapters, compare_calibrations, suggested_ranks, summary
@@ -113,6 +114,22 @@ def test_layers_of_other_shapes_are_named(tmp_path):
     ]
     with pytest.raises(AdapterError, match=name + r"the first .* \(48, 96\) in the second"):
         compare_calibrations(*calibrations)
+
+
+def test_suggestions_beside_a_layer_of_few_outputs():
+    """A head of two classes has two ranks at most, and bounds no other layer."""
+    model = nn.Sequential()
+    model.body, model.head = nn.Linear(24, 24), nn.Linear(24, 2)
+    batches = [{"input": torch.randn(8, 24)} for _ in range(4)]
+
+    def loss_fn(model, batch):
+        return model(batch["input"]).square().mean() + model(batch["input"])[:, 0].mean()
+
+    config = LoraOneConfig(r=8, target_modules=["body", "head"], calibration="deferred")
+    result = calibrate(model, config, quiet(batches, loss_fn=loss_fn, estimator="dense"))
+    ranks = suggested_ranks(result, 4)
+    assert sum(ranks.values()) <= 8
+    assert ranks["head"] <= 2 < ranks["body"]
 
 
 @pytest.mark.parametrize(

@@ -175,3 +175,40 @@ def test_training_can_go_on_from_the_converted_adapter(tmp_path):
     assert sum(losses[-3:]) < sum(losses[:3])  # the three batches, again
     again = get_peft_model(pico_llama(), lora_config())
     assert again.peft_config["default"].init_lora_weights is True
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")
+def test_olora_on_weights_that_are_stored_the_other_way_needs_the_overwritten_base(tmp_path):
+    """PEFT subtracts another matrix there than it starts from; the two bases tell which."""
+    config = LoraConfig(
+        r=4,
+        lora_alpha=8,
+        target_modules=r"transformer\.h\.\d+\.attn\.c_proj",
+        init_lora_weights="olora",
+        fan_in_fan_out=True,
+    )
+    want, model = overwriting_start(tmp_path, config, pico_gpt2())
+    trained, initial = (read_adapter(tmp_path / name) for name in ("trained", "initial"))
+    original, overwritten = dict(pico_gpt2().named_modules()), dict(model.named_modules())
+
+    def weight(name):
+        return original[name].weight.detach().T
+
+    def residual(name):
+        return overwritten[f"base_model.model.{name}"].base_layer.weight.detach().T
+
+    for start in (
+        lambda: initial_update(trained, initial),
+        lambda: recomputed_update(trained, weight),
+    ):
+        with pytest.raises(AdapterError, match=r"store their weights \(in, out\).*--residual"):
+            start()
+    converted(trained, residual_update(trained, weight, residual), tmp_path)
+    assert relative_error(logits_on_fresh_base(tmp_path / "plain", pico_gpt2()), want) < SAME
+
+
+def test_random_factors_leave_nothing_to_convert(tmp_path):
+    overwriting_start(tmp_path, lora_config(False))
+    trained, initial = (read_adapter(tmp_path / name) for name in ("trained", "initial"))
+    with pytest.raises(AdapterError, match=r"starts from random factors .* nothing to convert"):
+        initial_update(trained, initial)

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
 
 from peft_gradinit.analysis import find_intruders, mitigated_updates
 from peft_gradinit.errors import AdapterError, ConfigError
@@ -82,3 +83,29 @@ def test_bad_options_and_overwritten_bases_are_refused(tmp_path):
     with pytest.raises(AdapterError, match="convert"):
         find_intruders(read_adapter(tmp_path / "trained"), weight)
     assert torch.is_tensor(weight("model.layers.0.self_attn.q_proj"))
+
+
+@pytest.mark.filterwarnings("ignore:.*MultiheadAttention")
+def test_the_two_layers_of_an_attention_keep_one_rank(tmp_path):
+    def base():
+        torch.manual_seed(0)
+        return nn.ModuleDict({"att": nn.MultiheadAttention(16, 2), "other": nn.Linear(16, 16)})
+
+    torch.manual_seed(1)
+    model = get_peft_model(base(), LoraConfig(r=2, target_modules=["att"], init_lora_weights=False))
+    model.save_pretrained(tmp_path / "adapter")
+    adapter = read_adapter(tmp_path / "adapter")
+    names = sorted(adapter.layers)
+    assert len(names) == 2
+    shapes = {n: (u.B.shape[0], u.A.shape[1]) for n, u in adapter.layers.items()}
+    layers = {
+        n: Factors(torch.ones(i + 3, shapes[n][1]), torch.ones(shapes[n][0], i + 3))
+        for i, n in enumerate(names)
+    }
+    write_adapter(tmp_path / "written", adapter, layers)
+    got = read_adapter(tmp_path / "written").layers
+    assert {update.r for update in got.values()} == {4}
+    for name, update in layers.items():
+        assert relative_error(got[name].matrix(), update.matrix()) < 1e-6
+    loaded = PeftModel.from_pretrained(base(), tmp_path / "written")
+    assert loaded.base_model.model["att"].r["default"] == 4

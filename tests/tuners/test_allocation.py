@@ -123,7 +123,7 @@ def test_the_rank_that_gains_most_for_its_numbers_comes_first():
 
 @pytest.mark.parametrize("budget", ["numbers", 0, -3, 1.5, True, 0.0, float("nan")])
 def test_a_budget_that_is_none_is_refused(budget):
-    with pytest.raises(ConfigError, match="budget must be 'ranks', 'parameters', a number"):
+    with pytest.raises(ConfigError, match="budget must be 'ranks', 'parameters', a whole number"):
         config_of(LoraOneConfig, budget=budget)
 
 
@@ -401,3 +401,17 @@ def test_one_result_of_gradients_serves_both_allocations():
     result = calibrate(pico_llama(), config_of(LoraOneConfig), quiet(token_batches()))
     energy = allocated(LoraOneConfig, "gradient_energy", calibration=result)
     assert ranks_of(energy) == ranks_of(allocated(LoraOneConfig, "gradient_energy"))
+
+
+def test_flags_of_a_regular_expression_stay_its_own():
+    peft_model = allocated(LoraOneConfig, min_rank=0, exclude_modules=r"(?i).*LAYERS\.0\.mlp.*")
+    assert not [name for name in live_ranks(peft_model) if "layers.0.mlp" in name]
+    assert [name for name in live_ranks(peft_model) if "layers.1.mlp" in name]
+
+
+def test_a_whole_number_of_numbers_may_be_written_as_yaml_reads_it():
+    counts = [
+        n_trained(allocated(LoraOneConfig, "gradient_energy", budget=budget))
+        for budget in (4e3, 4000)
+    ]
+    assert counts[0] == counts[1] <= 4000

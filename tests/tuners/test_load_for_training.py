@@ -1,6 +1,7 @@
 """`load_for_training` continues the same function on the same base, or says why not."""
 
 import json
+import math
 import os
 import shutil
 
@@ -8,8 +9,9 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
+from torch import nn
 
-from peft_gradinit import EvaConfig, SVFitConfig, load_for_training
+from peft_gradinit import EvaConfig, LoraOneConfig, SVFitConfig, init_report, load_for_training
 from peft_gradinit.errors import AdapterError, DataError, FingerprintError, ShapeError
 from peft_gradinit.records import read_adapter
 from tests.helpers import (
@@ -17,6 +19,8 @@ from tests.helpers import (
     logits,
     lora_ga,
     pico_llama,
+    quiet,
+    relative_error,
     token_batches,
     train_steps,
 )
@@ -403,3 +407,27 @@ def test_weights_that_the_file_brings_along_may_differ_in_the_base(
         other.model.layers[0].mlp.down_proj.weight[0, 0] += 1
     with pytest.raises(FingerprintError, match=r"down_proj\.weight has hash"):
         load_for_training(other, tmp_path)
+
+
+@pytest.mark.parametrize("config_cls", [LoraOneConfig, EvaConfig])
+def test_a_layer_of_zeros_can_be_saved_and_loaded(config_cls, tmp_path):
+    """Its start is infinitely long next to it, which JSON cannot say."""
+
+    def base():
+        model = pico_llama()
+        nn.init.zeros_(model.model.layers[1].mlp.down_proj.weight)
+        return model
+
+    config = config_cls(
+        r=4, target_modules=["down_proj"], task_type="CAUSAL_LM", calibration=quiet(token_batches())
+    )
+    model = get_peft_model(base(), config)
+    lines = {line.name: line.start_norm for line in init_report(model).modules}
+    length = lines["model.layers.1.mlp.down_proj"]
+    assert length == (math.inf if config_cls is LoraOneConfig else 0)
+    model.save_pretrained(tmp_path)
+    live = load_for_training(base(), tmp_path)
+    assert relative_error(logits(live), logits(model)) < 1e-6
+    assert {line.name: line.start_norm for line in init_report(live).modules} == lines
+    assert str(init_report(live)) == str(init_report(model))
+    assert (tmp_path / "README.md").exists()

@@ -4,6 +4,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
 
 from peft_gradinit import LoraOneConfig, suggest_learning_rate, with_output_layer
 from peft_gradinit.errors import ConfigError
@@ -116,3 +117,20 @@ def test_ranks_of_a_calibration_are_refused(options):
 def test_a_model_without_an_output_layer_is_refused():
     with pytest.raises(ConfigError, match="no linear output layer"):
         with_output_layer(pico_llama().model, LoraConfig(**PLAIN))
+
+
+def test_a_second_layer_of_that_name_gets_no_adapter():
+    """In a list, PEFT takes a name for the end of others."""
+
+    def with_draft():
+        model = pico_llama()
+        model.draft = nn.Module()
+        model.draft.lm_head = nn.Linear(*model.lm_head.weight.shape[::-1], bias=False)
+        return model
+
+    config = LoraConfig(**{**PLAIN, "target_modules": ["q_proj", "v_proj"]})
+    model = with_draft()
+    adapted = get_peft_model(model, with_output_layer(model, config))
+    assert "lm_head" in scalings(adapted)
+    assert "draft.lm_head" not in scalings(adapted)
+    assert n_trained(adapted) <= n_trained(get_peft_model(with_draft(), config))
