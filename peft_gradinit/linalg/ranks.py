@@ -28,6 +28,7 @@ def allocate_ranks(
     With `costs`, scores are compared by what they give for a unit of the budget. A rank that costs
     more than is left is passed over, and a cheaper one may follow. The first ranks of a layer that
     costs something once are compared together, as long as that makes them gain more for their cost.
+    So the sum is near the largest one, and the largest only if all costs are alike.
 
     Args:
         scores: by layer, one number for each component that may be kept, such as its share of the
