@@ -228,20 +228,26 @@ def test_resuming_continues_the_same_run(tmp_path):
     run(PICO, tmp_path / "out", "training.max_steps=1", "evaluation.metrics=[]")  # saves none
 
 
+def check_refused(changes, output, options):
+    """Each change of the recipe is named, with what the checkpoint has in its place."""
+    for change, said in changes.items():
+        with pytest.raises(ConfigError, match=f"is of a run with {said}"):
+            run(PICO, output, *options, change)
+
+
 def test_resuming_another_adapter_is_refused(tmp_path):
     """The checkpoint decides what is trained, so results would name what was not."""
     targets = "method.target_modules=[q_proj, v_proj]"
     more = ("training.save_steps=1", "evaluation.metrics=[]", targets)
     run(PICO, tmp_path / "out", *more, "training.max_steps=1")
     more += ("training.max_steps=2", "training.resume_from_checkpoint=true")
-    for change, said in {
+    changes = {
         "method.name=lora_ga": r"method\.name='lora_one' \(now 'lora_ga'\)",
         "method.r=4": r"method\.r=8 \(now 4\)",
         "method.options={use_dora: true}": r"method\.use_dora=False \(now True\)",
         "method.target_modules=[q_proj]": r"method\.target_modules=\['q_proj', 'v_proj'\] \(now \['q_proj'\]\)",
-    }.items():
-        with pytest.raises(ConfigError, match=f"is of a run with {said}"):
-            run(PICO, tmp_path / "out", *more, change)
+    }
+    check_refused(changes, tmp_path / "out", more)
     assert len(run(PICO, tmp_path / "out", *more)["losses"]) == 2
 
 
@@ -250,13 +256,12 @@ def test_resuming_another_plain_lora_is_refused(tmp_path):
     more = (*lora, "training.save_steps=1", "training.resume_from_checkpoint=true")
     run(PICO, tmp_path / "out", *more[:-1], "training.max_steps=1", "method.lora_alpha=64")
     more += ("training.max_steps=2",)
-    for change, said in {
+    changes = {
         "method.lora_alpha=4": r"method\.lora_alpha=64.* \(now 4",
         "method.r=4": r"method\.r=8 \(now 4\), method\.lora_alpha=64",
         "method.name=lora_one": r"method\.name='lora' \(now 'lora_one'\)",
-    }.items():
-        with pytest.raises(ConfigError, match=f"is of a run with {said}"):
-            run(PICO, tmp_path / "out", *more, change)
+    }
+    check_refused(changes, tmp_path / "out", more)
     assert len(run(PICO, tmp_path / "out", *more, "method.lora_alpha=64")["losses"]) == 2
 
 
