@@ -165,9 +165,12 @@ def _of_pairs(name: str, tasks: list[TaskSummary]) -> OfPairs:
     for task in tasks:
         for method, summary in task.methods.items():
             start, _, optimizer = method.partition("+")
-            if optimizer != name or not task.methods[start].suggested_lr:
+            if optimizer != name:
                 continue
-            unit = 1.0 if name in RATES else task.methods[start].suggested_lr
+            known = task.methods.get(start)
+            unit = 1.0 if name in RATES else known and known.suggested_lr
+            if not unit:
+                continue
             condition = f"{task.task}, {start}"
             found.over_adamw[condition] = interpolated(_searched(summary)) / unit
             found.models[condition] = task.task

@@ -8,8 +8,7 @@ import pytest
 from peft import PeftModel, get_peft_model
 from transformers import Trainer, TrainingArguments
 
-from peft_gradinit import CalibrationResult, LoraGAConfig, init_report, pairs
-from peft_gradinit.optim import LoraMuon
+from peft_gradinit import CalibrationResult, LoraGAConfig, init_report, pairs, suggest_learning_rate
 from tests.helpers import adapted, pico_llama, token_batches
 from tests.moe.models import qwen3_moe
 from tests.trainer.trl_runs import texts, tokenizer
@@ -41,7 +40,7 @@ def test_first_examples_run_as_printed(page, tmp_path, monkeypatch, capsys):
     assert f"LoRA-One: {15 if page == 'README.md' else 14} modules" in printed
     assert "learning rate" in printed
     if page == "README.md":
-        assert isinstance(made[0].optimizer.optimizer, LoraMuon)
+        assert args.learning_rate == suggest_learning_rate(names["model"]).suggested
         assert made[0].state.global_step == 1
         assert (tmp_path / "out" / "adapter_model.safetensors").exists()
     else:
