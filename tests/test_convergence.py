@@ -651,7 +651,7 @@ RATES_PAGE = SCRIPTS.parent / "docs" / "explanations" / "learning-rate.md"
 def test_the_page_has_the_figures_of_the_optimisers_of_pairs():
     found = rate_rule.of_pairs(load(MEASURED))
     shown = RATES_PAGE.read_text("utf-8").partition("## Optimisers of pairs")[2]
-    models = ["digits", "docstrings", "reference", "topics"]
+    models = ["digits", "docstrings", "functions", "reference", "topics"]
     rows = [line.strip("| ").split(" | ") for line in shown.splitlines() if line.startswith("| `")]
     assert rows == [rate_rule.row_of_page(name, of, models) for name, of in found.items()]
 

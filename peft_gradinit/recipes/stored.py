@@ -215,7 +215,10 @@ def _part(stored: Mapping[Any, datasets.Dataset], path: str, split: str) -> data
     try:
         parts = datasets.ReadInstruction.from_spec(split).to_absolute(lengths)
     except (ValueError, AssertionError) as error:
-        raise DataError(f"{path!r} has the splits {sorted(stored)}, got {split!r}.") from error
+        raise DataError(
+            f"{path!r} has the splits {sorted(stored)}, got {split!r}; give one of them, or slices such as "
+            "'train[:90%]'."
+        ) from error
     return datasets.concatenate_datasets([
         stored[part.splitname].select(range(part.from_, part.to)) for part in parts
     ])

@@ -164,7 +164,7 @@ def test_a_model_in_place_of_data(run, workshop, tmp_path):
         ('{"question": "a"}', (), "do not tell what to read"),
         ('{"text": "a"}', ("--text", "txet"), "did you mean 'text'"),
         ('{"text": "a"}', ("--text", "{textt}!"), "asks for the column 'textt'"),
-        ('{"text": "a"}', ("--split", "train[bad"), "cannot read the data"),
+        ('{"text": "a"}', ("--split", "train[bad"), "has the splits ['train'], got 'train[bad'"),
         ('{"messages": 3}', (), "a chat is a list of"),
         (
             '{"messages": [{"role": "user", "content": "a"}]}',
