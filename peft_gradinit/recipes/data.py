@@ -79,11 +79,10 @@ def encode(
     columns = columns_of(rows)
     read_label = None if labels is None else labels.reader(rows)
     encoder = Encoder(section, task, processor, columns, read_label)
-    shown: dict[str, Any] = {} if _streams(rows) else {"desc": "reading"}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*couldn't be hashed properly.*")
         warnings.filterwarnings("ignore", message=".*longer than the specified maximum.*")
-        encoded = _mapped(rows, encoder, columns, **shown).filter(_is_kept)
+        encoded = _mapped(rows, encoder, columns).filter(_is_kept)
         if task == "CAUSAL_LM" and not _is_empty(encoded):
             encoded = prepare(encoded, section, encoder.processor, options)
     if isinstance(encoded, datasets.Dataset) and _is_empty(encoded):
@@ -94,7 +93,7 @@ def encode(
     return encoded
 
 
-def _mapped(rows: Rows, encoder: Encoder, columns: list[str], **options: Any) -> Rows:
+def _mapped(rows: Rows, encoder: Encoder, columns: list[str]) -> Rows:
     """What the encoder makes of the rows, in types of its own.
 
     `datasets` keeps the type of a column that was there before: it would turn texts into the numbers or
@@ -102,7 +101,8 @@ def _mapped(rows: Rows, encoder: Encoder, columns: list[str], **options: Any) ->
     """
     if isinstance(rows, datasets.IterableDataset):
         return rows.map(encoder, remove_columns=columns)
-    mapped = rows.map(functools.partial(_renewed, encoder), remove_columns=columns, **options)
+    renewed = functools.partial(_renewed, encoder)
+    mapped = rows.map(renewed, remove_columns=columns, desc="reading")
     return mapped.rename_columns({name: name.removeprefix(_NEW) for name in mapped.column_names})
 
 

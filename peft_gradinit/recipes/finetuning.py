@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from peft import PeftConfig, PeftModel, PeftType, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
@@ -18,8 +18,8 @@ from ..export import ExportTarget, check_export, export_adapter
 from ..files import check_writable, write_json
 from ..layouts import process_state
 from ..methods import METHODS
-from ..records import PROVENANCE_FILE, read_provenance, unsaved
-from ..tuners import load_for_training
+from ..records import PROVENANCE_FILE, facts_of, read_provenance, unsaved
+from ..tuners import deferred_adapters, load_for_training
 from .data import load_rows
 from .evaluation import check_evaluation, evaluate_model
 from .methods import adapter_config, calibration_of
@@ -61,7 +61,7 @@ def finetune(recipe: Recipe) -> dict[str, Any]:
         model.to(state.device)
     trainer = _trainer(model, recipe, inputs, arguments, checkpoint)
     adapted: Any = trainer.model
-    for target, rank in _exports(recipe):
+    for target, rank in () if deferred_adapters(adapted) else _exports(recipe):
         check_export(adapted, target, rank)
     trainer.train(resume_from_checkpoint=checkpoint)
     trained: Any = trainer.accelerator.unwrap_model(trainer.model)
@@ -147,29 +147,22 @@ def _check_continues(model: nn.Module, method: MethodSection, task: Task, checkp
     if (Path(checkpoint) / PROVENANCE_FILE).exists():
         kept = read_provenance(checkpoint)["config"]
     else:
-        kept = PeftConfig.from_pretrained(checkpoint).to_dict()
-    wanted = adapter_config(method, task, "unused").to_dict()
+        kept = facts_of(PeftConfig.from_pretrained(checkpoint), None)["config"]
+    wanted = facts_of(adapter_config(method, task, "unused", drawn_modules(model)), None)["config"]
     names = ["r", "lora_alpha", "use_rslora", "use_dora", *method.options]
-    pairs = {name: (_listed(kept.get(name)), _listed(wanted.get(name))) for name in names}
+    pairs = {name: (kept.get(name), wanted.get(name)) for name in names}
     if isinstance(method.target_modules, list):  # PEFT shortens long lists
         before, now = (_layers(model, config["target_modules"]) for config in (kept, wanted))
         if before != now:
-            pairs["target_modules"] = _listed(kept["target_modules"]), method.target_modules
-    kinds = tuple(PeftType(config["peft_type"]).value for config in (kept, wanted))
-    if kinds[0] != kinds[1]:
-        pairs = {"name": (kinds[0].lower(), method.name)}
+            pairs["target_modules"] = kept["target_modules"], method.target_modules
+    if kept["peft_type"] != wanted["peft_type"]:
+        pairs = {"name": (kept["peft_type"].lower(), method.name)}
     changed = [f"{name}={old!r} (now {new!r})" for name, (old, new) in pairs.items() if old != new]
     if changed:
         raise ConfigError(
             f"the checkpoint {checkpoint!r} is of a run with method.{', method.'.join(changed)}; put the "
             "recipe back to continue it, or give another output to begin."
         )
-
-
-def _listed(value: Any) -> Any:
-    if isinstance(value, set | frozenset):
-        return sorted(value)
-    return list(value) if isinstance(value, tuple) else value
 
 
 def _layers(model: nn.Module, targets: Any) -> Any:

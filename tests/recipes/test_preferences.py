@@ -20,6 +20,7 @@ from peft_gradinit.recipes import (
 from peft_gradinit.recipes.embedded import pico_tokenizer
 from peft_gradinit.recipes.encoding import Encoder
 from peft_gradinit.recipes.finetuning import _inputs, _trainer
+from peft_gradinit.records import read_adapter
 from tests.helpers import logits, relative_error
 
 PICO = Path(__file__).parents[2] / "configs/offline/pico_llama_preferences.yaml"
@@ -103,6 +104,15 @@ def test_a_recipe_of_preferences_trains_and_is_measured(tmp_path):
     base = load_model(ModelSection(name="embedded:pico-llama"))
     before = logits(base)
     assert relative_error(logits(PeftModel.from_pretrained(base, saved)), before) > 1e-3
+
+
+def test_a_start_that_is_computed_in_training_is_exported_after_it(tmp_path):
+    """Before, there are no factors that an export could be checked by."""
+    finetune(
+        recipe_of(tmp_path / "out", "training.max_steps=2", "export.targets=[serving, merged]")
+    )
+    assert read_adapter(tmp_path / "out" / "serving").layers
+    assert (tmp_path / "out" / "merged" / "model.safetensors").exists()
 
 
 @pytest.mark.slow
