@@ -1,4 +1,4 @@
-"""Tests in turn: `--share 2/4` runs the second quarter, so that CI sees all of them in six days."""
+"""Tests in turn: `--share 2/4` runs the second quarter, so that CI sees all of them in eight days."""
 
 import argparse
 import re

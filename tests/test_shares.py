@@ -42,4 +42,4 @@ def test_ci_has_all_default_tests_and_every_share_in_turn():
         'scripts/test -m slow "--share=$share"',
         'scripts/test --oldest "--share=$share"',
     ]
-    assert 'share="$((day % 6 + 1))/6"' in lines
+    assert 'share="$((day % 8 + 1))/8"' in lines
