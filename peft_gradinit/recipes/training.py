@@ -30,7 +30,7 @@ from trl.trainer.sft_config import SFTConfig
 
 from ..errors import warn
 from ..optim import OPTIMIZERS
-from ..trainer import SUGGESTED
+from ..trainer import SUGGESTED, is_like_adam
 from .sections import Place, Positive, Section, Task, nearest
 
 ARGUMENTS: dict[Task, type[TrainingArguments]] = {
@@ -151,7 +151,7 @@ class TrainingSection(Section):
 
     @model_validator(mode="after")
     def _rate_of_the_optimizer(self) -> "TrainingSection":
-        has_rule = "adam" in self.optim or self.optim in PAIR_OPTIMIZERS
+        has_rule = is_like_adam(self.optim) or self.optim in PAIR_OPTIMIZERS
         if self.learning_rate == SUGGESTED and not has_rule:
             raise ValueError(
                 "rates are suggested for Adam and optimisers of pairs; name the learning_rate of "

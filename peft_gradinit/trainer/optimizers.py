@@ -22,6 +22,14 @@ if TYPE_CHECKING:
 
 _FAR = 2.0
 """A rate this many times outside of the suggested range is warned of."""
+_OWN_RATES = ("galore", "apollo", "schedulefree")
+"""Kinds of Adam that want rates of their own: they train in a subspace, or average over steps."""
+
+
+def is_like_adam(name: str) -> bool:
+    """Whether an optimiser, by its name or its class's, takes the rates that Adam takes."""
+    plain = name.lower().replace("_", "")
+    return "adam" in plain and not any(kind in plain for kind in _OWN_RATES)
 
 
 def before_optimizer(
@@ -49,7 +57,7 @@ def other_than_adam(trainer: "Trainer") -> str | None:
     if chosen is not None:
         kind = chosen[0]
         name = getattr(kind, "name", None) or getattr(kind, "__name__", type(kind).__name__)
-    return None if "adam" in name.lower() else name
+    return None if is_like_adam(name) else name
 
 
 def is_supervised(trainer: "Trainer") -> bool:
@@ -167,7 +175,7 @@ def check_rate(trainer: "Trainer", suggested: LearningRate) -> None:
     rate = trainer.args.learning_rate
     kind = type(getattr(trainer.optimizer, "optimizer", trainer.optimizer)).__name__
     near = suggested.low / _FAR <= rate <= suggested.high * _FAR
-    if near or not rate or "adam" not in kind.lower() or not is_supervised(trainer):
+    if near or not rate or not is_like_adam(kind) or not is_supervised(trainer):
         return
     warn(
         f"the learning rate {rate:.1e} is far from the one suggested for this adapter, {suggested}; "

@@ -173,10 +173,9 @@ class Job:
         """A text that differs between jobs whose unfinished sums must not be mixed.
 
         It holds the model's section, since a float32 model and its bfloat16 copy have the same
-        fingerprint. For a file of data it holds size and time, since the file may have changed.
+        fingerprint. For files of data it holds sizes and times, since they may have changed.
         """
-        path = Path(self.data.path)
-        stamp = [path.stat().st_size, path.stat().st_mtime_ns] if path.is_file() else None
+        stamp = _stamps(Path(self.data.path))
         model, data = self.model.model_dump(), self.data.model_dump()
         return json.dumps([model, data, self.calibration.batch_size, stamp], sort_keys=True)
 
@@ -262,3 +261,10 @@ class Job:
             if (value := getattr(config, name)) is not None:
                 said[name] = value
         return said | {k: v for k, v in method.options.items() if k not in said}
+
+
+def _stamps(path: Path) -> list[list[Any]]:
+    """Names, sizes and times of a file, or of the files in a folder."""
+    files = sorted(file for file in [path, *path.rglob("*")] if file.is_file())
+    facts = ((file.relative_to(path).as_posix(), file.stat()) for file in files)
+    return [[name, of_file.st_size, of_file.st_mtime_ns] for name, of_file in facts]

@@ -29,7 +29,21 @@ def test_sums_of_a_changed_file_or_another_dtype_are_not_continued(tmp_path):
     file.write_text('{"text": "two"}')
     os.utime(file, ns=(1, 1))
     assert job(file).identity() != before
-    assert job(tmp_path).identity() == job(tmp_path).identity()
+
+
+def test_sums_of_a_changed_folder_are_not_continued(tmp_path):
+    (tmp_path / "train").mkdir()
+    file = tmp_path / "train" / "data.jsonl"
+    file.write_text('{"text": "one"}')
+    before = job(tmp_path).identity()
+    assert job(tmp_path).identity() == before
+    os.utime(file, ns=(1, 1))
+    assert job(tmp_path).identity() != before
+
+
+def test_data_of_the_hub_have_their_name_alone():
+    assert job("someone/data").identity() == job("someone/data").identity()
+    assert job("someone/data").identity() != job("someone/other").identity()
 
 
 @pytest.mark.parametrize(("budget", "n"), [((), 128), (("--max-batches", 3), 24)])

@@ -130,6 +130,12 @@ def test_a_fault_names_the_key_and_the_nearest_one(task, change, message):
     assert message in str(caught.value)
 
 
+def test_a_rate_is_suggested_for_optimisers_that_have_one():
+    assert recipe_of("optim=adamw_8bit", rate="suggested").training.optim == "adamw_8bit"
+    with pytest.raises(ConfigError, match="name the learning_rate of galore_adamw"):
+        recipe_of("optim=galore_adamw", rate="suggested")
+
+
 @pytest.mark.parametrize(
     ("task", "options", "what"),
     [

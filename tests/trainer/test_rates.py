@@ -16,7 +16,7 @@ from peft_gradinit import (
 )
 from peft_gradinit.errors import ConfigError
 from peft_gradinit.optim import optimizer
-from peft_gradinit.trainer.optimizers import MadeAt, rescale_rates
+from peft_gradinit.trainer.optimizers import MadeAt, is_like_adam, rescale_rates
 from tests.helpers import adapted, pico_llama, quiet, token_batches
 from tests.trainer.runs import ROWS, trainer_of
 from tests.trainer.trl_runs import config_of as trl_config_of
@@ -144,9 +144,11 @@ def test_options_that_cannot_work_are_refused_at_once(tmp_path):
         CalibrationCallback(trainer, learning_rate="suggested")
 
 
-def test_rates_of_other_optimisers_are_not_suggested(tmp_path):
-    trainer = trainer_of(tmp_path, model=lora_one(), cls=Trainer, optim="sgd")
-    with pytest.raises(ConfigError, match="for Adam and its kin, but the trainer makes sgd"):
+@pytest.mark.parametrize("optim", ["sgd", "apollo_adamw", "schedule_free_adamw"])
+def test_rates_of_other_optimisers_are_not_suggested(optim, tmp_path):
+    trainer = trainer_of(tmp_path, model=lora_one(), cls=Trainer)
+    trainer.args.optim = optim  # the packages of the last two need not be there
+    with pytest.raises(ConfigError, match=f"for Adam and its kin, but the trainer makes {optim}"):
         CalibrationCallback(trainer, learning_rate="suggested")
     arguments, rows = trainer_of(tmp_path, cls=Trainer).args, trainer.train_dataset
     chosen = optimizer("lora_muon", lr=0.03)
@@ -154,6 +156,23 @@ def test_rates_of_other_optimisers_are_not_suggested(tmp_path):
     with pytest.raises(ConfigError, match="but the trainer makes lora_muon"):
         CalibrationCallback(trainer, learning_rate="suggested")
     CalibrationCallback(trainer)
+
+
+@pytest.mark.parametrize(
+    ("name", "is_like"),
+    [
+        ("adamw_torch_fused", True),
+        ("paged_adamw_8bit", True),
+        ("DeepSpeedCPUAdam", True),
+        ("adalomo", False),
+        ("ademamix", False),
+        ("galore_adamw_8bit_layerwise", False),
+        ("schedule_free_radam", False),
+        ("AdamWScheduleFree", False),
+    ],
+)
+def test_which_optimisers_take_rates_of_adam(name, is_like):
+    assert is_like_adam(name) == is_like
 
 
 def test_deepspeed_has_its_rate_before(tmp_path):
