@@ -191,7 +191,7 @@ def measure_candidate(name: str, options: argparse.Namespace) -> dict[str, float
 def measure_memory(name: str, options: argparse.Namespace) -> dict[str, float]:
     """The most that one candidate holds in tensors at once on the CPU, besides model and data."""
     model, batches = make_model(options), make_batches(options)
-    with memory_held() as peak:
+    with memory_held(torch.device("cpu")) as peak:
         CANDIDATES[name](model, batches)
     return {"bytes": peak[0]}
 

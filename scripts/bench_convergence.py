@@ -2,7 +2,7 @@
 
     python scripts/bench_convergence.py run       # hours; goes on where it was if it is interrupted
     python scripts/bench_convergence.py costs     # step time and memory, each method in a process of its own
-    python scripts/bench_convergence.py changes   # what is forgotten, and intruder dimensions; a run for each method
+    python scripts/bench_convergence.py changes   # intruder dimensions, sizes of changes; a run for each method
     python scripts/bench_convergence.py report    # table and pictures from what there is
     python scripts/bench_convergence.py draw      # the published table and pictures again, from the summaries kept
     python scripts/bench_convergence.py publish   # the same into scripts/convergence/measured and docs/benchmarks.md

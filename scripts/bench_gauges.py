@@ -30,9 +30,16 @@ def kernels_counted(device: torch.device) -> Iterator[list[int]]:
 
 
 @contextmanager
-def memory_held() -> Iterator[list[int]]:
-    """Measure the most that torch holds in new tensors at once, on the CPU."""
+def memory_held(device: torch.device) -> Iterator[list[int]]:
+    """Measure the most bytes that torch holds in new tensors at once."""
     peak: list[int] = []
+    if device.type != "cpu":
+        torch.accelerator.reset_peak_memory_stats()
+        before = torch.accelerator.memory_allocated()
+        yield peak
+        torch.accelerator.synchronize()
+        peak.append(torch.accelerator.max_memory_allocated() - before)
+        return
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         yield peak

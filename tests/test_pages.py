@@ -9,6 +9,7 @@ from peft import PeftModel, get_peft_model
 from transformers import Trainer, TrainingArguments
 
 from peft_gradinit import CalibrationResult, LoraGAConfig, init_report, pairs, suggest_learning_rate
+from peft_gradinit.optim import LoraMuon
 from tests.helpers import adapted, pico_llama, token_batches
 from tests.moe.models import qwen3_moe
 from tests.trainer.trl_runs import texts, tokenizer
@@ -54,6 +55,14 @@ def test_example_of_an_output_layer_runs_as_printed(tmp_path, monkeypatch):
     assert names["rate"] > 0
     loaded = PeftModel.from_pretrained(pico_llama(), tmp_path / "out")
     assert "lm_head" in loaded.peft_config["default"].target_modules
+
+
+def test_example_of_our_start_with_lora_muon_runs_as_printed(tmp_path):
+    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[], max_steps=1)
+    names = {"Trainer": Trainer, "args": args, "data": [], "model": pico_llama()}
+    exec(blocks("docs/choosing.md")[1], names | {"train_dataloader": token_batches()}, names)
+    assert "lm_head" in init_report(names["model"]).ranks()
+    assert isinstance(names["trainer"].create_optimizer(), LoraMuon)
 
 
 def test_the_first_page_has_the_example_of_the_readme():

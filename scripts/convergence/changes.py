@@ -1,4 +1,4 @@
-"""What training changed beside the task: old data, and the directions of the weights.
+"""What training changed beside the task: sizes and directions of the weights.
 
 The first reported seed of each method is trained again at its best rate, and its weights are looked at
 after it; the other runs keep their losses alone.
@@ -26,7 +26,7 @@ from .training import Key, run
 def measure_changes(
     studies: list[Study], methods: Iterable[str], n_processes: int, device: str = "cpu"
 ) -> None:
-    """Measure, and keep in `changes.json` of every study what is not there yet.
+    """Measure, and keep in `changes.json` of every study what is not there at the best rate.
 
     Methods whose search is not over are left out; arguments as for `carry_out`.
     """
@@ -34,32 +34,32 @@ def measure_changes(
     with ProcessPoolExecutor(n_processes, context, initializer=prepare_process) as pool:
         for study in studies:
             known = study.kept("changes")
-            keys = {m: key for m in methods if m not in known and (key := _key(study, m))}
+            keys = {m: key for m in methods if (key := _key(study, m))}
+            keys = {m: k for m, k in keys.items() if known.get(m, {}).get("lr") != k.lr}
             pending = {m: pool.submit(_measure, study.task, k, device) for m, k in keys.items()}
             for method, future in pending.items():
-                known[method] = future.result()
-                print(f"{study.settings.task} {method}: {known[method]}", flush=True)
-                write_json(study.folder / "changes.json", known)
+                found = {**future.result(), "lr": keys[method].lr}
+                print(f"{study.settings.task} {method}: {found}", flush=True)
+                write_json(study.folder / "changes.json", study.kept("changes") | {method: found})
 
 
 def _key(study: Study, method: str) -> Key | None:
     lr = study.best(method) if study.has(method) else None
     if lr is None:
         return None
-    return Key(study.settings.task, method, lr, study.settings.reported[0], study.steps)
+    return Key(study.settings.task, method, lr, study.settings.reported[0], study.trained(method))
 
 
-def _measure(task_name: str, key: Key, device: str) -> dict[str, float | None]:
-    """Growth of the loss on old data, intruders of a layer on average, relative size of the change."""
-    task = load_task(task_name, device)
-    found: dict[str, float | None] = {}
+def _measure(task_name: str, key: Key, device: str) -> dict[str, float]:
+    """Intruders of a layer on average, and the relative size of the change."""
+    found: dict[str, float] = {}
 
     def after(model: nn.Module) -> None:
         merged = model.merge_and_unload() if isinstance(model, PeftModel) else model
         found.update(_of_weights(task_name, device, weights(merged)))
 
-    before, now = run(key, task, after)["source_loss"]
-    return {"source_loss": None if before is None else now - before, **found}
+    run(key, load_task(task_name, device), after)
+    return found
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:

@@ -5,9 +5,11 @@ import statistics
 from collections.abc import Callable
 from pathlib import Path
 
+from .costs import RATIOS
 from .methods import METHODS
 from .pictures import draw
-from .study import BASELINE, SHORTER
+from .plan import steps_to
+from .study import BASELINE
 from .summary import Summary, TaskSummary, half_interval
 
 COLUMNS = (
@@ -16,7 +18,7 @@ COLUMNS = (
     "test loss",
     "accuracy",
     "steps to LoRA's loss",
-    f"loss of {SHORTER:.0%} of the steps",
+    "shorter runs: loss",
     "suggested rate: loss",
     "seconds to LoRA's loss",
     "loss on old data",
@@ -29,7 +31,7 @@ OVERVIEW_COLUMNS = (
     "numbers",
     "rate",
     "range",
-    f"{SHORTER:.0%} of the steps",
+    "shorter",
     "suggested rate",
 )
 
@@ -64,23 +66,18 @@ def _cells(task: TaskSummary, summary: Summary) -> list[str]:
         f"{low:.1e} to {high:.1e} ({summary.breadth:.1f})",
         interval(summary.losses),
         interval(summary.accuracies),
-        _steps_to_aim(summary, task.steps),
+        _steps_to_aim(summary, task),
         _at_rate(summary.short_lr, summary.short_loss, task.aim),
         _at_rate(summary.suggested_lr, summary.suggested_loss, task.aim),
-        _seconds_to_aim(summary),
+        _seconds_to_aim(summary, task),
         f"{statistics.mean(summary.forgetting):+.2f}" if summary.forgetting else "-",
-        *(_cost(summary, task, name) for name in ("step_seconds", "training_mib")),
+        *(_cost(summary.costs, name) for name in RATIOS),
     ]
 
 
-def median_reach(summary: Summary) -> float:
-    """Median over the seeds of the steps to LoRA's loss; infinite if most seeds never get there."""
-    return statistics.median(math.inf if n is None else n for n in summary.reach)
-
-
-def _steps_to_aim(summary: Summary, whole: int) -> str:
-    steps = median_reach(summary)
-    return f"{steps:.0f} ({steps / whole:.0%})" if math.isfinite(steps) else "-"
+def _steps_to_aim(summary: Summary, task: TaskSummary) -> str:
+    steps = steps_to(summary.curve, task.aim)
+    return "-" if steps is None else f"{steps:.0f} ({steps / task.steps:.0%})"
 
 
 def _next_to(loss: float, aim: float) -> str:
@@ -91,17 +88,16 @@ def _at_rate(lr: float | None, loss: float | None, aim: float) -> str:
     return "-" if loss is None else f"{lr:g}: {_next_to(loss, aim)}"
 
 
-def _seconds_to_aim(summary: Summary) -> str:
-    steps, costs = median_reach(summary), summary.costs
-    if not costs or not math.isfinite(steps):
+def _seconds_to_aim(summary: Summary, task: TaskSummary) -> str:
+    steps, costs = steps_to(summary.curve, task.aim), summary.costs
+    if not costs or steps is None:
         return "-"
     trained = steps - summary.start_steps
     return f"{costs['start_seconds'] + trained * costs['step_seconds']:.1f}"
 
 
-def _cost(summary: Summary, task: TaskSummary, name: str) -> str:
-    of_lora = task.methods[BASELINE].costs
-    return f"{summary.costs[name] / of_lora[name]:.2f}" if summary.costs and of_lora else "-"
+def _cost(costs: dict[str, float], name: str) -> str:
+    return f"{costs[name] / costs[f'lora_{name}']:.2f}" if name in costs else "-"
 
 
 def aims(task: TaskSummary) -> str:
@@ -112,7 +108,7 @@ def aims(task: TaskSummary) -> str:
     if short:
         best, final = min(short, key=lambda m: short[m]), min(ours, key=lambda m: ours[m].loss)
         lines.append(
-            f"Speed: of ours, the best run of {SHORTER:.0%} of the steps ({METHODS[best].title}) ends "
+            f"Speed: of ours, the best shorter run ({METHODS[best].title}) ends "
             f"at {_next_to(short[best], task.aim)} of LoRA's {task.aim:.3f}, the best whole run "
             f"({METHODS[final].title}) at {_next_to(ours[final].loss, task.aim)}."
         )
@@ -183,7 +179,7 @@ def _by_task(tasks: list[TaskSummary], losses: Callable[[Summary], list[float]])
 def _next_to_baseline(
     task: TaskSummary, method: str, losses: Callable[[Summary], list[float]]
 ) -> str:
-    summary, of_baseline = task.methods.get(method), losses(task.methods[BASELINE])
+    summary, of_baseline = task.in_order().get(method), losses(task.methods[BASELINE])
     if summary is None or not losses(summary):
         return ""
     loss = f"{statistics.mean(losses(summary)):.3f}"
@@ -202,21 +198,20 @@ def beside(tasks: list[TaskSummary]) -> str:
 
 def _beside_table(task: TaskSummary) -> str:
     rows = [
-        f"| {_name(m)} | {' | '.join(_beside_cells(task, s))} |"
+        f"| {_name(m)} | {' | '.join(_beside_cells(s))} |"
         for m, s in task.in_order().items()
-        if s.changes or s.costs
+        if s.changes or s.costs or s.forgetting
     ]
     head = "| " + " | ".join((task.task, *BESIDE_COLUMNS)) + " |"
     return "\n".join([head, "|---" * (len(BESIDE_COLUMNS) + 1) + "|", *rows]) if rows else ""
 
 
-def _beside_cells(task: TaskSummary, summary: Summary) -> list[str]:
+def _beside_cells(summary: Summary) -> list[str]:
     costs, changes = summary.costs, summary.changes
-    on_old = changes.get("source_loss")
     return [
         f"{costs['start_seconds']:.1f} s" if costs else "",
-        *(_cost(summary, task, name) for name in ("step_seconds", "training_mib")),
-        "" if on_old is None else f"{on_old:+.3f}",
+        *(_cost(costs, name) if costs else "" for name in RATIOS),
+        interval(summary.forgetting, signed=True) if summary.forgetting else "",
         f"{changes['intruders']:.2f}" if changes else "",
         f"{changes['size']:.1%}" if changes else "",
     ]

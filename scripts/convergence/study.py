@@ -19,14 +19,14 @@ from .methods import METHODS
 from .plan import TOLERANCE, Losses, best_rate, neighbouring_rates, next_rates, rate
 from .settings import load_settings
 from .tasks import TASKS, Task, on_device
-from .training import Key, run, start_steps
+from .training import Key, calibration_steps, run, start_steps
 
 BASELINE = "lora"
 REFERENCES = (BASELINE, "lora_output", "full")
 WITH_OUTPUT = ("topics", "functions", "reference")
 """Tasks whose model has an output layer."""
 SHORTER = 0.6
-"""Shorter runs, calibration included, of the references and of those of our types that end near the
+"""Shorter runs, 60 % of the task's steps, calibration included, of the references and of those of our types that end near the
 baseline, with a schedule and a best rate of their own: what a user would do who is in a hurry."""
 LONGER = 4
 """How many times as long the longer runs are, with a schedule and a best rate of their own."""
@@ -63,6 +63,15 @@ class Study:
         """Whether a method can run on the task: some need an output layer."""
         return self.settings.task in WITH_OUTPUT or not METHODS[method].has_output
 
+    @property
+    def whole(self) -> int:
+        """Steps of a whole run, the calibration included."""
+        return round(self.steps + calibration_steps(self.settings))
+
+    def trained(self, method: str) -> int:
+        """Steps that a method trains in a whole run: what has no calibration trains in its place."""
+        return round(self.whole - start_steps(METHODS[method], self.settings))
+
     def shorter(self, method: str) -> int:
         """Steps of a method's shorter runs: what calibrating leaves of 60 %."""
         return round(self.steps * SHORTER - start_steps(METHODS[method], self.settings))
@@ -97,7 +106,7 @@ class Study:
 
         Args:
             method: name.
-            steps: of the runs. Default: of whole runs.
+            steps: of the runs. Default: those of the task, whether a method has a calibration or not.
         """
         seeds = self.settings.searched
         losses: dict[float, list[float]] = {}
@@ -112,16 +121,22 @@ class Study:
 
         It is the median over the search, so that it stands when the other runs begin.
         """
-        searched = (r for r in self.runs(method) if r["seed"] in self.settings.searched)
+        seeds = self.settings.searched
+        searched = (r for r in self.runs(method) if r["seed"] in seeds and r["steps"] == self.steps)
         rates = [r["suggested_lr"] for r in searched if r.get("suggested_lr")]
         return float(f"{statistics.median(rates):.2g}") if rates else None
 
-    def best(self, method: str) -> float | None:
-        """The best rate of whole runs, by a search that is over, here or published."""
+    def searched(self, method: str) -> Losses | None:
+        """The losses of a search that is over, here or published."""
         for losses in (self.search(method), self.published.get(method, {})):
             if not next_rates(METHODS[method].first_rate, losses):
-                return best_rate(losses)
+                return losses
         return None
+
+    def best(self, method: str) -> float | None:
+        """The best rate, by a search that is over, here or published."""
+        losses = self.searched(method)
+        return None if losses is None else best_rate(losses)
 
     def pending(self, method: str, only: str | None = None) -> list[Key]:
         """Runs that a method needs next.
@@ -144,7 +159,7 @@ class Study:
             return []
         suggested = self.suggested(method)
         rates = [best_rate(losses)] + ([] if suggested is None else [suggested])
-        wanted = self._missing(method, rates, self.steps, self.settings.reported)
+        wanted = self._missing(method, rates, self.trained(method), self.settings.reported)
         if method in REFERENCES or (METHODS[method].ours and self._is_near_baseline(losses)):
             wanted += self._pending_of_length(method, lengths["shorter"])
         if method in ALSO_LONGER:

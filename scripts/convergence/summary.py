@@ -14,7 +14,7 @@ from scipy import stats
 from peft_gradinit.files import write_json
 
 from .methods import METHODS
-from .plan import best_rate, next_rates, steps_to, usable_range
+from .plan import best_rate, usable_range
 from .study import BASELINE, Study, final_loss
 
 
@@ -36,9 +36,7 @@ class Summary:
         usable: lowest and highest rate within 2 % of the best.
         losses: final test loss of every seed.
         accuracies: of every seed.
-        reach: steps until tuned LoRA's mean final loss, of every seed, calibration included; `None`
-            if never.
-        short_lr: the best rate of runs of 60 % of the steps, calibration included.
+        short_lr: the best rate of shorter runs.
         short_losses: their final loss, of every seed.
         suggested_lr: the rate that the package suggests, if it does.
         suggested_losses: final loss there, of every seed.
@@ -48,7 +46,9 @@ class Summary:
         curve: `[step, mean test loss]`, calibration included.
         costs: of `costs`, if measured.
         spread: half of the 95 % interval of every loss of the curve; empty in older summaries.
-        changes: of `changes`, if measured.
+        changes: of `changes`, if measured at this rate.
+        data: tells data apart; empty in older summaries.
+        device: where the runs were made; empty in older summaries.
         long_lr: the best rate of runs that are four times as long.
         long_losses: their final loss, of every seed.
     """
@@ -58,7 +58,6 @@ class Summary:
     usable: tuple[float, float]
     losses: list[float]
     accuracies: list[float]
-    reach: list[float | None]
     short_lr: float | None
     short_losses: list[float]
     suggested_lr: float | None
@@ -69,7 +68,9 @@ class Summary:
     curve: list[list[float]]
     costs: dict[str, float] = field(default_factory=dict)
     spread: list[float] = field(default_factory=list)
-    changes: dict[str, float | None] = field(default_factory=dict)
+    changes: dict[str, float] = field(default_factory=dict)
+    data: str = ""
+    device: str = ""
     long_lr: float | None = None
     long_losses: list[float] = field(default_factory=list)
 
@@ -93,6 +94,11 @@ class Summary:
         """How many times the highest usable rate is the lowest."""
         return self.usable[1] / self.usable[0]
 
+    @property
+    def steps(self) -> int:
+        """Of a whole run, the calibration included."""
+        return round(self.curve[-1][0])
+
 
 @dataclass(frozen=True)
 class TaskSummary:
@@ -101,8 +107,8 @@ class TaskSummary:
     Attributes:
         task: name of the settings.
         about: steps, rank and seeds, for people.
-        steps: of a run.
-        methods: by name; LoRA is among them.
+        steps: of a whole run, the calibration included.
+        methods: by name; LoRA is among them. Those of fewer steps are of an earlier study.
         key: of the settings; empty in older summaries.
     """
 
@@ -113,8 +119,9 @@ class TaskSummary:
     key: str = ""
 
     def in_order(self) -> dict[str, Summary]:
-        """The methods in the order of the table of methods."""
-        return {m: self.methods[m] for m in METHODS if m in self.methods}
+        """The methods in the order of the table of methods, without those of fewer steps."""
+        known = {m: self.methods[m] for m in METHODS if m in self.methods}
+        return {m: summary for m, summary in known.items() if summary.steps >= self.steps}
 
     def searches(self) -> dict[str, dict[float, float]]:
         """Mean final losses by learning rate, by method; infinite where runs diverged."""
@@ -140,46 +147,61 @@ def summarise_task(
         earlier: a summary of the same settings; what has no runs here is taken from it.
     """
     kept = {} if earlier is None else earlier.methods
-    baseline = _whole(study, BASELINE, math.inf) or kept.get(BASELINE)
-    if baseline is None:
+    found = {m: _summary(study, m, kept.get(m)) for m in (BASELINE, *methods)}
+    if found[BASELINE] is None:
         return None
-    found = {m: _whole(study, m, baseline.loss) or kept.get(m) for m in (BASELINE, *methods)}
     settings = study.settings
-    return TaskSummary(
+    task = TaskSummary(
         task=settings.task,
         about=(
-            f"{study.steps} steps of {settings.training.batch_size}, r {settings.adapter['r']}, "
-            f"{settings.seeds} seeds"
+            f"{study.whole} steps of {settings.training.batch_size}, the calibration included, "
+            f"r {settings.adapter['r']}, {settings.seeds} seeds"
         ),
-        steps=study.steps,
-        methods=kept | {m: replace(s, **_beside(study, m)) for m, s in found.items() if s},
+        steps=study.whole,
+        methods=kept | {m: s for m, s in found.items() if s},
         key=settings.key,
     )
+    origins = {(s.data, s.device) for s in task.in_order().values() if s.data}
+    if len(origins) > 1:
+        raise SystemExit(
+            f"{settings.task}: rows of different data or devices cannot be compared: {sorted(origins)}"
+        )
+    return task
 
 
-def _whole(study: Study, method: str, aim: float) -> Summary | None:
+def _summary(study: Study, method: str, earlier: Summary | None) -> Summary | None:
+    """What the runs say; what they do not say is as it was in an earlier summary."""
+    summary = _whole(study, method)
+    if summary is None:
+        summary = earlier
+    elif earlier is not None:
+        same = ["short_lr", "short_losses", "long_lr", "long_losses", "costs"]
+        same += ["changes"] if earlier.lr == summary.lr else []
+        summary = replace(summary, **{name: getattr(earlier, name) for name in same})
+    return summary and replace(summary, **_beside(study, method, summary.lr))
+
+
+def _whole(study: Study, method: str) -> Summary | None:
     """Of whole runs, if all of them are there."""
-    search = study.search(method)
-    if next_rates(METHODS[method].first_rate, search):
+    search = study.searched(method)
+    if search is None:
         return None
-    lr, suggested = best_rate(search), study.suggested(method)
+    lr, suggested, steps = best_rate(search), study.suggested(method), study.trained(method)
     runs = [r for r in study.runs(method) if r["seed"] in study.settings.reported]
-    whole = _chosen(runs, lr, study.steps)
+    whole = _chosen(runs, lr, steps)
     if len(whole) < study.settings.seeds:
         return None
-    aim = statistics.mean(map(final_loss, whole)) if math.isinf(aim) else aim
-    before = whole[0]["start_steps"]
+    curves, before = _curves(whole), whole[0]["start_steps"]
     return Summary(
         lr=lr,
         search={lr: loss if math.isfinite(loss) else None for lr, loss in sorted(search.items())},
         usable=usable_range(search),
         losses=list(map(final_loss, whole)),
         accuracies=[r["curve"][-1][2] for r in whole],
-        reach=[_reach(r, aim) for r in whole],
         short_lr=None,
         short_losses=[],
         suggested_lr=suggested,
-        suggested_losses=_losses(study, runs, suggested, study.steps),
+        suggested_losses=_losses(study, runs, suggested, steps),
         forgetting=[
             r["source_loss"][1] - r["source_loss"][0] for r in whole if r["source_loss"][0]
         ],
@@ -187,18 +209,37 @@ def _whole(study: Study, method: str, aim: float) -> Summary | None:
         n_trained=whole[0]["n_trainable"],
         curve=[
             [points[0][0] + before, statistics.mean(p[1] for p in points)]
-            for points in zip(*(r["curve"] for r in whole), strict=True)
+            for points in zip(*curves, strict=True)
         ],
-        spread=[
-            half_interval([p[1] for p in points])
-            for points in zip(*(r["curve"] for r in whole), strict=True)
-        ],
+        spread=[half_interval([p[1] for p in points]) for points in zip(*curves, strict=True)],
+        data=whole[0].get("data", ""),
+        device=whole[0].get("device", ""),
     )
 
 
-def _beside(study: Study, method: str) -> dict[str, Any]:
-    """What is known beside whole runs: runs of other lengths, costs, changes."""
-    known = {name: study.kept(name).get(method) for name in ("costs", "changes")}
+def _curves(runs: list[dict]) -> list[list[list[float]]]:
+    """`[step, loss]` of every run at the same steps; infinite from where a run diverged."""
+    marks = max((run["curve"] for run in runs), key=len)
+    return [
+        [
+            [
+                step,
+                math.inf
+                if i >= len(run["curve"]) or run["curve"][i][1] is None
+                else run["curve"][i][1],
+            ]
+            for i, (step, *_) in enumerate(marks)
+        ]
+        for run in runs
+    ]
+
+
+def _beside(study: Study, method: str, lr: float) -> dict[str, Any]:
+    """What is known beside whole runs: runs of other lengths, costs, changes at the rate."""
+    changes = study.kept("changes").get(method, {})
+    known: dict[str, Any] = {"costs": study.kept("costs").get(method)}
+    if changes.get("lr", lr) == lr:
+        known["changes"] = {name: value for name, value in changes.items() if name != "lr"}
     for name, steps in (("short", study.shorter(method)), ("long", study.longer())):
         search = study.search(method, steps)
         lr = best_rate(search) if search else None
@@ -217,11 +258,6 @@ def _losses(study: Study, runs: list[dict], lr: float | None, steps: int) -> lis
 def _chosen(runs: list[dict], lr: float | None, steps: int) -> list[dict]:
     chosen = [r for r in runs if r["lr"] == lr and r["steps"] == steps]
     return sorted(chosen, key=lambda r: r["seed"])
-
-
-def _reach(run: dict, aim: float) -> float | None:
-    steps = steps_to(run["curve"], aim)
-    return None if steps is None else steps + run["start_steps"]
 
 
 def save(summary: TaskSummary, folder: Path) -> None:
@@ -246,5 +282,13 @@ def _from_dict(values: dict) -> TaskSummary:
     methods = {}
     for name, of in values["methods"].items():
         search = dict(sorted((float(lr), loss) for lr, loss in of["search"].items()))
-        methods[name] = Summary(**{**of, "search": search, "usable": tuple(of["usable"])})
+        losses = {key: _with_infinities(of[key]) for key in of if key.endswith("losses")}
+        curve = [_with_infinities(point) for point in of["curve"]]
+        read = {"search": search, "usable": tuple(of["usable"]), "curve": curve}
+        methods[name] = Summary(**{**of, **losses, **read})
     return TaskSummary(**{**values, "methods": methods})
+
+
+def _with_infinities(numbers: list[float | None]) -> list[float]:
+    """JSON has no infinities: the losses of runs that diverged are `null` there."""
+    return [math.inf if number is None else number for number in numbers]

@@ -1,5 +1,6 @@
 """One run: from the pretrained model to a JSON-able result."""
 
+import hashlib
 import math
 import time
 from collections.abc import Callable
@@ -34,7 +35,7 @@ class Key:
         task: name.
         method: name.
         lr: learning rate.
-        seed: of the order of the data, of the calibration data and of random factors.
+        seed: of the order of the data, of the calibration data, of random factors and of dropout.
         steps: length of the run and of its schedule.
     """
 
@@ -58,11 +59,11 @@ def run(key: Key, task: Task, after: Callable[[nn.Module], None] | None = None) 
         pretraining distribution before and after, costs, the rate that the package suggests. A run that
         diverged has infinite losses.
     """
-    task = fold(task, key.seed)
-    torch.manual_seed(key.seed)
-    model = task.load_model()
+    of_seed = fold(task, key.seed)
+    model = of_seed.load_model()
     with half_products(model):
-        return _run(key, task, model, after or (lambda trained: None))
+        result = _run(key, of_seed, model, after or (lambda trained: None))
+    return {**result, "data": fingerprint(task)}
 
 
 def _run(key: Key, task: Task, model: PreTrainedModel, after: Callable[[nn.Module], None]) -> dict:
@@ -70,6 +71,7 @@ def _run(key: Key, task: Task, model: PreTrainedModel, after: Callable[[nn.Modul
     before = source_loss(model, task)
     order = sample_order(size(task.train), training.batch_size * key.steps, key.seed)
     batches = calibration_batches(task, key.seed)
+    torch.manual_seed(key.seed)  # here, since a task seeds the model that it loads
     started = time.perf_counter()
     adapted = method.start(model, task, batches)
     start_seconds = time.perf_counter() - started
@@ -87,6 +89,7 @@ def _run(key: Key, task: Task, model: PreTrainedModel, after: Callable[[nn.Modul
     schedule = get_scheduler(
         method.schedule, optimizer, warmup_steps(training, key.steps), key.steps
     )
+    torch.manual_seed(key.seed)  # the same dropout whatever a start draws
     curve, losses = train(adapted, optimizer, schedule, task, order.view(key.steps, -1), change)
     result = {
         **asdict(key),
@@ -96,15 +99,32 @@ def _run(key: Key, task: Task, model: PreTrainedModel, after: Callable[[nn.Modul
         "start_seconds": start_seconds,
         "suggested_lr": suggested,
         "start_steps": start_steps(method, task.settings),
+        "device": next(adapted.parameters()).device.type,
         "n_trainable": sum(p.numel() for p in adapted.parameters() if p.requires_grad),
     }
     after(adapted)
     return result
 
 
+def fingerprint(task: Task) -> str:
+    """What tells data apart: those of some tasks are read from what is installed."""
+    digest = hashlib.sha256()
+    for rows in (task.train, task.test):
+        for name, values in sorted(rows.items()):
+            digest.update(
+                name.encode() + values.cpu().contiguous().view(torch.uint8).numpy().tobytes()
+            )
+    return digest.hexdigest()[:12]
+
+
+def calibration_steps(settings: Settings) -> float:
+    """How many training steps read as many rows as a calibration does."""
+    return settings.n_calibration / settings.training.batch_size
+
+
 def start_steps(method: Method, settings: Settings) -> float:
-    """How many training steps read as many rows as the calibration does."""
-    return settings.n_calibration / settings.training.batch_size if method.reads_data else 0.0
+    """The steps that a method's calibration counts as."""
+    return calibration_steps(settings) if method.reads_data else 0.0
 
 
 def sample_order(n: int, n_samples: int, seed: int) -> torch.Tensor:
