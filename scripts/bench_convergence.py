@@ -26,8 +26,10 @@ os.environ.setdefault("MALLOC_MMAP_MAX_", "0")
 os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**36))
 os.environ.setdefault("MALLOC_TOP_PAD_", str(2**28))
 
+from convergence import further
 from convergence.changes import measure_changes
 from convergence.costs import measure_costs
+from convergence.further import differs_in_seeds
 from convergence.levers import LEVERS
 from convergence.methods import METHODS
 from convergence.pair_levers import PAIR_LEVERS
@@ -40,6 +42,7 @@ USUAL = [name for name in METHODS if name not in LEVERS | PAIR_LEVERS]
 COMMANDS = ("run", "costs", "changes", "report", "draw", "publish")
 OUT = Path("out/convergence")
 MEASURED = Path(__file__).parent / "convergence" / "measured"
+FURTHER = MEASURED / "further"
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 
 
@@ -87,10 +90,15 @@ def main() -> None:
 
 def _report(studies: list[Study], options: argparse.Namespace) -> None:
     """Save the summaries, and write the report or publish it."""
+    publish = options.command == "publish"
+    if publish and differs_in_seeds(studies[0].settings):
+        for study in studies:
+            further.save(further.collect(study), FURTHER)
+        _publish()
+        return
     tasks = _summaries(studies, options)
     if not tasks:
         return
-    publish = options.command == "publish"
     summaries = MEASURED if publish else options.out / "summaries"
     for task in tasks:
         save(task, summaries)
@@ -119,6 +127,7 @@ def shown(tasks: list[TaskSummary]) -> dict[str, str]:
         "without a sweep": without_sweep(tasks),
         "longer runs": longer(tasks),
         "costs and changes": beside(tasks),
+        "further seeds": further.table(further.load(FURTHER)),
     }
 
 
@@ -131,8 +140,12 @@ def _fault(command: str, studies: list[Study]) -> str | None:
     """Why figures of settings that are not a task's own would be taken for them, if they would."""
     names = [study.settings.task for study in studies]
     paths = [study.task for study in studies if study.task.endswith(".yaml")]
-    if command == "publish" and paths:
-        return f"publish takes tasks by their names, got {paths}; report shows other settings"
+    further_seeds = [differs_in_seeds(study.settings) for study in studies]
+    if command == "publish" and paths and not all(further_seeds):
+        return (
+            f"publish takes tasks by their names, or settings with more seeds than a task alone, got "
+            f"{paths}; report shows other settings"
+        )
     if command == "report" and len(set(names)) < len(names):
         return f"a task has one report, got settings of {names}; report them one at a time"
     return None

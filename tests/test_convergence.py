@@ -27,6 +27,7 @@ import bench_convergence  # noqa: E402
 import rate_rule  # noqa: E402
 from bench_convergence import MEASURED, marks  # noqa: E402
 from bench_convergence import shown as tables_of  # noqa: E402
+from convergence import further  # noqa: E402
 from convergence.changes import n_intruders  # noqa: E402
 from convergence.half import RoundedProducts, half_products  # noqa: E402
 from convergence.methods import METHODS  # noqa: E402
@@ -491,6 +492,29 @@ def test_a_run_that_diverged_is_reported(tmp_path):
     for of in (task, kept):
         assert of.methods["lora_ga"].losses == [0.3, math.inf, 0.1]
         assert "| inf |" in markdown([of])
+
+
+def test_further_seeds_are_shown_beside_those_that_were_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    own = load_settings("digits")
+    more = own.model_dump(mode="json", exclude_defaults=True) | {"seeds": 20}
+    other = more | {"adapter": {"r": 1, "lora_alpha": 2}}
+    for name, settings in (("more", more), ("other", other)):
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(settings))
+    studies = [Study(tmp_path, str(tmp_path / f"{n}.yaml")) for n in ("more", "other")]
+    assert [further.differs_in_seeds(s.settings) for s in studies] == [True, False]
+    assert not further.differs_in_seeds(own)
+    study = studies[0]
+    for method, lr, losses in (("dora", 1e-2, (0.5, 1.5)), ("lora", 3e-3, (1.0, 2.0))):
+        for i, seed in enumerate(study.settings.reported):
+            saved_run(study, method, lr, seed, study.whole, losses[i >= own.seeds])
+    saved_run(study, "full", 1e-3, 4, study.whole, 0.1)  # the other seeds are not there
+    further.save(further.collect(study), tmp_path / "kept")
+    *_, of_lora, of_dora = further.table(further.load(tmp_path / "kept")).splitlines()
+    assert of_lora == "| LoRA | 0.003 | 1.500 ± 0.240 |  | 2.000 ± 0.000 |  |"
+    assert of_dora == (
+        "| DoRA | 0.01 | 1.000 ± 0.240 | -0.500 ± 0.000 | 1.500 ± 0.000 | -0.500 ± 0.000 |"
+    )
 
 
 @pytest.mark.parametrize("facts", [{"data": "other"}, {"device": "cuda"}])
