@@ -470,7 +470,7 @@ def test_what_has_no_new_runs_stays_published(tmp_path):
     study = tiny_study(tmp_path)
     save_whole_runs(study, "lora", [0.3, 0.2, 0.1])
     known = {"short_losses": [4.0], "long_losses": [3.0], "costs": {"start_seconds": 1.0}}
-    known["changes"] = {"size": 0.5}
+    known |= {"changes": {"size": 0.5}, "suggested_lr": 5.6e-3}
     earlier = dataclasses.replace(summary_of(search=SEARCHED["lora"], losses=[1.0]), **known)
     for lr in (5.6e-3, 1e-3):
         row = dataclasses.replace(earlier, lr=lr)
@@ -479,6 +479,7 @@ def test_what_has_no_new_runs_stays_published(tmp_path):
         assert summary.losses == [0.3, 0.2, 0.1]
         assert (summary.short_losses, summary.long_losses) == ([4.0], [3.0])
         assert summary.costs == known["costs"]
+        assert (summary.suggested_lr, summary.suggested_losses) == (5.6e-3, [0.3, 0.2, 0.1])
         assert summary.changes == (known["changes"] if lr == 5.6e-3 else {})
 
 

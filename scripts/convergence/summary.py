@@ -171,7 +171,7 @@ def summarise_task(
 
 def _summary(study: Study, method: str, earlier: Summary | None) -> Summary | None:
     """What the runs say; what they do not say is as it was in an earlier summary."""
-    summary = _whole(study, method)
+    summary = _whole(study, method, earlier)
     if summary is None:
         summary = earlier
     elif earlier is not None:
@@ -181,12 +181,13 @@ def _summary(study: Study, method: str, earlier: Summary | None) -> Summary | No
     return summary and replace(summary, **_beside(study, method, summary.lr))
 
 
-def _whole(study: Study, method: str) -> Summary | None:
-    """Of whole runs, if all of them are there."""
+def _whole(study: Study, method: str, earlier: Summary | None) -> Summary | None:
+    """Of whole runs, if all of them are there; the suggested rate may be that of an earlier search."""
     search = study.searched(method)
     if search is None:
         return None
     lr, suggested, steps = best_rate(search), study.suggested(method), study.trained(method)
+    suggested = suggested or (earlier and earlier.suggested_lr)
     runs = [r for r in study.runs(method) if r["seed"] in study.settings.reported]
     whole = _chosen(runs, lr, steps)
     if len(whole) < study.settings.seeds:
