@@ -4,13 +4,11 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from peft_gradinit.files import write_json
-
 from .methods import METHODS
-from .report import difference, interval
+from .report import difference, interval, name_of
 from .settings import Settings, load_settings
 from .study import BASELINE, Study, final_loss
-from .summary import short
+from .summary import write_rounded
 
 COLUMNS = ("rate", "loss", "next to LoRA", "further seeds: loss", "next to LoRA")
 
@@ -69,9 +67,7 @@ def collect(study: Study) -> FurtherSeeds:
 
 def save(further: FurtherSeeds, folder: Path) -> None:
     """Keep the rows, numbers of six digits."""
-    folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(asdict(further))
-    write_json(folder / f"{further.task}.json", json.loads(text, parse_float=short))
+    write_rounded(folder / f"{further.task}.json", asdict(further))
 
 
 def load(folder: Path) -> list[FurtherSeeds]:
@@ -94,7 +90,5 @@ def _table(task: FurtherSeeds) -> str:
             losses, of_lora = row.losses[first:], baseline.losses[first:]
             cells.append(interval(losses))
             cells.append("" if row is baseline else difference(losses, of_lora))
-        info = METHODS[row.method]
-        title = f"**{info.title}**" if info.ours else info.title
-        lines.append(f"| {title} | {' | '.join(cells)} |")
+        lines.append(f"| {name_of(row.method)} | {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -55,7 +55,7 @@ def table(task: TaskSummary) -> str:
     """One task as a Markdown table."""
     rows = ["| | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
     for method, summary in task.in_order().items():
-        rows.append(f"| {_name(method)} | {' | '.join(_cells(task, summary))} |")
+        rows.append(f"| {name_of(method)} | {' | '.join(_cells(task, summary))} |")
     return "\n".join(rows)
 
 
@@ -136,7 +136,7 @@ def _short_table(task: TaskSummary) -> str:
     head.append("|---" * (len(OVERVIEW_COLUMNS) + 1) + "|")
     rows = []
     for method, summary in task.in_order().items():
-        rows.append(f"| {_name(method)} | {' | '.join(_short_cells(task, summary))} |")
+        rows.append(f"| {name_of(method)} | {' | '.join(_short_cells(task, summary))} |")
     return "\n".join(head + rows)
 
 
@@ -172,7 +172,7 @@ def _by_task(tasks: list[TaskSummary], losses: Callable[[Summary], list[float]])
     for method in METHODS:
         cells = [_next_to_baseline(task, method, losses) for task in tasks]
         if any(cells):
-            lines.append(f"| {_name(method)} | {' | '.join(cells)} |")
+            lines.append(f"| {name_of(method)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -198,7 +198,7 @@ def beside(tasks: list[TaskSummary]) -> str:
 
 def _beside_table(task: TaskSummary) -> str:
     rows = [
-        f"| {_name(m)} | {' | '.join(_beside_cells(s))} |"
+        f"| {name_of(m)} | {' | '.join(_beside_cells(s))} |"
         for m, s in task.in_order().items()
         if s.changes or s.costs or s.forgetting
     ]
@@ -217,7 +217,8 @@ def _beside_cells(summary: Summary) -> list[str]:
     ]
 
 
-def _name(method: str) -> str:
+def name_of(method: str) -> str:
+    """A method's title; that of ours is bold."""
     info = METHODS[method]
     return f"**{info.title}**" if info.ours else info.title
 

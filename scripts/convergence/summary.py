@@ -263,9 +263,13 @@ def _chosen(runs: list[dict], lr: float | None, steps: int) -> list[dict]:
 
 def save(summary: TaskSummary, folder: Path) -> None:
     """Keep a summary, numbers of six digits."""
-    folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(dataclasses.asdict(summary))
-    write_json(folder / f"{summary.task}.json", json.loads(text, parse_float=short))
+    write_rounded(folder / f"{summary.task}.json", dataclasses.asdict(summary))
+
+
+def write_rounded(path: Path, values: dict[str, Any]) -> None:
+    """Keep values as JSON, numbers of six digits."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, json.loads(json.dumps(values), parse_float=short))
 
 
 def short(number: str) -> float:
