@@ -26,6 +26,7 @@ from .lora_file import (
     alpha_of,
     entries,
     linear_layers,
+    name_in_file,
     overwrites_base,
     scaling,
     unscaled,
@@ -149,7 +150,10 @@ def write_adapter(
     with whole_folder(directory, overwrite=overwrite, is_ours=_FILES.__contains__) as folder:
         ranks = {name: update.r for name, update in layers.items()}
         unscaled(like.config, ranks, inference_mode=True).save_pretrained(str(folder))
-        others = {key: tensor.contiguous().clone() for key, tensor in like.others.items()}
+        others = {
+            name_in_file(key, prefixed=True): tensor.contiguous().clone()
+            for key, tensor in like.others.items()
+        }
         tensors = {**others, **entries(layers)}
         save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
     return Path(directory)

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 
 from peft_gradinit import SVFitConfig
@@ -40,6 +41,23 @@ def test_writing_folds_the_scaling_and_keeps_the_function(tmp_path):
     assert relative_error(got, want) < 1e-5
     again = read_adapter(tmp_path / "plain")
     assert {again.scaling(name) for name in again.layers} == {1.0}
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+def test_a_file_without_peft_s_prefix_is_written_with_it_throughout(tmp_path):
+    """Such a file is saved from a model that PEFT's functions adapted in place."""
+    saved_lora(tmp_path / "lora", modules_to_save=["lm_head"])
+    adapter, file = read_adapter(tmp_path / "lora"), tmp_path / "lora" / SAFETENSORS_WEIGHTS_NAME
+    tensors = {key.removeprefix("base_model.model."): t for key, t in load_file(file).items()}
+    save_file(tensors, file)
+    bare = read_adapter(tmp_path / "lora")
+    assert bare.layers.keys() == adapter.layers.keys()
+    assert bare.others
+    write_adapter(tmp_path / "new", bare, bare.layers)
+    written = load_file(tmp_path / "new" / SAFETENSORS_WEIGHTS_NAME)
+    assert all(key.startswith("base_model.model.") for key in written)
+    head = "base_model.model.lm_head.weight"
+    assert torch.equal(written[head], adapter.others[head])
 
 
 def test_adapters_of_this_package_are_plain_lora(tmp_path):
