@@ -45,14 +45,15 @@ class Training(Section):
 
     Attributes:
         evaluations: on how many equidistant steps the test loss is measured.
-        head_learning_rate: of a head that is trained beside the adapter.
+        head_learning_rate: of a head that is trained beside the adapter. `null`: that of the adapter, as
+            `Trainer` has it.
     """
 
     steps: int
     batch_size: int
     warmup_steps: int
     evaluations: int
-    head_learning_rate: float = 1e-3
+    head_learning_rate: float | None = 1e-3
 
 
 class Settings(Section):
@@ -63,6 +64,7 @@ class Settings(Section):
             LoRA.
         recipe: with `task: recipe`, a file of `configs/`, whose model and data are taken.
         max_length: tokens of a sequence of `functions` and `reference`.
+        labels_per_row: of the training rows so many tokens have a loss. Default: all that have one.
         n_test: held-out rows; a recipe says itself what is held out.
         folds: with more than one, the held-out rows are one of that many parts of all rows, another for
             the next seed.
@@ -77,6 +79,7 @@ class Settings(Section):
     training: Training
     adapter: dict[str, int] = Field(default_factory=lambda: {"r": 8, "lora_alpha": 16})
     max_length: int = 96
+    labels_per_row: int | None = None
     n_calibration: int
     n_test: int = 0
     folds: int = 1

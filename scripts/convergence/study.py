@@ -18,7 +18,7 @@ from peft_gradinit.files import write_json
 from .methods import METHODS
 from .plan import TOLERANCE, Losses, best_rate, neighbouring_rates, next_rates, rate
 from .settings import load_settings
-from .tasks import TASKS, Task, on_device
+from .tasks import TASKS, Task, on_device, with_few_labels
 from .training import Key, calibration_steps, run, start_steps
 
 BASELINE = "lora"
@@ -259,7 +259,7 @@ def prepare_process() -> None:
 def load_task(name: str, device: str = "cpu") -> Task:
     """A task; its data are read once in a process."""
     settings = load_settings(name)
-    return on_device(TASKS[settings.task](settings), device)
+    return on_device(with_few_labels(TASKS[settings.task](settings)), device)
 
 
 def _run(task: str, key: Key, device: str) -> dict:

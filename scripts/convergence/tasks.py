@@ -33,6 +33,9 @@ from .settings import Settings
 
 LENGTH = 128  # bytes of a sequence
 MAX_TOKENS = 32  # of a docstring
+IGNORED = -100
+"""Label of tokens that carry no loss."""
+SEED_OF_LABELS = 5
 PADDING = {"input_ids": 0, "attention_mask": 0}
 
 
@@ -222,6 +225,18 @@ def fold(task: Task, seed: int) -> Task:
     of_fold = torch.arange(size(rows)) % n == seed % n
     train, test = (_rows(rows, part.nonzero().squeeze(1)) for part in (~of_fold, of_fold))
     return replace(task, train=train, test=test)
+
+
+def with_few_labels(task: Task) -> Task:
+    """The task with the loss of `labels_per_row` tokens of each training row, drawn, if it asks for that."""
+    n = task.settings.labels_per_row
+    if n is None:
+        return task
+    labels = task.train["labels"]
+    drawn = torch.rand(labels.shape, generator=torch.Generator().manual_seed(SEED_OF_LABELS))
+    drawn[:, 0] = -1  # no model predicts the first
+    least = drawn.topk(n, dim=1).values[:, -1:]
+    return replace(task, train={**task.train, "labels": labels.masked_fill(drawn < least, IGNORED)})
 
 
 def on_device(task: Task, device: str) -> Task:

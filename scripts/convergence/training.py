@@ -17,14 +17,12 @@ from .method import Method
 from .methods import METHODS
 from .pretraining import Rows
 from .settings import Settings, Training
-from .tasks import Task, fold, select, size
+from .tasks import IGNORED, Task, fold, select, size
 
 CALIBRATION_BATCH = 16
 CHANGE_AT = 0.25
 """Share of the steps before a method's change."""
 EVALUATION_BATCH = 64
-IGNORED = -100
-"""Label of tokens that carry no loss."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +74,7 @@ def _run(key: Key, task: Task, model: PreTrainedModel, after: Callable[[nn.Modul
     adapted = method.start(model, task, batches)
     start_seconds = time.perf_counter() - started
     suggested = suggested_rate(method, adapted, task) if method.suggests else None
-    optimizer = method.optimizer(adapted, key.lr, training.head_learning_rate)
+    optimizer = method.optimizer(adapted, key.lr, training.head_learning_rate or key.lr)
 
     def change() -> None:
         if method.change is not None:
@@ -111,7 +109,7 @@ def suggested_rate(method: Method, adapted: nn.Module, task: Task) -> float:
 
 def labels_per_step(task: Task) -> float:
     """The labels with loss of a step, on average over the training rows."""
-    n_labels = int((task.train["labels"] != -100).sum())
+    n_labels = int((task.train["labels"] != IGNORED).sum())
     return task.settings.training.batch_size * n_labels / size(task.train)
 
 
