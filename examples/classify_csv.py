@@ -12,7 +12,7 @@ from peft import get_peft_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
 
-from peft_gradinit import Calibration, LoraOneConfig, init_report, suggest_learning_rate
+from peft_gradinit import Calibration, CalibrationCallback, LoraOneConfig, init_report
 from peft_gradinit.recipes.embedded import docstrings, minilm_folder
 
 parser = argparse.ArgumentParser()
@@ -46,13 +46,15 @@ print(init_report(model).summary())
 
 training = TrainingArguments(
     options.output,
-    learning_rate=suggest_learning_rate(model).suggested,
     max_steps=options.steps,
     per_device_train_batch_size=8,
     dataloader_pin_memory=torch.cuda.is_available(),
     report_to="none",
 )
 trainer = Trainer(model, training, collator, data["train"], data["test"])
+# A new head learns slowly at the adapter's rate.
+rates = {"learning_rate": "suggested", "head_learning_rate": 3e-2}
+trainer.add_callback(CalibrationCallback(trainer, **rates))
 before = trainer.evaluate()["eval_loss"]
 trainer.train()
 print(f"loss on other texts: {before:.3f} before, {trainer.evaluate()['eval_loss']:.3f} after")

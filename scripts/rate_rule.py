@@ -29,7 +29,7 @@ from convergence.study import Study, load_task, prepare_process
 from convergence.summary import Summary, TaskSummary, short
 from convergence.summary import load as load_tasks
 from convergence.tasks import size
-from convergence.training import calibration_batches
+from convergence.training import calibration_batches, labels_per_step
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -61,6 +61,7 @@ class Condition:
         best: the rate of the least loss, of a parabola through the best of the grid and its neighbours.
         factor: the highest rate within 2 % of the best loss, over the lowest.
         today: the rate that the package suggests.
+        labels: with loss, of a step.
         width: median of the adapted layers' inputs.
         r: rank.
         scaling: of the product.
@@ -82,10 +83,14 @@ class Condition:
     epochs: float
     along: float
     largest: float
+    labels: float
 
 
 RULES: dict[str, Callable[[Condition], float]] = {
     "today: 1 / (4 √(in s r))": lambda c: c.today,
+    "today, by the fourth root of a step's labels up to 200": lambda c: (
+        c.today * min(1.0, c.labels / 200) ** 0.25
+    ),
     "in^-1/2, any rank": lambda c: c.width**-0.5,
     "in^-0.78, any rank": lambda c: c.width**-0.78,
     "in^-1 r^-1/2": lambda c: c.width**-1 * c.r**-0.5,
@@ -214,6 +219,7 @@ def measure(name: str, results: Path) -> Condition:
         best=interpolated(losses),
         factor=max(usable) / min(usable),
         today=suggest_learning_rate(model).suggested,
+        labels=labels_per_step(task),
         width=float(statistics.median(widths)),
         r=settings.adapter["r"],
         scaling=next(iter(pairs(model))).scaling,

@@ -43,10 +43,15 @@ from convergence.plan import (  # noqa: E402
 )
 from convergence.report import COLUMNS, beside, interval, longer, markdown  # noqa: E402
 from convergence.settings import load_settings  # noqa: E402
-from convergence.study import Study, carry_out  # noqa: E402
+from convergence.study import Study, carry_out, load_task  # noqa: E402
 from convergence.summary import Summary, TaskSummary, load, save, summarise_task  # noqa: E402
-from convergence.tasks import TASKS, fold  # noqa: E402
-from convergence.training import Key, run, warmup_steps  # noqa: E402
+from convergence.tasks import IGNORED, TASKS, fold, with_few_labels  # noqa: E402
+from convergence.training import (  # noqa: E402
+    Key,
+    labels_per_step,
+    run,
+    warmup_steps,
+)
 from rate_rule import (  # noqa: E402
     RULES,
     Condition,
@@ -286,6 +291,34 @@ def test_settings_stay_where_they_are_when_a_field_is_added(tmp_path):
         (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY | added))
         keys.append(load_settings(str(tmp_path / "tiny.yaml")).key)
     assert keys[0] == keys[1] != keys[2]
+
+
+def test_a_task_may_have_few_labels():
+    """As many a row as asked for, none of them the first."""
+    whole = load_task("topics")
+    settings = whole.settings.model_copy(update={"labels_per_row": 3})
+    few = with_few_labels(dataclasses.replace(whole, settings=settings))
+    counted = few.train["labels"] != IGNORED
+    assert set(counted.sum(1).tolist()) == {3}
+    assert not counted[:, 0].any()
+    assert torch.equal(few.train["labels"][counted], whole.train["labels"][counted])
+    assert torch.equal(few.test["labels"], whole.test["labels"])
+    assert labels_per_step(few) == 8 * 3
+    assert with_few_labels(whole) is whole
+
+
+@pytest.mark.parametrize("head_learning_rate", [None, 2e-4])
+def test_a_head_has_its_own_rate_or_that_of_the_adapter(head_learning_rate, tmp_path, monkeypatch):
+    training = TINY["training"] | {"head_learning_rate": head_learning_rate}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY | {"training": training}))
+    task, rates = load_task(str(tmp_path / "tiny.yaml")), []
+    made = METHODS["lora"].optimizer
+    spied = dataclasses.replace(
+        METHODS["lora"], optimizer=lambda m, lr, head: rates.append((lr, head)) or made(m, lr, head)
+    )
+    monkeypatch.setitem(METHODS, "lora", spied)
+    run(Key("digits", "lora", 5e-3, 0, 2), task)
+    assert rates == [(5e-3, head_learning_rate or 5e-3)]
 
 
 def test_the_suggested_rate_is_that_of_the_search(tmp_path):
@@ -698,6 +731,7 @@ CONDITION = Condition(
     epochs=1.0,
     along=1e-2,
     largest=10.0,
+    labels=1000.0,
 )
 
 
@@ -740,6 +774,10 @@ def test_optimisers_of_pairs_are_held_against_the_suggestion_for_the_same_start(
     some = dataclasses.replace(task, methods={"lora": of_start, "lora+lora_pro": of_pro})
     found = rate_rule.of_pairs([some])["lora_pro"]
     assert found.over_adamw == {"topics, lora": pytest.approx(2.0)}
+    few = rate_rule.of_pairs([some], {"topics": 12.5})[
+        "lora_pro"
+    ]  # the suggestion is half of the whole
+    assert few.over_adamw == {"topics, lora": pytest.approx(1.0)}
     of_package = excess_at(1e-3 * rate_rule.SHARES["lora_pro"], best)
     assert found.worst_excess("topics") == of_package > 1
     assert rate_rule.of_pairs([some])["lora_rite"].over_adamw == {}

@@ -31,9 +31,6 @@ ROW_LENGTH = 3**-0.5
 """Expected norm of a row of `A` as PEFT draws it: uniform in `+-1 / sqrt(in)`."""
 USUAL_SCALING = 2.0
 """`lora_alpha = 2 r`, for adapters that have no scaling of their own."""
-ENOUGH_LABELS = 200
-"""So many labels a step, and more, take the whole rate."""
-LABEL_POWER = 0.25
 
 
 def first_move(A: Float[Tensor, "r in"], B: Float[Tensor, "out r"], scaling: float) -> float:
@@ -68,8 +65,3 @@ def spectral_rate(out_features: int, in_features: int, r: int) -> float:
     usual = USUAL_SCALING * ROW_LENGTH * math.sqrt(r / in_features)
     move_per_rate = math.sqrt(r / (out_features * in_features))
     return lora_rate(in_features, r, USUAL_SCALING) * usual / move_per_rate
-
-
-def share_of_few_labels(n_labels: float) -> float:
-    """What steps with `n_labels` labels take of a rate: `min(1, (n_labels / 200)^(1/4))`."""
-    return min(1.0, (n_labels / ENOUGH_LABELS) ** LABEL_POWER)

@@ -46,10 +46,6 @@ class LearningRate(NamedTuple):
         rate = statistics.median(rates)
         return cls(rate, rate / FACTOR, rate * FACTOR)
 
-    def times(self, share: float) -> "LearningRate":
-        """All three, times a number."""
-        return LearningRate(*(share * rate for rate in self))
-
     def __str__(self) -> str:
         return f"{self.suggested:.1e} ({self.low:.1e} to {self.high:.1e})"
 

@@ -24,10 +24,8 @@ from ..tuners import (
     SVFitModel,
     deferred_adapters,
     initialize,
-    share_of_labels,
     suggest_learning_rate,
 )
-from .labels import labels_per_step
 from .logs import log_start, logged_rate
 from .optimizers import (
     MadeAt,
@@ -87,10 +85,9 @@ class CalibrationCallback(TrainerCallback):
         max_batches: budget in batches of the trainer's data loader. Default: no limit.
         estimator: `"sketch"` or `"dense"`, as in `Calibration`.
         seed: seed of the order of the batches, the test matrices and everything else random.
-        learning_rate: `"suggested"`: train at the rate of `suggest_learning_rate`, for as many labels
-            as a step of the trainer has, in place of that of the arguments, also with plain LoRA of
-            PEFT. Default: keep that of the arguments, with a warning if it is far from the suggested
-            range. For supervised training only.
+        learning_rate: `"suggested"`: train at the rate of `suggest_learning_rate`, in place of that
+            of the arguments, also with plain LoRA of PEFT. Default: keep that of the arguments,
+            with a warning if it is far from the suggested range. For supervised training only.
         head_learning_rate: rate of the modules that are trained in full (`modules_to_save`, such as
             a new head), which are often trained at another one. Default: that of the adapter.
         log: report loss, energy, seconds, rate and ranks of the start to what `report_to` names. On
@@ -131,7 +128,6 @@ class CalibrationCallback(TrainerCallback):
         self._has_started = self._has_warned = self._has_told = False
         self._new: list[str] = []
         self._made_at: MadeAt | None = None
-        self._share: float | None = None
         before_optimizer(trainer, self._begin_early, self._adjust_optimizer)
 
     # Before the optimiser ---------------------------------------------------------------------
@@ -209,23 +205,14 @@ class CalibrationCallback(TrainerCallback):
         reports = {name: report for name, report in found.items() if report}
         rates = [report.learning_rate for report in reports.values() if report.learning_rate]
         if rates and self.learning_rate is None:
-            check_rate(self.trainer, rates[0], self._share_of_labels)
+            check_rate(self.trainer, rates[0])
         log_start(self.trainer, reports, report=self.log)
 
     def _suggested(self, peft_model: PeftModel) -> float:
         """The rate of the start; a resumed run has it in its logs."""
         name = self._adapter(peft_model)
         logged = logged_rate(self.trainer, name) if init_report(peft_model, name) is None else None
-        whole = logged or suggest_learning_rate(peft_model, name).suggested
-        return whole * self._share_of_labels()
-
-    def _share_of_labels(self) -> float:
-        """What the labels of a step take of the rate; read once."""
-        if self._share is None:
-            n_labels = labels_per_step(self.trainer, self._model())
-            model = self._peft_model()
-            self._share = share_of_labels(model, self._adapter(model), n_labels)
-        return self._share
+        return logged or suggest_learning_rate(peft_model, name).suggested
 
     def _adapter(self, peft_model: PeftModel) -> str:
         return self.adapter_name or peft_model.active_adapters[0]

@@ -170,17 +170,12 @@ def give_heads_a_rate(optimizer: "Optimizer", model: nn.Module, rate: float) -> 
     return len(moved)
 
 
-def check_rate(trainer: "Trainer", suggested: LearningRate, share: Callable[[], float]) -> None:
-    """Warn of a rate far outside of the suggested range, for Adam and its kin.
-
-    `share` tells what the labels of a step take of the rate; reading them is left out where nothing is said.
-    """
+def check_rate(trainer: "Trainer", suggested: LearningRate) -> None:
+    """Warn of a rate far outside of the suggested range, for Adam and its kin."""
     rate = trainer.args.learning_rate
     kind = type(getattr(trainer.optimizer, "optimizer", trainer.optimizer)).__name__
-    if not rate or not is_like_adam(kind) or not is_supervised(trainer):
-        return
-    suggested = suggested.times(share())
-    if suggested.low / _FAR <= rate <= suggested.high * _FAR:
+    near = suggested.low / _FAR <= rate <= suggested.high * _FAR
+    if near or not rate or not is_like_adam(kind) or not is_supervised(trainer):
         return
     warn(
         f"the learning rate {rate:.1e} is far from the one suggested for this adapter, {suggested}; "

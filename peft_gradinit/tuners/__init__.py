@@ -1,6 +1,6 @@
 """Tuner models and their registration with PEFT; no other room edits PEFT's objects."""
 
-from .guidance import share_of_labels, suggest_learning_rate
+from .guidance import suggest_learning_rate
 from .loading import load_for_training, unknown_entries
 from .lora import WAYS_AROUND, GradInitModel, Pair, deferred_adapters, pairs
 from .registration import register

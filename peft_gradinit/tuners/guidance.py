@@ -5,8 +5,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from ..errors import ConfigError, NotInitializedError
-from ..linalg import lora_rate, share_of_few_labels, spectral_rate
-from ..numbers import is_finite_number
+from ..linalg import lora_rate, spectral_rate
 from ..records import LearningRate, init_report
 from .lora import deferred_adapters, pairs
 from .svfit import live_layers
@@ -22,11 +21,7 @@ From the searches of the same four tasks, with plain LoRA and with starts of thi
 
 
 def suggest_learning_rate(
-    peft_model: nn.Module,
-    adapter_name: str = "default",
-    *,
-    optimizer: str = ADAMW,
-    labels_per_step: float | None = None,
+    peft_model: nn.Module, adapter_name: str = "default", *, optimizer: str = ADAMW
 ) -> LearningRate:
     """Suggest a learning rate without a sweep.
 
@@ -40,26 +35,15 @@ def suggest_learning_rate(
         optimizer: `"adamw"` (default), or an optimiser of pairs in its default mode: `"lora_muon"`,
             whose rate is the same for all models, `"lora_one"`, `"lora_pro"` or `"lora_rite"`, whose
             rates are shares of AdamW's.
-        labels_per_step: how many labels one step of the optimiser has, those with loss, over all
-            devices and accumulated batches: for a classifier its rows, for a language model the tokens
-            that are trained. AdamW's rate is lower with fewer than 200 of them, but for SVFit. `None`
-            (default): 200 and more.
 
     Returns:
         The rate and a range to search.
 
     Raises:
         ConfigError: if no layer has such an adapter, or only layers that are no matrices, or no rule
-            is known for the optimiser, or the labels are no positive number.
+            is known for the optimiser.
         NotInitializedError: if the adapter is deferred, and the rate depends on its start.
     """
-    if labels_per_step is not None and not (
-        is_finite_number(labels_per_step) and labels_per_step > 0
-    ):
-        raise ConfigError(
-            "labels_per_step must be a positive number, the labels with loss of one step of the "
-            f"optimiser, got {labels_per_step!r}."
-        )
     if optimizer in RATES:
         return _rate_of_pairs(optimizer, peft_model, adapter_name)
     if adapter_name in deferred_adapters(peft_model):
@@ -69,15 +53,7 @@ def suggest_learning_rate(
             "training has begun with a CalibrationCallback."
         )
     share = _share_of_adamw(optimizer, peft_model, adapter_name)
-    if optimizer == ADAMW:
-        share = share_of_labels(peft_model, adapter_name, labels_per_step)
-    return _rate_of_adamw(peft_model, adapter_name).times(share)
-
-
-def share_of_labels(peft_model: nn.Module, adapter_name: str, n_labels: float | None) -> float:
-    """What so few labels a step take of AdamW's rate; SVFit's best rates did not go with them."""
-    has_pairs = next(iter(pairs(peft_model, adapter_name)), None) is not None
-    return share_of_few_labels(n_labels) if has_pairs and n_labels is not None else 1.0
+    return LearningRate(*(share * rate for rate in _rate_of_adamw(peft_model, adapter_name)))
 
 
 def _rate_of_adamw(peft_model: nn.Module, adapter_name: str) -> LearningRate:

@@ -73,7 +73,11 @@ def _run(key: Key, task: Task, model: PreTrainedModel, after: Callable[[nn.Modul
     started = time.perf_counter()
     adapted = method.start(model, task, batches)
     start_seconds = time.perf_counter() - started
-    suggested = suggested_rate(method, adapted, task) if method.suggests else None
+    suggested = (
+        suggest_learning_rate(adapted, optimizer=method.suggests).suggested
+        if method.suggests
+        else None
+    )
     optimizer = method.optimizer(adapted, key.lr, training.head_learning_rate or key.lr)
 
     def change() -> None:
@@ -98,13 +102,6 @@ def _run(key: Key, task: Task, model: PreTrainedModel, after: Callable[[nn.Modul
     }
     after(adapted)
     return result
-
-
-def suggested_rate(method: Method, adapted: nn.Module, task: Task) -> float:
-    """The rate that the package suggests for a step of the task."""
-    return suggest_learning_rate(
-        adapted, optimizer=method.suggests, labels_per_step=labels_per_step(task)
-    ).suggested
 
 
 def labels_per_step(task: Task) -> float:

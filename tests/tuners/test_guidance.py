@@ -66,29 +66,6 @@ def test_svfit_gets_the_rate_of_its_numbers():
     assert rate == pytest.approx(2 / math.sqrt(3) / (4 * math.sqrt(2 * 4)), rel=1e-5)
 
 
-@pytest.mark.parametrize(("n_labels", "share"), [(200, 1), (1e5, 1), (12.5, 0.5)])
-def test_few_labels_take_a_part_of_the_rate(n_labels, share):
-    whole = suggest_learning_rate(with_config(LoraConfig))
-    rate = suggest_learning_rate(with_config(LoraConfig), labels_per_step=n_labels)
-    assert rate == pytest.approx(tuple(share * value for value in whole))
-
-
-def test_few_labels_change_no_rate_of_pairs_and_of_svfit():
-    """The shares are of the whole rate of AdamW, whatever a step has."""
-    model = with_config(LoraConfig)
-    numbers = get_peft_model(pico_llama(), SVFitConfig(r=4, target_modules=["q_proj"]))
-    assert suggest_learning_rate(numbers, labels_per_step=8) == suggest_learning_rate(numbers)
-    for name in ("lora_muon", "lora_pro"):
-        rate = suggest_learning_rate(model, optimizer=name)
-        assert suggest_learning_rate(model, optimizer=name, labels_per_step=8) == rate
-
-
-@pytest.mark.parametrize("n_labels", [0, -1, math.nan, math.inf, "16", True])
-def test_labels_that_are_no_number_are_refused(n_labels):
-    with pytest.raises(ConfigError, match="labels_per_step must be a positive number"):
-        suggest_learning_rate(with_config(LoraConfig), labels_per_step=n_labels)
-
-
 def test_the_report_says_it_and_keeps_it():
     peft_model = adapted(pico_gpt2())
     report = peft_model.base_model.init_report["default"]
