@@ -774,10 +774,6 @@ def test_optimisers_of_pairs_are_held_against_the_suggestion_for_the_same_start(
     some = dataclasses.replace(task, methods={"lora": of_start, "lora+lora_pro": of_pro})
     found = rate_rule.of_pairs([some])["lora_pro"]
     assert found.over_adamw == {"topics, lora": pytest.approx(2.0)}
-    few = rate_rule.of_pairs([some], {"topics": 12.5})[
-        "lora_pro"
-    ]  # the suggestion is half of the whole
-    assert few.over_adamw == {"topics, lora": pytest.approx(1.0)}
     of_package = excess_at(1e-3 * rate_rule.SHARES["lora_pro"], best)
     assert found.worst_excess("topics") == of_package > 1
     assert rate_rule.of_pairs([some])["lora_rite"].over_adamw == {}
