@@ -311,7 +311,9 @@ def test_a_task_may_have_few_labels():
 def test_a_head_has_its_own_rate_or_that_of_the_adapter(head_learning_rate, tmp_path, monkeypatch):
     training = TINY["training"] | {"head_learning_rate": head_learning_rate}
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY | {"training": training}))
-    task, rates = load_task(str(tmp_path / "tiny.yaml")), []
+    anywhere = {"target_modules": "all-linear", "modules_to_save": ["classifier"]}
+    whole, rates = load_task(str(tmp_path / "tiny.yaml")), []
+    task = dataclasses.replace(whole, adapter=anywhere)
     made = METHODS["lora"].optimizer
     spied = dataclasses.replace(
         METHODS["lora"], optimizer=lambda m, lr, head: rates.append((lr, head)) or made(m, lr, head)

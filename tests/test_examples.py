@@ -128,7 +128,7 @@ def test_classes_of_a_csv_are_learnt_and_named(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "factor"), [("classify_csv.py", 0.95), ("vit.py", 0.3), ("t5_generate.py", 0.5)]
+    ("name", "factor"), [("classify_csv.py", 0.7), ("vit.py", 0.3), ("t5_generate.py", 0.5)]
 )
 def test_the_loss_falls(name, factor, tmp_path):
     if name == "classify_csv.py":

@@ -5,8 +5,9 @@ import re
 from pathlib import Path
 
 import pytest
-from peft import PeftModel, get_peft_model
-from transformers import Trainer, TrainingArguments
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import LlamaForSequenceClassification, Trainer, TrainingArguments
 
 from peft_gradinit import CalibrationResult, LoraGAConfig, init_report, pairs, suggest_learning_rate
 from peft_gradinit.optim import LoraMuon
@@ -63,6 +64,21 @@ def test_example_of_our_start_with_lora_muon_runs_as_printed(tmp_path):
     exec(blocks("docs/choosing.md")[1], names | {"train_dataloader": token_batches()}, names)
     assert "lm_head" in init_report(names["model"]).ranks()
     assert isinstance(names["trainer"].create_optimizer(), LoraMuon)
+
+
+def test_example_of_a_rate_for_a_new_head_runs_as_printed(tmp_path):
+    config = LoraConfig(
+        r=2, target_modules=["q_proj"], task_type="SEQ_CLS", modules_to_save=["score"]
+    )
+    of_model = pico_llama(num_labels=3, pad_token_id=0).config
+    model = get_peft_model(LlamaForSequenceClassification(of_model), config)
+    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[], max_steps=1)
+    rows = [{"input_ids": torch.arange(1, 6), "labels": torch.tensor(k)} for k in range(3)]
+    names = {"Trainer": Trainer, "args": args, "data": rows, "model": model}
+    exec(blocks("docs/choosing.md")[2], names)
+    names["trainer"].train()
+    rates = [group["initial_lr"] for group in names["trainer"].optimizer.param_groups]
+    assert {*rates} == {suggest_learning_rate(model).suggested, 3e-2}
 
 
 def test_the_first_page_has_the_example_of_the_readme():

@@ -1,6 +1,7 @@
 """Reading adapters: the update is PEFT's, and what cannot be read is refused by name."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -47,10 +48,11 @@ def test_writing_folds_the_scaling_and_keeps_the_function(tmp_path):
 def test_a_file_without_peft_s_prefix_is_written_with_it_throughout(tmp_path):
     """Such a file is saved from a model that PEFT's functions adapted in place."""
     saved_lora(tmp_path / "lora", modules_to_save=["lm_head"])
-    adapter, file = read_adapter(tmp_path / "lora"), tmp_path / "lora" / SAFETENSORS_WEIGHTS_NAME
-    tensors = {key.removeprefix("base_model.model."): t for key, t in load_file(file).items()}
-    save_file(tensors, file)
-    bare = read_adapter(tmp_path / "lora")
+    adapter, file = read_adapter(tmp_path / "lora"), tmp_path / "bare" / SAFETENSORS_WEIGHTS_NAME
+    shutil.copytree(tmp_path / "lora", tmp_path / "bare")
+    tensors = load_file(tmp_path / "lora" / SAFETENSORS_WEIGHTS_NAME)
+    save_file({key.removeprefix("base_model.model."): t for key, t in tensors.items()}, file)
+    bare = read_adapter(tmp_path / "bare")
     assert bare.layers.keys() == adapter.layers.keys()
     assert bare.others
     write_adapter(tmp_path / "new", bare, bare.layers)
