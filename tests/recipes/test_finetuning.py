@@ -40,6 +40,7 @@ from peft_gradinit.recipes.training import PAIR_OPTIMIZERS
 from peft_gradinit.records import InitReport
 from peft_gradinit.records.adapters import read_adapter
 from tests.recipes.images import save_vit
+from tests.smollm2.marks import needs_smollm2
 
 ROOT = Path(__file__).parent.parent.parent
 OFFLINE = sorted((ROOT / "configs/offline").glob("*.yaml"))
@@ -56,12 +57,13 @@ def run(path, output, *overrides):
     return finetune(load_recipe(path, [*QUICK, f"output={output}", *overrides]))
 
 
-def slow_if_minilm(path):
-    marks = [pytest.mark.slow] if "minilm" in path.stem else []
+def slow_if_real(path):
+    marks = [pytest.mark.slow] if path.stem.startswith(("minilm", "smollm2")) else []
+    marks += [needs_smollm2] if path.stem.startswith("smollm2") else []
     return pytest.param(path, id=path.stem, marks=marks)
 
 
-@pytest.mark.parametrize("path", map(slow_if_minilm, OFFLINE))
+@pytest.mark.parametrize("path", map(slow_if_real, OFFLINE))
 def test_every_offline_recipe_runs(path, tmp_path):
     results = run(path, tmp_path / "out")
     assert len(results["losses"]) == 3
