@@ -175,6 +175,10 @@ TINY = {
 }
 
 
+ANYWHERE = {"target_modules": "all-linear", "modules_to_save": ["classifier"]}
+"""Where the adapter goes, whatever the oldest and the newest versions call the layers of digits."""
+
+
 def bench(command, folder, *more):
     """Run the script on the tiny task with plain LoRA and LoRA-GA."""
     options = ["--tasks", "tiny.yaml", "--methods", "lora", "lora_ga", "--jobs", "2", *more]
@@ -311,9 +315,8 @@ def test_a_task_may_have_few_labels():
 def test_a_head_has_its_own_rate_or_that_of_the_adapter(head_learning_rate, tmp_path, monkeypatch):
     training = TINY["training"] | {"head_learning_rate": head_learning_rate}
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY | {"training": training}))
-    anywhere = {"target_modules": "all-linear", "modules_to_save": ["classifier"]}
     whole, rates = load_task(str(tmp_path / "tiny.yaml")), []
-    task = dataclasses.replace(whole, adapter=anywhere)
+    task = dataclasses.replace(whole, adapter=ANYWHERE)
     made = METHODS["lora"].optimizer
     spied = dataclasses.replace(
         METHODS["lora"], optimizer=lambda m, lr, head: rates.append((lr, head)) or made(m, lr, head)
@@ -565,8 +568,7 @@ def test_rows_of_other_data_or_devices_are_not_compared(facts, tmp_path):
 def test_every_seed_has_random_factors_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
-    anywhere = {"target_modules": "all-linear", "modules_to_save": ["classifier"]}
-    task = dataclasses.replace(TASKS["digits"](load_settings("tiny.yaml")), adapter=anywhere)
+    task = dataclasses.replace(TASKS["digits"](load_settings("tiny.yaml")), adapter=ANYWHERE)
     drawn = []
 
     def start(model, task, batches):

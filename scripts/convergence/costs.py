@@ -77,9 +77,8 @@ def _seconds(
         started = finished(model.device)
         adapted: Any = method.start(model, task, batches)
         start = finished(model.device) - started
-        optimizer = method.optimizer(
-            adapted, method.first_rate, training.head_learning_rate or method.first_rate
-        )
+        lr = method.first_rate
+        optimizer = method.optimizer(adapted, lr, training.head_rate(lr))
         adapted.train()
         for step in range(n_steps):
             indices = torch.arange(step * training.batch_size, (step + 1) * training.batch_size)

@@ -55,6 +55,10 @@ class Training(Section):
     evaluations: int
     head_learning_rate: float | None = 1e-3
 
+    def head_rate(self, lr: float) -> float:
+        """The head's learning rate in a run whose adapter has `lr`."""
+        return lr if self.head_learning_rate is None else self.head_learning_rate
+
 
 class Settings(Section):
     """One task.

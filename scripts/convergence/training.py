@@ -78,7 +78,7 @@ def _run(key: Key, task: Task, model: PreTrainedModel, after: Callable[[nn.Modul
         if method.suggests
         else None
     )
-    optimizer = method.optimizer(adapted, key.lr, training.head_learning_rate or key.lr)
+    optimizer = method.optimizer(adapted, key.lr, training.head_rate(key.lr))
 
     def change() -> None:
         if method.change is not None:
