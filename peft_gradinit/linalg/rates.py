@@ -17,6 +17,10 @@ that moves the weight `m` times as fast gets a rate that is lower by `m^2`. The 
 make the first step as long as plain LoRA's, and was 1.4 to 2.4 times too high for LoRA-GA on all
 three tasks. A start with shorter factors moves the weight more slowly at first, but keeps plain
 LoRA's rate: after a few steps its factors are as long as Adam makes them.
+
+**A new linear layer.** Adam's first step of rate `lr` moves an output by `lr` times the sum of its
+inputs' sizes, as far as the signs of the gradient agree. At the rate here that is one: as much as
+tells one class from another (`scripts/bench_heads.py`).
 """
 
 import math
@@ -65,3 +69,11 @@ def spectral_rate(out_features: int, in_features: int, r: int) -> float:
     usual = USUAL_SCALING * ROW_LENGTH * math.sqrt(r / in_features)
     move_per_rate = math.sqrt(r / (out_features * in_features))
     return lora_rate(in_features, r, USUAL_SCALING) * usual / move_per_rate
+
+
+def rate_of_new_layer(size: float) -> float:
+    """Rate at which Adam's first step moves an output of a linear layer by one: `1 / size`.
+
+    `size` is the mean of the sum of the sizes of its inputs' entries, not zero.
+    """
+    return 1 / size

@@ -104,8 +104,12 @@ class TrainingSection(Section):
         description="Peak; `suggested`: as `suggest_learning_rate` says, for Adam and optimisers of "
         "pairs. `PREFERENCE` has to name one.",
     )
-    head_learning_rate: float | None = Field(
-        default=None, gt=0, description="Ours: of a new head. Default: that of the adapter."
+    head_learning_rate: Annotated[
+        float | Literal["suggested"] | None, BeforeValidator(_suggested_or_positive)
+    ] = Field(
+        default=None,
+        description="Ours: of a new head; `suggested`: from the size of its inputs, for Adam. "
+        "Default: that of the adapter.",
     )
     num_train_epochs: AboveZero = Field(default=1.0, description="Passes over the data.")
     max_steps: int = Field(default=-1, description="End after this many steps; -1: no limit.")
@@ -157,6 +161,10 @@ class TrainingSection(Section):
                 "rates are suggested for Adam and optimisers of pairs; name the learning_rate of "
                 f"{self.optim}"
             )
+        if self.head_learning_rate == SUGGESTED and not is_like_adam(self.optim):
+            raise ValueError(
+                f"a head's rate is suggested for Adam; name the head_learning_rate of {self.optim}"
+            )
         return self
 
     @model_serializer(mode="wrap")
@@ -198,6 +206,9 @@ def parse_training(value: Any, task: Task | None) -> Any:
         why = "rates are suggested for supervised training; preference losses take lower ones: name it"
         faults.append(_fault(("learning_rate",), why, known.pop("learning_rate", None)))
         known["learning_rate"] = 1.0  # stands in, so that the other keys are checked
+    if task == "PREFERENCE" and known.get("head_learning_rate") == SUGGESTED:
+        why = "a head's rate is suggested for supervised training: name it"
+        faults.append(_fault(("head_learning_rate",), why, known.pop("head_learning_rate")))
     parsed = None
     try:
         parsed = section.model_validate(known)

@@ -1,4 +1,4 @@
 """The callback that starts deferred adapters in `transformers.Trainer` and its subclasses."""
 
-from .callback import SUGGESTED, CalibrationCallback
-from .optimizers import is_like_adam
+from .callback import CalibrationCallback
+from .optimizers import SUGGESTED, is_like_adam

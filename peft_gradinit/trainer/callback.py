@@ -16,7 +16,6 @@ from transformers import TrainerCallback
 from ..calibration import Calibration
 from ..errors import ConfigError, NotInitializedError, warn
 from ..layouts import is_sharded
-from ..numbers import is_finite_number
 from ..records import init_report
 from ..tuners import (
     WAYS_AROUND,
@@ -26,12 +25,13 @@ from ..tuners import (
     initialize,
     suggest_learning_rate,
 )
-from .logs import log_start, logged_rate
+from .heads import check_head_rate, give_heads_a_rate, suggested_head_rate
+from .logs import log_head_rate, log_start, logged_rate
 from .optimizers import (
+    SUGGESTED,
     MadeAt,
     before_optimizer,
     check_rate,
-    give_heads_a_rate,
     is_supervised,
     other_than_adam,
     rescale_rates,
@@ -51,7 +51,6 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
     from transformers import Trainer
 
-SUGGESTED = "suggested"
 _GIVEN_OPTIMIZER = (
     "the trainer was given an optimiser, which has its learning rate; make it with "
     "suggest_learning_rate(model).suggested, or let the trainer make one."
@@ -89,7 +88,8 @@ class CalibrationCallback(TrainerCallback):
             of the arguments, also with plain LoRA of PEFT. Default: keep that of the arguments,
             with a warning if it is far from the suggested range. For supervised training only.
         head_learning_rate: rate of the modules that are trained in full (`modules_to_save`, such as
-            a new head), which are often trained at another one. Default: that of the adapter.
+            a new head), which are often trained at another one. `"suggested"`: from the size of
+            the head's inputs in the first batches, for new linear heads. Default: that of the adapter.
         log: report loss, energy, seconds, rate and ranks of the start to what `report_to` names. On
             by default; `trainer.state.log_history` has them in any case.
 
@@ -107,7 +107,7 @@ class CalibrationCallback(TrainerCallback):
         estimator: Literal["sketch", "dense"] = "sketch",
         seed: int = 0,
         learning_rate: Literal["suggested"] | None = None,
-        head_learning_rate: float | None = None,
+        head_learning_rate: float | Literal["suggested"] | None = None,
         log: bool = True,
     ) -> None:
         from transformers import Trainer  # slow to import; users with a trainer have done so
@@ -121,6 +121,7 @@ class CalibrationCallback(TrainerCallback):
         self.trainer = trainer
         self.adapter_name = adapter_name
         self.learning_rate, self.head_learning_rate = learning_rate, head_learning_rate
+        self._head_rate: float | None = None  # the one that was found
         self.log = log
         self._calibration = Calibration(
             (), max_tokens=max_tokens, max_batches=max_batches, estimator=estimator, seed=seed
@@ -147,7 +148,7 @@ class CalibrationCallback(TrainerCallback):
                 f"the adapters {waiting} get their ranks from the data, but {sharding} takes the "
                 f"shapes of the model before there are any; {WAYS_AROUND}."
             )
-        decides = self.learning_rate is not None and not self.trainer.is_fsdp_enabled
+        decides = SUGGESTED in self._rates and not self.trainer.is_fsdp_enabled
         if waiting and (reshapes or decides):
             with whole_on_device(self.trainer, peft_model):
                 self._start_all(waiting)
@@ -159,9 +160,16 @@ class CalibrationCallback(TrainerCallback):
             return
         n_heads = 0
         if self.head_learning_rate is not None:
-            n_heads = give_heads_a_rate(optimizer, self._peft_model(), self.head_learning_rate)
+            n_heads = give_heads_a_rate(optimizer, self._peft_model(), self._rate_of_heads())
         rates = [group["lr"] for group in optimizer.param_groups]
         self._made_at = MadeAt(self.trainer.args.learning_rate, rates, n_heads)
+
+    def _rate_of_heads(self) -> float:
+        if self.head_learning_rate != SUGGESTED:
+            return cast("float", self.head_learning_rate)
+        seed = self._calibration.seed
+        self._head_rate = suggested_head_rate(self.trainer, self._model(), seed)
+        return self._head_rate
 
     # When training begins ---------------------------------------------------------------------
 
@@ -207,6 +215,8 @@ class CalibrationCallback(TrainerCallback):
         if rates and self.learning_rate is None:
             check_rate(self.trainer, rates[0])
         log_start(self.trainer, reports, report=self.log)
+        if self._head_rate is not None:
+            log_head_rate(self.trainer, self._head_rate, report=self.log)
 
     def _suggested(self, peft_model: PeftModel) -> float:
         """The rate of the start; a resumed run has it in its logs."""
@@ -218,8 +228,11 @@ class CalibrationCallback(TrainerCallback):
         return self.adapter_name or peft_model.active_adapters[0]
 
     def _peft_model(self) -> PeftModel:
-        sets_rates = (self.learning_rate, self.head_learning_rate) != (None, None)
-        return _peft_model(self._model(), any_type=sets_rates)
+        return _peft_model(self._model(), any_type=self._rates != (None, None))
+
+    @property
+    def _rates(self) -> tuple[object, object]:
+        return self.learning_rate, self.head_learning_rate
 
     def _model(self) -> nn.Module:
         return cast("nn.Module", self.trainer.accelerator.unwrap_model(self.trainer.model))
@@ -236,8 +249,8 @@ class CalibrationCallback(TrainerCallback):
         return [name for name in waiting if name == self.adapter_name]
 
     def _warn_of_no_work(self, state: Any) -> None:
-        asked = self.learning_rate, self.head_learning_rate
-        if self._has_warned or self._has_started or state.global_step or asked != (None, None):
+        asked = self._rates != (None, None)
+        if self._has_warned or self._has_started or state.global_step or asked:
             return
         self._has_warned = True
         warn(
@@ -294,8 +307,7 @@ def _check_rates(trainer: "Trainer", rate: object, head_rate: object) -> None:
             f"learning_rate must be {SUGGESTED!r} or None, got {rate!r}; a rate of your own belongs "
             "into the trainer's arguments."
         )
-    if head_rate is not None and not (is_finite_number(head_rate) and head_rate > 0):
-        raise ConfigError(f"head_learning_rate must be a positive number, got {head_rate!r}.")
+    check_head_rate(trainer, head_rate)
     if rate is None and head_rate is None:
         return
     if rate is not None and not is_supervised(trainer):

@@ -34,6 +34,15 @@ def log_start(trainer: "Trainer", reports: Mapping[str, InitReport], *, report: 
             history.append({**entry, **ranks, "step": trainer.state.global_step})
 
 
+def log_head_rate(trainer: "Trainer", rate: float, *, report: bool) -> None:
+    """Log the rate that was found for the heads; `report` as in `log_start`."""
+    entry = {f"{_PREFIX}/head_learning_rate": rate}
+    if report:
+        trainer.log(entry)
+    else:
+        trainer.state.log_history.append({**entry, "step": trainer.state.global_step})
+
+
 def logged_rate(trainer: "Trainer", adapter_name: str) -> float | None:
     """The rate of an adapter's start that the run has logged; `None` if it has not."""
     keys = (f"{_PREFIX}/learning_rate", f"{_PREFIX}/{adapter_name}/learning_rate")

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
-from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..errors import ConfigError, warn
@@ -20,6 +19,8 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
     from transformers import Trainer
 
+SUGGESTED = "suggested"
+"""The value of a rate that this package is to find."""
 _FAR = 2.0
 """A rate this many times outside of the suggested range is warned of."""
 _OWN_RATES = ("galore", "apollo", "schedulefree")
@@ -142,32 +143,6 @@ def rescale_rates(trainer: "Trainer", rate: float, made_at: MadeAt) -> None:
         bases = zip(schedule.base_lrs, factors, strict=True)
         schedule.base_lrs = [base * factor for base, factor in bases]
         schedule._last_lr = [group["lr"] for group in groups]
-
-
-def give_heads_a_rate(optimizer: "Optimizer", model: nn.Module, rate: float) -> int:
-    """Move the modules that are trained in full into groups of their own, with this rate.
-
-    Returns:
-        How many groups there are of them, at the end of the optimiser's.
-
-    Raises:
-        ConfigError: if there are none.
-    """
-    wrappers = [m for m in model.modules() if isinstance(m, AuxiliaryTrainingWrapper)]
-    heads = {id(p) for wrapper in wrappers for p in wrapper.parameters() if p.requires_grad}
-    moved = []
-    for group in optimizer.param_groups:
-        if of_heads := [p for p in group["params"] if id(p) in heads]:
-            group["params"] = [p for p in group["params"] if id(p) not in heads]
-            moved.append({**group, "params": of_heads, "lr": rate})
-    if not moved:
-        raise ConfigError(
-            f"head_learning_rate={rate} is for modules that are trained in full, but the optimiser "
-            "has none; name them in modules_to_save, or leave head_learning_rate out."
-        )
-    for group in moved:
-        optimizer.add_param_group(group)
-    return len(moved)
 
 
 def check_rate(trainer: "Trainer", suggested: LearningRate) -> None:

@@ -14,7 +14,7 @@ from accelerate import (
     FullyShardedDataParallelPlugin,
     PartialState,
 )
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -277,7 +277,17 @@ def by_callback(names=tuple(CALLED_BACK), sharded=False):
     return found
 
 
-def trainer_of(model, directory, sharded=False):
+def suggested_head_rate():
+    """The rate of an output layer that is trained in full beside plain LoRA."""
+    config = LoraConfig(r=4, target_modules="all-linear", modules_to_save=["lm_head"])
+    model = get_peft_model(pico_llama(), config)
+    with tempfile.TemporaryDirectory() as directory:
+        trainer = trainer_of(model, directory, head_learning_rate="suggested")
+        trainer.train()
+    return [group["initial_lr"] for group in trainer.optimizer.param_groups]
+
+
+def trainer_of(model, directory, sharded=False, **options):
     size = dist.get_world_size() if dist.is_initialized() else 1
     values = {
         "per_device_train_batch_size": 4 // size,
@@ -296,7 +306,7 @@ def trainer_of(model, directory, sharded=False):
     assert trainer.args.world_size == size
     if sharded:
         shard(trainer)
-    trainer.add_callback(CalibrationCallback(trainer, estimator="dense"))
+    trainer.add_callback(CalibrationCallback(trainer, estimator="dense", **options))
     return trainer
 
 

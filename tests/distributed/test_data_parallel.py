@@ -97,6 +97,14 @@ def test_a_harmful_step_is_scaled_alike_on_all_processes():
 
 
 @pytest.mark.slow
+def test_processes_find_the_same_rate_for_a_head():
+    (reference,) = values("suggested_head_rate", 1)
+    one, other = values("suggested_head_rate")
+    assert one == other
+    assert max(one) > 1e-2  # that of the adapter
+    assert one == pytest.approx(reference, rel=0.1)  # from half as many rows
+
+
 def test_the_callback_gives_the_start_and_the_losses_of_one_process():
     (reference,) = values("by_callback", 1)
     one, other = values("by_callback")

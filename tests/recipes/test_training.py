@@ -121,6 +121,8 @@ def test_defaults_are_those_that_are_documented():
         ),
         ("CAUSAL_LM", "per_device_train_batch_size=0", "greater than or equal to 1 (got 0)"),
         ("PREFERENCE", "learning_rate=suggested", "rates are suggested for supervised training"),
+        ("PREFERENCE", "head_learning_rate=suggested", "a head's rate is suggested for supervised"),
+        ("SEQ_CLS", "head_learning_rate=0", "should be 'suggested' or a number greater than 0"),
     ],
 )
 def test_a_fault_names_the_key_and_the_nearest_one(task, change, message):
@@ -128,6 +130,13 @@ def test_a_fault_names_the_key_and_the_nearest_one(task, change, message):
         recipe_of(change, task=task)
     assert "has 1 fault:" in str(caught.value)
     assert message in str(caught.value)
+
+
+def test_a_head_rate_is_suggested_for_adam():
+    assert recipe_of("head_learning_rate=suggested").training.head_learning_rate == "suggested"
+    assert recipe_of("head_learning_rate=3e-2").training.head_learning_rate == 3e-2
+    with pytest.raises(ConfigError, match="name the head_learning_rate of lora_muon"):
+        recipe_of("optim=lora_muon", "head_learning_rate=suggested")
 
 
 def test_a_rate_is_suggested_for_optimisers_that_have_one():

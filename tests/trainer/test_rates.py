@@ -137,7 +137,9 @@ def test_options_that_cannot_work_are_refused_at_once(tmp_path):
     trainer = trainer_of(tmp_path, model=lora_one(), cls=Trainer)
     with pytest.raises(ConfigError, match=r"learning_rate must be 'suggested' or None, got 0\.1"):
         CalibrationCallback(trainer, learning_rate=0.1)
-    with pytest.raises(ConfigError, match="head_learning_rate must be a positive number, got 0"):
+    with pytest.raises(
+        ConfigError, match="head_learning_rate must be a positive number or 'suggested', got 0"
+    ):
         CalibrationCallback(trainer, head_learning_rate=0)
     trainer.optimizer = torch.optim.SGD(trainer.model.parameters(), lr=0.1)
     with pytest.raises(ConfigError, match="the trainer was given an optimiser"):

@@ -1,0 +1,241 @@
+"""What a new head gains from a learning rate of its own, with `Trainer` and plain LoRA of PEFT.
+
+    python scripts/bench_heads.py run [TASK …]   # what is missing, into out/heads
+    python scripts/bench_heads.py publish        # scripts/convergence/measured/heads/: heads.json and heads.md
+
+The adapter trains at its suggested rate, with `Trainer`'s own schedule. The head trains at the adapter's
+rate, at that of `CalibrationCallback(head_learning_rate="suggested")`, and at multiples of it. The aim was
+written down before (`scripts/convergence/AIMS.md`, l).
+"""
+
+import argparse
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from convergence.pretraining import BASES
+from convergence.report import difference, interval
+from convergence.settings import load_settings
+from convergence.study import load_task, prepare_process
+from convergence.tasks import LENGTH, Task, fold, select, size
+from minilm_task import MODULES, docstrings
+from peft import LoraConfig, get_peft_model
+from rich.console import Console
+from transformers import (
+    LlamaForSequenceClassification,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+from peft_gradinit import CalibrationCallback
+from peft_gradinit.files import write_json
+
+RESULTS = Path("out/heads")
+MEASURED = Path(__file__).parent / "convergence" / "measured" / "heads"
+SUGGESTED, OF_ADAPTER = "suggested", "adapter"
+N_TEST = 240
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a task is trained.
+
+    Attributes:
+        title: for people.
+        steps: of training.
+        batch_size: rows of a step.
+        seeds: that are reported.
+        multiples: of the suggested rate that are run as well.
+    """
+
+    title: str
+    steps: int
+    batch_size: int
+    seeds: range
+    multiples: tuple[float, ...] = ()
+
+
+PLANS = {
+    "bytes": Plan(
+        "byte-level Llama (1.9 M), docstrings", 150, 16, range(1, 6), (0.25, 0.5, 2.0, 4.0)
+    ),
+    "docstrings": Plan("MiniLM (22 M), docstrings", 84, 16, range(1, 4)),
+    "digits": Plan("ViT (0.2 M), digits", 154, 32, range(1, 4)),
+    "smollm2": Plan("SmolLM2 (135 M), docstrings", 40, 16, range(1, 4)),
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run ended with."""
+
+    loss: float
+    head_rate: float
+    rate: float
+
+
+@cache
+def task_of(name: str) -> Task:
+    """The task; `smollm2` and `bytes` are no tasks of the study."""
+    if name == "smollm2":
+        variants = Path(__file__).parent / "convergence" / "configs" / "variants"
+        return load_task(str(variants / "heads_smollm2.yaml"))
+    return _of_bytes() if name == "bytes" else load_task(name)
+
+
+def _of_bytes() -> Task:
+    """The model of `topics` with a new head, and docstrings as bytes."""
+    settings, folder = load_settings("topics"), BASES / "topics"
+    named = [(text, i) for i, module in enumerate(MODULES) for text in docstrings(module)]
+    random.Random(0).shuffle(named)
+    ids = torch.zeros(len(named), LENGTH, dtype=torch.long)
+    for row, (text, _) in zip(ids, named, strict=True):
+        written = torch.tensor(list(text.encode()[:LENGTH]))
+        row[: len(written)] = written
+    rows = {
+        "input_ids": ids,
+        "attention_mask": (ids > 0).long(),
+        "labels": torch.tensor([label for _, label in named]),
+    }
+    test, train = (
+        {name: column[part] for name, column in rows.items()}
+        for part in (slice(N_TEST), slice(N_TEST, None))
+    )
+
+    def load() -> LlamaForSequenceClassification:
+        torch.manual_seed(0)
+        return LlamaForSequenceClassification.from_pretrained(
+            folder, num_labels=len(MODULES), pad_token_id=0
+        )
+
+    adapter = {"target_modules": "all-linear", "task_type": "SEQ_CLS"}
+    return Task("bytes", load, train, test, None, settings, adapter)
+
+
+def run(name: str, head_rate: float | str | None, seed: int) -> Result:
+    """Train with one rate for the head, and evaluate."""
+    task, plan = fold(task_of(name), seed), PLANS[name]
+    set_seed(seed)
+    model = task.load_model()
+    set_seed(seed)
+    model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, **task.adapter))
+    rows = {"train": task.train, "test": task.test}
+
+    def collate(some: list[tuple[str, int]]) -> dict:
+        return select(rows[some[0][0]], torch.tensor([i for _, i in some]))
+
+    arguments = TrainingArguments(
+        str(RESULTS / "trainer"),
+        max_steps=plan.steps,
+        per_device_train_batch_size=plan.batch_size,
+        per_device_eval_batch_size=48,
+        seed=seed,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        label_names=["labels"],
+    )
+    trainer = Trainer(
+        model,
+        arguments,
+        collate,
+        [("train", i) for i in range(size(task.train))],
+        [("test", i) for i in range(size(task.test))],
+    )
+    callback = CalibrationCallback(trainer, learning_rate="suggested", head_learning_rate=head_rate)
+    trainer.add_callback(callback)
+    trainer.train()
+    rates = {group["initial_lr"] for group in trainer.optimizer.param_groups}
+    rate = trainer.args.learning_rate
+    return Result(trainer.evaluate()["eval_loss"], max(rates), rate)
+
+
+def path_of(name: str, what: str, seed: int) -> Path:
+    """Where a run's result lies."""
+    return RESULTS / name / f"{what}_{seed}.json"
+
+
+def result_of(name: str, what: str, seed: int) -> Result | None:
+    """A run's result, if it is there."""
+    path = path_of(name, what, seed)
+    return Result(**json.loads(path.read_text())) if path.exists() else None
+
+
+def pending(name: str) -> Iterator[tuple[str, int]]:
+    """The runs that are missing; the suggested ones first, since multiples need them."""
+    whats = [SUGGESTED, OF_ADAPTER, *(f"{m:g}" for m in PLANS[name].multiples)]
+    for what in whats:
+        for seed in PLANS[name].seeds:
+            if result_of(name, what, seed) is None:
+                yield what, seed
+
+
+def carry_out(names: list[str]) -> None:
+    """Run what is missing."""
+    prepare_process()
+    for name in names:
+        multiples = {f"{multiple:g}": multiple for multiple in PLANS[name].multiples}
+        for what, seed in pending(name):
+            head_rate: float | str | None = {SUGGESTED: SUGGESTED, OF_ADAPTER: None}.get(what, what)
+            if what in multiples and (found := result_of(name, SUGGESTED, seed)) is not None:
+                head_rate = multiples[what] * found.head_rate
+            result = run(name, head_rate, seed)
+            write_json(path_of(name, what, seed), asdict(result))
+            Console().print(f"{name} {what} seed {seed}: {result}")
+
+
+def table(results: dict[str, dict[str, list[Result]]]) -> str:
+    """The losses of all tasks, next to the head at the adapter's rate."""
+    lines = [
+        "| task | head | rate of the head | loss | next to the adapter's rate |",
+        "|---" * 5 + "|",
+    ]
+    for name, by_rate in results.items():
+        usual = [result.loss for result in by_rate[OF_ADAPTER]]
+        for what, found in by_rate.items():
+            losses = [result.loss for result in found]
+            beside = "" if what == OF_ADAPTER else difference(losses, usual)
+            rate = sum(result.head_rate for result in found) / len(found)
+            title = {SUGGESTED: "suggested", OF_ADAPTER: "adapter's rate"}.get(
+                what, f"{what} of it"
+            )
+            lines.append(
+                f"| {PLANS[name].title} | {title} | {rate:.1e} | {interval(losses)} | {beside} |"
+            )
+    return "\n".join(lines)
+
+
+def publish() -> None:
+    """Write the results and their table."""
+    results: dict[str, dict[str, list[Result]]] = {}
+    for name, plan in PLANS.items():
+        for what in (OF_ADAPTER, SUGGESTED, *(f"{m:g}" for m in plan.multiples)):
+            found = [result_of(name, what, seed) for seed in plan.seeds]
+            known = [result for result in found if result is not None]
+            if len(known) == len(plan.seeds):
+                results.setdefault(name, {})[what] = known
+    MEASURED.mkdir(parents=True, exist_ok=True)
+    kept = {
+        n: {w: [asdict(r) for r in found] for w, found in b.items()} for n, b in results.items()
+    }
+    write_json(MEASURED / "heads.json", kept)
+    (MEASURED / "heads.md").write_text(table(results) + "\n")
+    Console().print(table(results))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    running = commands.add_parser("run")
+    running.add_argument("tasks", nargs="*", metavar="TASK", default=list(PLANS))
+    commands.add_parser("publish")
+    options = parser.parse_args()
+    if options.command == "run":
+        carry_out(options.tasks)
+    else:
+        publish()
