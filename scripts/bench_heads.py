@@ -179,14 +179,21 @@ def carry_out(names: list[str]) -> None:
     """Run what is missing."""
     prepare_process()
     for name in names:
-        multiples = {f"{multiple:g}": multiple for multiple in PLANS[name].multiples}
         for what, seed in pending(name):
-            head_rate: float | str | None = {SUGGESTED: SUGGESTED, OF_ADAPTER: None}.get(what, what)
-            if what in multiples and (found := result_of(name, SUGGESTED, seed)) is not None:
-                head_rate = multiples[what] * found.head_rate
-            result = run(name, head_rate, seed)
+            found = result_of(name, SUGGESTED, seed)
+            if what == OF_ADAPTER and found is not None and found.head_rate == found.rate:
+                result = found  # the same run
+            else:
+                result = run(name, head_rate_of(what, found), seed)
             write_json(path_of(name, what, seed), asdict(result))
             Console().print(f"{name} {what} seed {seed}: {result}")
+
+
+def head_rate_of(what: str, found: Result | None) -> float | str | None:
+    """What the callback is given; multiples are of the rate that was found."""
+    if what in (SUGGESTED, OF_ADAPTER) or found is None:
+        return None if what == OF_ADAPTER else SUGGESTED
+    return float(what) * found.head_rate
 
 
 def table(results: dict[str, dict[str, list[Result]]]) -> str:
