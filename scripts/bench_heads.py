@@ -12,7 +12,7 @@ import argparse
 import json
 import random
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from convergence.report import difference, interval
 from convergence.settings import load_settings
 from convergence.study import load_task, prepare_process
 from convergence.tasks import LENGTH, Task, fold, select, size
-from minilm_task import MODULES, docstrings
+from minilm_task import MODULES, docstrings, load_model
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from transformers import (
@@ -65,6 +65,7 @@ PLANS = {
         "byte-level Llama (1.9 M), docstrings", 150, 16, range(1, 6), (0.25, 0.5, 2.0, 4.0)
     ),
     "docstrings": Plan("MiniLM (22 M), docstrings", 84, 16, range(1, 4)),
+    "two_classes": Plan("MiniLM (22 M), docstrings in two classes", 84, 16, range(1, 6)),
     "digits": Plan("ViT (0.2 M), digits", 154, 32, range(1, 4)),
     "smollm2": Plan("SmolLM2 (135 M), docstrings", 40, 16, range(1, 4)),
 }
@@ -81,11 +82,21 @@ class Result:
 
 @cache
 def task_of(name: str) -> Task:
-    """The task; `smollm2` and `bytes` are no tasks of the study."""
+    """The task; `bytes`, `smollm2` and `two_classes` are no tasks of the study."""
     if name == "smollm2":
         variants = Path(__file__).parent / "convergence" / "configs" / "variants"
         return load_task(str(variants / "heads_smollm2.yaml"))
-    return _of_bytes() if name == "bytes" else load_task(name)
+    own = {"bytes": _of_bytes, "two_classes": _of_two_classes}
+    return own[name]() if name in own else load_task(name)
+
+
+def _of_two_classes() -> Task:
+    """`docstrings`, where every other module is of one class."""
+    task = load_task("docstrings")
+    train, test = ({**rows, "labels": rows["labels"] % 2} for rows in (task.train, task.test))
+    return replace(
+        task, train=train, test=test, load_model=lambda: load_model(classes=["even", "odd"])
+    )
 
 
 def _of_bytes() -> Task:
@@ -150,9 +161,9 @@ def run(name: str, head_rate: float | str | None, seed: int) -> Result:
     callback = CalibrationCallback(trainer, learning_rate="suggested", head_learning_rate=head_rate)
     trainer.add_callback(callback)
     trainer.train()
-    rates = {group["initial_lr"] for group in trainer.optimizer.param_groups}
     rate = trainer.args.learning_rate
-    return Result(trainer.evaluate()["eval_loss"], max(rates), rate)
+    others = {group["initial_lr"] for group in trainer.optimizer.param_groups} - {rate}
+    return Result(trainer.evaluate()["eval_loss"], next(iter(others), rate), rate)
 
 
 def path_of(name: str, what: str, seed: int) -> Path:

@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import inspect
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -96,11 +97,11 @@ def load_task(n_test: int = 400, seed: int = 0) -> DatasetDict:
     return data.map(tokenize, batched=True, remove_columns=["text"])
 
 
-def load_model(seed: int = 0) -> PreTrainedModel:
+def load_model(seed: int = 0, classes: Sequence[str] = MODULES) -> PreTrainedModel:
     """MiniLM with a fresh classification head, the same for the same seed."""
     torch.manual_seed(seed)
     return AutoModelForSequenceClassification.from_pretrained(
-        model_folder(), num_labels=len(MODULES), id2label=dict(enumerate(MODULES))
+        model_folder(), num_labels=len(classes), id2label=dict(enumerate(classes))
     )
 
 
