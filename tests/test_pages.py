@@ -78,7 +78,8 @@ def test_example_of_a_rate_for_a_new_head_runs_as_printed(tmp_path):
     exec(blocks("docs/choosing.md")[2], names)
     names["trainer"].train()
     rates = [group["initial_lr"] for group in names["trainer"].optimizer.param_groups]
-    assert {*rates} == {suggest_learning_rate(model).suggested, 3e-2}
+    low, high = sorted({*rates})
+    assert low == suggest_learning_rate(model).suggested < high
 
 
 def test_the_first_page_has_the_example_of_the_readme():
