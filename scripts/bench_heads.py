@@ -80,6 +80,10 @@ class Result:
     rate: float
 
 
+Results = dict[str, dict[str, list[Result]]]
+"""By task, and by what rate the head has: one of every seed."""
+
+
 @cache
 def task_of(name: str) -> Task:
     """The task; `bytes`, `smollm2` and `two_classes` are no tasks of the study."""
@@ -207,7 +211,7 @@ def head_rate_of(what: str, found: Result | None) -> float | str | None:
     return float(what) * found.head_rate
 
 
-def table(results: dict[str, dict[str, list[Result]]]) -> str:
+def table(results: Results) -> str:
     """The losses of all tasks, next to the head at the adapter's rate."""
     lines = [
         "| task | head | rate of the head | loss | next to the adapter's rate |",
@@ -220,7 +224,7 @@ def table(results: dict[str, dict[str, list[Result]]]) -> str:
             beside = "" if what == OF_ADAPTER else difference(losses, usual)
             rate = sum(result.head_rate for result in found) / len(found)
             title = {SUGGESTED: "suggested", OF_ADAPTER: "adapter's rate"}.get(
-                what, f"{what} of it"
+                what, f"{what} times that"
             )
             lines.append(
                 f"| {PLANS[name].title} | {title} | {rate:.1e} | {interval(losses)} | {beside} |"
@@ -228,22 +232,43 @@ def table(results: dict[str, dict[str, list[Result]]]) -> str:
     return "\n".join(lines)
 
 
-def publish() -> None:
-    """Write the results and their table."""
-    results: dict[str, dict[str, list[Result]]] = {}
+def collected() -> Results:
+    """The results of all seeds, where all are there."""
+    results: Results = {}
     for name, plan in PLANS.items():
         for what in (OF_ADAPTER, SUGGESTED, *(f"{m:g}" for m in plan.multiples)):
             found = [result_of(name, what, seed) for seed in plan.seeds]
             known = [result for result in found if result is not None]
             if len(known) == len(plan.seeds):
                 results.setdefault(name, {})[what] = known
-    MEASURED.mkdir(parents=True, exist_ok=True)
-    kept = {
-        n: {w: [asdict(r) for r in found] for w, found in b.items()} for n, b in results.items()
+    return results
+
+
+def published() -> Results:
+    """The results that are in the repository."""
+    kept = json.loads((MEASURED / "heads.json").read_text())
+    return {
+        name: {
+            what: [Result(**r) for r in kept[name][what]] for what in sorted(kept[name], key=_order)
+        }
+        for name in PLANS
+        if name in kept
     }
+
+
+def _order(what: str) -> float:
+    return {OF_ADAPTER: -2.0, SUGGESTED: -1.0}.get(what) or float(what)
+
+
+def publish() -> None:
+    """Write the results and their table."""
+    MEASURED.mkdir(parents=True, exist_ok=True)
+    found = collected()
+    kept = {n: {w: [asdict(r) for r in runs] for w, runs in b.items()} for n, b in found.items()}
     write_json(MEASURED / "heads.json", kept)
-    (MEASURED / "heads.md").write_text(table(results) + "\n")
-    Console().print(table(results))
+    text = table(published())
+    (MEASURED / "heads.md").write_text(text + "\n")
+    Console().print(text, soft_wrap=True)
 
 
 if __name__ == "__main__":
