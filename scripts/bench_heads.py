@@ -153,6 +153,7 @@ def run(name: str, head_rate: float | str | None, seed: int) -> Result:
         report_to=[],
         save_strategy="no",
         disable_tqdm=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
         label_names=["labels"],
     )
     trainer = Trainer(
