@@ -41,6 +41,7 @@ from peft_gradinit.records import InitReport
 from peft_gradinit.records.adapters import read_adapter
 from tests.recipes.images import save_vit
 from tests.smollm2.marks import needs_smollm2
+from tests.trainer.runs import mostly_slow
 
 ROOT = Path(__file__).parent.parent.parent
 OFFLINE = sorted((ROOT / "configs/offline").glob("*.yaml"))
@@ -103,7 +104,7 @@ def test_a_recipe_without_a_rate_takes_the_suggested_one(tmp_path):
     assert lora["learning_rate"] == suggest_learning_rate(plain).suggested
 
 
-@pytest.mark.parametrize("name", PAIR_OPTIMIZERS)
+@pytest.mark.parametrize("name", mostly_slow(PAIR_OPTIMIZERS, quick=["lora_muon"]))
 def test_a_recipe_trains_with_an_optimiser_of_pairs(name, tmp_path):
     rate = ("training.learning_rate=1e-3",)
     results = run(PICO, tmp_path / "out", f"training.optim={name}", *rate)
@@ -158,7 +159,10 @@ def test_optimisers_that_are_unknown_or_without_a_rate_are_refused():
         load_recipe(PICO, changes)
 
 
-@pytest.mark.parametrize(("name", "over_adamw"), [("lora_muon", None), ("lora_one", 0.6)])
+@pytest.mark.parametrize(
+    ("name", "over_adamw"),
+    mostly_slow([("lora_muon", None), ("lora_one", 0.6)], quick=[("lora_one", 0.6)]),
+)
 def test_an_optimiser_of_pairs_takes_the_suggested_rate(name, over_adamw, tmp_path):
     changes = [f"training.optim={name}", "training.learning_rate=suggested"]
     results = run(PICO, tmp_path / "out", *changes, "training.save_steps=2")
