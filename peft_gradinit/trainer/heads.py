@@ -108,25 +108,25 @@ def suggested_head_rate(trainer: "Trainer", model: nn.Module, seed: int) -> floa
                 loss = loss_in_training(understudy, model, batch)
             for i, found in _sizes_in_loss(loss, calls):
                 sizes[i].append(found)
-    return max([trainer.args.learning_rate, *_rates(trainer, sizes)])
+    return max(trainer.args.learning_rate, _lowest_rate(trainer, sizes))
 
 
-def _rates(trainer: "Trainer", sizes: list[list[Tensor]]) -> Iterator[float]:
+def _lowest_rate(trainer: "Trainer", sizes: list[list[Tensor]]) -> float:
     """The lowest rate of the layers, over all processes."""
     accelerator: Any = trainer.accelerator
-    lowest = []
+    rates = []
     for of_layer in sizes:
         known = torch.cat(of_layer) if of_layer else torch.zeros(0, device=accelerator.device)
         total = torch.stack([known.sum(), known.new_tensor(float(len(known)))])
         summed, n_rows = accelerator.reduce(total, reduction="sum").tolist()
         if n_rows and summed:
-            lowest.append(rate_of_new_layer(summed / n_rows))
-    if not lowest:
+            rates.append(rate_of_new_layer(summed / n_rows))
+    if not rates:
         raise DataError(
             f"head_learning_rate={SUGGESTED!r}: no input of a head takes part in the loss of the "
             f"first {_N_BATCHES} batches, or all of them are zero; look at the labels, or give a number."
         )
-    yield min(lowest)
+    return min(rates)
 
 
 def _sizes_in_loss(

@@ -200,7 +200,6 @@ def test_trainings_without_a_suggested_rate_are_refused_at_once(tmp_path):
     trainer = trainer_of(tmp_path, model=lora(), cls=Trainer, data=rows(4), collator=collate)
     with pytest.raises(ConfigError, match="positive number or 'suggested', got 'best'"):
         CalibrationCallback(trainer, head_learning_rate="best")
-    trainer.accelerator.state.distributed_type = "FSDP"
     trainer.is_fsdp_enabled = True
     with pytest.raises(ConfigError, match="and FSDP shards it; give a number"):
         CalibrationCallback(trainer, head_learning_rate="suggested")
