@@ -687,6 +687,18 @@ def test_products_of_half_precision_are_those_of_float32_rounded():
         torch.testing.assert_close(rounded, product.bfloat16(), rtol=2**-7, atol=1e-6)
 
 
+def test_full_fine_tuning_keeps_small_steps_of_weights_in_half_precision():
+    """A rate of 1e-5 is below half of the last place of a bfloat16 of 0.05."""
+    layer = nn.Linear(4, 4, bias=False).to(torch.bfloat16)
+    nn.init.constant_(layer.weight, 0.05)
+    before = layer.weight.detach().float().clone()
+    adapted = METHODS["full"].start(layer, SimpleNamespace(), [])
+    optimizer = torch.optim.AdamW(adapted.parameters(), lr=1e-5, weight_decay=0.0)
+    adapted(torch.ones(1, 4, dtype=adapted.weight.dtype)).sum().backward()
+    optimizer.step()
+    torch.testing.assert_close(adapted.weight, before - 1e-5, rtol=1e-6, atol=0)
+
+
 def test_full_fine_tuning_with_muon_steps_as_torch_does(monkeypatch):
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
     torch.manual_seed(0)
