@@ -9,12 +9,12 @@ try:
     from .loading import load_recipe, section_of
     from .methods import adapter_config, calibration_of
     from .models import (
-        drawn_modules,
         empty_model,
         load_model,
         load_processor,
         model_config,
         task_of,
+        untrained_modules,
     )
     from .reading import Reader
     from .schema import CalibrationSection, DataSection, MethodSection, ModelSection
@@ -35,7 +35,6 @@ __all__ = [
     "Reader",
     "adapter_config",
     "calibration_of",
-    "drawn_modules",
     "empty_model",
     "encode",
     "estimate",
@@ -50,4 +49,5 @@ __all__ = [
     "section_of",
     "sequence_length",
     "task_of",
+    "untrained_modules",
 ]

@@ -23,7 +23,7 @@ from ..tuners import deferred_adapters, load_for_training
 from .data import load_rows
 from .evaluation import check_evaluation, evaluate_model
 from .methods import adapter_config, calibration_of
-from .models import drawn_modules
+from .models import untrained_modules
 from .publishing import make_repository, publish
 from .reading import Reader
 from .schema import MethodSection, Recipe
@@ -127,8 +127,8 @@ def _trainer(
         inputs.reader.processor,
         progress=process_state().is_main_process,
     )
-    drawn = drawn_modules(model)
-    config = adapter_config(recipe.method, inputs.reader.task, calibration, drawn)
+    untrained = untrained_modules(model)
+    config = adapter_config(recipe.method, inputs.reader.task, calibration, untrained)
     return trainer_of(get_peft_model(model, config), recipe, inputs, arguments)
 
 
@@ -148,7 +148,9 @@ def _check_continues(model: nn.Module, method: MethodSection, task: Task, checkp
         kept = read_provenance(checkpoint)["config"]
     else:
         kept = facts_of(PeftConfig.from_pretrained(checkpoint), None)["config"]
-    wanted = facts_of(adapter_config(method, task, "unused", drawn_modules(model)), None)["config"]
+    wanted = facts_of(adapter_config(method, task, "unused", untrained_modules(model)), None)[
+        "config"
+    ]
     names = ["r", "lora_alpha", "use_rslora", "use_dora", *method.options]
     pairs = {name: (kept.get(name), wanted.get(name)) for name in names}
     if isinstance(method.target_modules, list):  # PEFT shortens long lists

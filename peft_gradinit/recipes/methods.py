@@ -18,7 +18,7 @@ _PEFT_TASKS = {"IMAGE_CLS": None, "PREFERENCE": "CAUSAL_LM"}
 
 
 def adapter_config(
-    section: MethodSection, task: Task, calibration: Any = None, drawn: Sequence[str] = ()
+    section: MethodSection, task: Task, calibration: Any = None, untrained: Sequence[str] = ()
 ) -> PeftConfig:
     """Make the config of a method.
 
@@ -26,7 +26,7 @@ def adapter_config(
         section: method, rank, targets, options.
         task: what the model is for.
         calibration: what `calibration=` of the config takes; not used by methods without data.
-        drawn: modules with random weights, which are trained and saved as well (`drawn_modules`).
+        untrained: modules such as a new head, which are trained and saved as well (`untrained_modules`).
 
     Returns:
         The config.
@@ -46,7 +46,7 @@ def adapter_config(
         values["lora_alpha"] = section.lora_alpha
     if section.use_rslora:
         values["use_rslora"] = True
-    if new := [name for name in drawn if not _is_saved(name, task, section.options)]:
+    if new := [name for name in untrained if not _is_saved(name, task, section.options)]:
         values["modules_to_save"] = [*(values.get("modules_to_save") or ()), *new]
     if calibration is not None and _reads_data(config_class):
         values["calibration"] = calibration

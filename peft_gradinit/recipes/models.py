@@ -1,5 +1,6 @@
 """Models, tokenizers and image processors by name: from the Hub, a folder, or embedded."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -38,7 +39,7 @@ _ENDINGS: dict[str, Task] = {
     "ForSequenceClassification": "SEQ_CLS",
     "ForImageClassification": "IMAGE_CLS",
 }
-_DRAWN: "WeakKeyDictionary[nn.Module, list[str]]" = WeakKeyDictionary()
+_UNTRAINED: "WeakKeyDictionary[nn.Module, list[str]]" = WeakKeyDictionary()
 _FAILURES = (OSError, ValueError, KeyError, ImportError, RuntimeError)
 
 
@@ -126,14 +127,16 @@ def load_model(
     except _FAILURES as error:
         raise ConfigError(_unloadable("model", section.name, error)) from error
     if may_classify:
-        _DRAWN[model] = _modules_of(model, [*info["missing_keys"], *info["mismatched_keys"]])
+        new = [*info["missing_keys"], *info["mismatched_keys"]]
+        _UNTRAINED[model] = _modules_of(model, [*new, *_outputs_of_others(section, labels)])
     return model
 
 
-def drawn_modules(model: nn.Module) -> list[str]:
-    """The modules of a classifier that its checkpoint lacks, such as a new head.
+def untrained_modules(model: nn.Module) -> list[str]:
+    """The modules of a classifier that nothing has taught its classes yet, such as a new head.
 
-    Their weights are random, so an adapter has to train and to save them.
+    Those that the checkpoint lacks are random. A head with as many outputs, whose config does not give
+    the same names to them, keeps its weights. An adapter has to train and to save both.
 
     Args:
         model: from `load_model`.
@@ -141,13 +144,32 @@ def drawn_modules(model: nn.Module) -> list[str]:
     Returns:
         Names of modules without parts.
     """
-    return _DRAWN.get(model, [])
+    return _UNTRAINED.get(model, [])
 
 
 def _modules_of(model: nn.Module, keys: list[Any]) -> list[str]:
     """Modules that hold parameters by themselves; keys with another shape come with both shapes."""
     names = {(key if isinstance(key, str) else key[0]).rpartition(".")[0] for key in keys}
     return [n for n, m in model.named_modules() if n in names and not list(m.children())]
+
+
+def _outputs_of_others(section: ModelSection, labels: Labels | None) -> list[str]:
+    """Parameters of a checkpoint's head, if its config does not name the classes that are asked for."""
+    if labels is None or _names(labels.head()["id2label"]) == _names(
+        model_config(section).id2label
+    ):
+        return []
+    head = labels.head()
+    less, more = (
+        dict(_on_meta(section, {"num_labels": n}).named_parameters())
+        for n in (head["num_labels"], head["num_labels"] + 1)
+    )
+    return [name for name in less if less[name].shape != more[name].shape]
+
+
+def _names(id2label: Mapping[int, str]) -> list[str]:
+    """Of the outputs, in their order; upper case says nothing."""
+    return [str(id2label[i]).casefold() for i in sorted(id2label)]
 
 
 def empty_model(section: ModelSection, labels: Labels | None = None) -> nn.Module:
@@ -160,14 +182,18 @@ def empty_model(section: ModelSection, labels: Labels | None = None) -> nn.Modul
     Returns:
         The model.
     """
-    task, config = task_of(section), model_config(section)
-    for name, value in (_head(section, labels) if task in CLASSIFIED else {}).items():
+    return _on_meta(section, _head(section, labels) if task_of(section) in CLASSIFIED else {})
+
+
+def _on_meta(section: ModelSection, head: dict[str, Any]) -> nn.Module:
+    config = model_config(section)
+    for name, value in head.items():
         setattr(config, name, value)
     dtype = torch.float32 if section.dtype == "auto" else getattr(torch, section.dtype)
     if section.dtype == "auto" and isinstance(config.dtype, torch.dtype):
         dtype = config.dtype
     with torch.device("meta"):
-        return _AUTO_CLASSES[task].from_config(config).to(dtype)
+        return _AUTO_CLASSES[task_of(section)].from_config(config).to(dtype)
 
 
 def load_processor(section: ModelSection) -> Any:

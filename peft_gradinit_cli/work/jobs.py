@@ -26,12 +26,12 @@ from peft_gradinit.recipes import (
     Reader,
     adapter_config,
     calibration_of,
-    drawn_modules,
     empty_model,
     estimate,
     load_rows,
     sequence_length,
     task_of,
+    untrained_modules,
 )
 from peft_gradinit.records import LearningRate
 from peft_gradinit.starts import (
@@ -244,14 +244,14 @@ class Job:
         """The config of the method.
 
         Args:
-            model: as it was loaded; its random parts are trained as well.
+            model: as it was loaded; a new head is trained as well.
             calibration: what the start is computed from, where that is asked.
 
         Returns:
             The config.
         """
-        drawn = () if model is None else drawn_modules(model)
-        return adapter_config(self.method, task_of(self.model), calibration, drawn)
+        untrained = () if model is None else untrained_modules(model)
+        return adapter_config(self.method, task_of(self.model), calibration, untrained)
 
     def said(self, model: nn.Module) -> dict[str, Any]:
         """Arguments of the config that are not its defaults, but for the calibration."""

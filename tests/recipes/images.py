@@ -12,7 +12,7 @@ def image_processor(**options):
     return ViTImageProcessorPil(**options)
 
 
-def save_vit(folder):
+def save_vit(folder, **options):
     """A ViT that looks at 16 x 16 pixels, with its processor."""
     config = ViTConfig(
         hidden_size=32,
@@ -21,6 +21,7 @@ def save_vit(folder):
         intermediate_size=48,
         image_size=16,
         patch_size=8,
+        **options,
     )
     ViTForImageClassification(config).save_pretrained(folder)
     image_processor(size={"height": 16, "width": 16}).save_pretrained(folder)

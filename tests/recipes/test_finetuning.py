@@ -16,6 +16,7 @@ import torch
 import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
+from safetensors.torch import load_file
 from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration, ViTForImageClassification
 
@@ -506,12 +507,36 @@ def test_images_are_classified(tmp_path):
     assert len(results["losses"]) == 2
 
 
+def save_images(folder, classes):
+    images = [Image.effect_noise((20, 20), 50) for _ in range(16)]
+    rows = [{"image": im, "label": classes[i % len(classes)]} for i, im in enumerate(images)]
+    datasets.Dataset.from_list(rows).save_to_disk(folder)
+
+
+@pytest.mark.parametrize(("names", "trained"), [("BA", False), ("xy", True), (None, True)])
+def test_a_head_of_as_many_other_classes_is_trained(names, trained, tmp_path):
+    """As many outputs do not make it a head of these classes; their names tell, but for upper case."""
+    named = names and {
+        "id2label": dict(enumerate(names)),
+        "label2id": {n: i for i, n in enumerate(names)},
+    }
+    save_vit(tmp_path / "model", **(named or {"num_labels": 2}))
+    save_images(tmp_path / "data", "ab")
+    targets = ["query", "value", "q_proj", "v_proj"]
+    method = {"name": "lora", "r": 2, "target_modules": targets}
+    finetune(small_recipe(tmp_path, {}, method=method))
+    before = load_file(tmp_path / "model" / "model.safetensors")["classifier.weight"]
+    saved = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
+    heads = [value for name, value in saved.items() if name.endswith("classifier.weight")]
+    assert len(heads) == trained
+    for head in heads:  # from that of the checkpoint: two steps of 1e-3
+        assert 0 < (head - before).abs().max() < 2.1e-3
+
+
 def test_a_new_head_is_trained_and_saved(tmp_path):
     """What a checkpoint lacks is random, so an adapter without it would give other classes to each."""
     save_vit(tmp_path / "model")
-    images = [Image.effect_noise((20, 20), 50) for _ in range(16)]
-    rows = [{"image": image, "label": "abc"[i % 3]} for i, image in enumerate(images)]
-    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "data")
+    save_images(tmp_path / "data", "abc")
     targets = ["query", "value", "q_proj", "v_proj"]
     recipe = small_recipe(
         tmp_path, {}, method={"name": "lora_one", "r": 2, "target_modules": targets}
