@@ -39,9 +39,9 @@ def draw(task: TaskSummary, folder: Path) -> list[Path]:
     """
     what = f"{task.task}: {task.about}"
     rates = _figure(task, draw_rates, ("learning rate", "test loss at the end (nats)"))
-    rates.suptitle(f"Loss by learning rate. {what}", fontsize=11)
+    rates.suptitle(f"Loss by learning rate\n{what}", fontsize=11)
     curves = _figure(task, draw_curves, ("steps, calibration included", "test loss (nats)"))
-    curves.suptitle(f"Loss by step, each method at its best rate. {what}", fontsize=11)
+    curves.suptitle(f"Loss by step, each method at its best rate\n{what}", fontsize=11)
     files = []
     for name, figure in (("rates", rates), ("curves", curves)):
         files.append(folder / f"{name}_{task.task}.png")
