@@ -53,6 +53,27 @@ def prompt_turns(prompt: str, answers: Mapping[str, Any]) -> list[dict[str, Any]
     )
 
 
+def turns_before(answer: list[dict[str, Any]], prompt: str) -> list[dict[str, Any]]:
+    """The prompt of a completion that is a chat, which is a text.
+
+    Args:
+        answer: the chat.
+        prompt: the text.
+
+    Returns:
+        The user's turn.
+
+    Raises:
+        DataError: if the completion begins with another turn than the assistant's.
+    """
+    if answer[0]["role"] != "assistant":
+        raise DataError(
+            f"the prompt is the text {prompt[:60]!r}, but its completion is a chat that begins with a turn "
+            f"of {answer[0]['role']!r}, not of the assistant; give the prompt as a chat."
+        )
+    return [{"role": "user", "content": prompt}]
+
+
 def as_messages(messages: Any) -> list[dict[str, Any]]:
     """Chats in the form of ShareGPT (`from`, `value`) are renamed.
 
@@ -60,14 +81,14 @@ def as_messages(messages: Any) -> list[dict[str, Any]]:
         messages: one chat.
 
     Returns:
-        `role` and `content` of every turn.
+        `role` and `content` of every turn; one that calls tools may have no content.
 
     Raises:
         DataError: if it is of neither form.
     """
     roles = {"human": "user", "gpt": "assistant"}
-    if isinstance(messages, list) and all(isinstance(m, Mapping) for m in messages):
-        if all("role" in m and "content" in m for m in messages):
+    if isinstance(messages, list) and messages and all(isinstance(m, Mapping) for m in messages):
+        if all("role" in m and ("content" in m or m.get("tool_calls")) for m in messages):
             return [dict(m) for m in messages]
         if all("from" in m and "value" in m for m in messages):
             return [

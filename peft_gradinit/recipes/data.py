@@ -17,7 +17,7 @@ from .preparation import prepare
 from .rows import Rows, columns_of
 from .schema import DataSection
 from .sections import Task, nearest
-from .stored import BUILDERS, read_stored
+from .stored import BUILDERS, check_apart, read_stored
 
 _NEW = "encoded "
 _FAILURES = (OSError, ValueError, KeyError, RuntimeError, ImportError, DatasetGenerationError)
@@ -82,7 +82,8 @@ def encode(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*couldn't be hashed properly.*")
         warnings.filterwarnings("ignore", message=".*longer than the specified maximum.*")
-        encoded = _mapped(rows, encoder, columns).filter(_is_kept)
+        every = _mapped(rows, encoder, columns)
+        encoded = kept = every.filter(_is_kept)
         if task == "CAUSAL_LM" and not _is_empty(encoded):
             encoded = prepare(encoded, section, encoder.processor, options)
     if isinstance(encoded, datasets.Dataset) and _is_empty(encoded):
@@ -90,7 +91,18 @@ def encode(
             f"none of the rows of {section.path!r} is left: all are empty, longer than "
             f"max_length={section.length}, or without a match of completion_keep."
         )
+    if not (section.drop_longer or section.completion_keep):
+        _tell_of_empty(every, kept)
     return encoded
+
+
+def _tell_of_empty(every: Rows, kept: Rows) -> None:
+    before, after = _n_rows(every), _n_rows(kept)
+    if before is not None and after is not None and after < before:
+        warnings.warn(
+            f"{before - after} of {before} rows of the data are empty and were left out.",
+            stacklevel=3,
+        )
 
 
 def _mapped(rows: Rows, encoder: Encoder, columns: list[str]) -> Rows:
@@ -115,7 +127,9 @@ def _read(path: str, name: str | None, split: str, section: DataSection) -> Rows
         if path not in embedded.DATA:
             known = list(embedded.DATA)
             raise ConfigError(f"there are no data {path!r}{nearest(path, known)}; known: {known}.")
-        return embedded.DATA[path](split)
+        found = embedded.DATA[path](split)
+        check_apart(section, path, {split: len(found)})
+        return found
     try:
         rows = read_stored(path, name, split, section)
     except (ConfigError, DataError):
@@ -163,7 +177,7 @@ def _renamed(rows: Rows, names: dict[str, str]) -> Rows:
         The rows.
 
     Raises:
-        DataError: if there is no such column.
+        DataError: if there is no such column, or the new name is another's.
     """
     known = columns_of(rows)
     for column in names:
@@ -171,6 +185,12 @@ def _renamed(rows: Rows, names: dict[str, str]) -> Rows:
             raise DataError(
                 f"data.eval_rename: there is no column {column!r}{nearest(column, known)}; columns: "
                 f"{known}."
+            )
+    for name in names.values():
+        if name in known and name not in names:
+            raise DataError(
+                f"data.eval_rename: there is a column {name!r} already; rename that one, too, or leave "
+                f"it as it is. Columns: {known}."
             )
     return rows.rename_columns(names) if names else rows
 

@@ -3,13 +3,20 @@
 import functools
 import re
 from collections.abc import Callable, Mapping
-from string import Formatter
 from typing import Any
 
 from ..errors import ConfigError, DataError
-from .chats import as_messages, of_chat, prompt_turns, template_options, with_template
+from .cells import in_colours, text_of, value_of
+from .chats import (
+    as_messages,
+    of_chat,
+    prompt_turns,
+    template_options,
+    turns_before,
+    with_template,
+)
 from .schema import DataSection
-from .sections import CLASSIFIED, Task, nearest
+from .sections import CLASSIFIED, Task
 
 _NO_LOSS = -100
 """What the losses of Transformers leave out."""
@@ -59,36 +66,38 @@ class Encoder:
         """Encode a row; one that is to be dropped has no tokens, or no completion."""
         return self._encode(self._with_words(row))
 
-    def prompt(self, row: Mapping[str, Any]) -> list[int]:
+    def prompt(self, row: Mapping[str, Any]) -> list[int] | None:
         """The prompt alone, to generate an answer to: the tokens that training has before it.
 
         Args:
             row: of the dataset.
 
         Returns:
-            Token ids, at most `max_length`.
+            Token ids; `None` if the prompt alone is so long that training has no answer behind it, or
+            drops the row.
         """
-        prompt = self._value(self._with_words(row), self.section.prompt or "prompt")
+        length, is_cut = self.section.length, not self.section.drop_longer
+        prompt = self._asked(self._with_words(row))
         if isinstance(prompt, list):
             ids = self.processor.apply_chat_template(
-                self._messages(prompt),
+                prompt,
                 tokenize=True,
                 add_generation_prompt=True,
                 return_dict=True,
                 **template_options(row),
             )["input_ids"]
         elif self.task == "SEQ_2_SEQ_LM":
-            length = self.section.length
-            ids = list(self.processor(str(prompt), truncation=True, max_length=length)["input_ids"])
+            ids = list(self.processor(prompt, truncation=is_cut, max_length=length)["input_ids"])
+            return ids if len(ids) <= length else None
         else:
-            ids = self._ids(str(prompt).rstrip(" "))
-        return ids[: self.section.length]
+            ids = self._ids(prompt.rstrip(" "))
+        return ids if len(ids) < length else None
 
     def completion(self, row: Mapping[str, Any]) -> str | None:
         """What the row gives as the answer; `None` if the row is to be dropped."""
         text = self._value(self._with_words(row), self.section.completion or "completion")
         if isinstance(text, list):
-            text = as_messages(text)[-1]["content"]
+            text = as_messages(text)[-1].get("content")
         return self._kept(str(text))
 
     def _encoder(self) -> Any:
@@ -148,7 +157,7 @@ class Encoder:
         return {"messages": self._messages(self._value(row, column)), **of_chat(row)}
 
     def _text(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        return {"text": str(self._value(row, self.section.text or "text"))}
+        return {"text": self._written(row, self.section.text or "text")}
 
     def _tokens(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """Tokens that are there already; masks of TRL's names say which of them carry loss."""
@@ -170,14 +179,22 @@ class Encoder:
         return {"input_ids": [ids[i] for i in kept], "labels": [labels[i] for i in kept]}
 
     def _prompted(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        prompt = self._value(row, self.section.prompt or "prompt")
-        completion = self._value(row, self.section.completion or "completion")
+        prompt, source = self._asked(row), self.section.completion or "completion"
         if isinstance(prompt, list):
-            answer = self._kept_turns(self._messages(completion))
-            return {"prompt": self._messages(prompt), "completion": answer, **of_chat(row)}
-        kept, start = self._kept(str(completion)), str(prompt).rstrip(" ")
-        gap = str(prompt)[len(start) :]  # tokenizers make it the beginning of the next word
+            answer = self._kept_turns(self._messages(self._value(row, source)))
+            return {"prompt": prompt, "completion": answer, **of_chat(row)}
+        kept, start = self._kept(self._written(row, source)), prompt.rstrip(" ")
+        gap = prompt[len(start) :]  # tokenizers make it the beginning of the next word
         return {"prompt": start, "completion": kept if kept is None else gap + kept}
+
+    def _asked(self, row: Mapping[str, Any]) -> Any:
+        """The prompt: turns if it or its answer is a chat, else a text."""
+        prompt = self._turns(row, self.section.prompt or "prompt")
+        if self.task != "SEQ_2_SEQ_LM" and not isinstance(prompt, list):
+            answer = self._value(row, self.section.completion or "completion")
+            if isinstance(answer, list):
+                return turns_before(self._messages(answer), prompt)
+        return prompt
 
     def _preferred(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """The better and the worse answer; without a prompt, TRL takes what they have in common."""
@@ -191,12 +208,17 @@ class Encoder:
             prompt = self._turns(row, section.prompt or "prompt")
             if of_chats and not isinstance(prompt, list):
                 prompt = prompt_turns(prompt, answers)
+            elif isinstance(prompt, list) and not of_chats:
+                raise DataError(
+                    "the prompt of a pair is a chat, but its answers are texts; give both as chats, or "
+                    "both as texts."
+                )
             answers |= {} if prompt is None else {"prompt": prompt}
         return answers | (of_chat(row) if of_chats else {})
 
     def _turns(self, row: Mapping[str, Any], source: str) -> Any:
         value = self._value(row, source)
-        return self._messages(value) if isinstance(value, list) else str(value)
+        return self._messages(value) if isinstance(value, list) else self._written(row, source)
 
     def _messages(self, messages: Any) -> list[dict[str, Any]]:
         if not getattr(self.processor, "chat_template", None):
@@ -208,10 +230,10 @@ class Encoder:
 
     def _pair_of_texts(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """Source and target of an encoder-decoder."""
-        kept = self._kept(str(self._value(row, self.section.completion or "completion")))
+        kept = self._kept(self._written(row, self.section.completion or "completion"))
         if kept is None:
             return dict(_EMPTY)
-        prompt = str(self._value(row, self.section.prompt or "prompt"))
+        prompt = self._written(row, self.section.prompt or "prompt")
         encoded, target = self._tokenised(prompt), self._tokenised(text_target=kept)
         return {
             "input_ids": encoded["input_ids"] if target["input_ids"] else [],
@@ -220,9 +242,9 @@ class Encoder:
         }
 
     def _classified(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        texts = [str(self._value(row, self.section.text or "text"))]
+        texts = [self._written(row, self.section.text or "text")]
         if self.section.pair is not None:
-            texts.append(str(self._value(row, self.section.pair)))
+            texts.append(self._written(row, self.section.pair))
         return {**self._tokenised(*texts), "labels": self._label(row)}
 
     def _tokenised(self, *texts: str, **target: str) -> dict[str, Any]:
@@ -235,7 +257,7 @@ class Encoder:
 
     def _image(self, row: Mapping[str, Any]) -> dict[str, Any]:
         name = self.section.image or "image"
-        image = _in_colours(self._value(row, name), name)
+        image = in_colours(self._value(row, name), name)
         pixels = self.processor(image, return_tensors="np")["pixel_values"][0]
         return {"pixel_values": pixels, "labels": self._label(row)}
 
@@ -254,36 +276,10 @@ class Encoder:
         return {**row, column: words[row[column]]}
 
     def _value(self, row: Mapping[str, Any], source: str) -> Any:
-        """What a row holds in a column, or a template filled with its columns.
+        return value_of(row, source, self.columns)
 
-        Args:
-            row: of the dataset.
-            source: the column's name, or the template.
-
-        Returns:
-            The value.
-
-        Raises:
-            DataError: if there is no such column, or it is empty.
-        """
-        if source in row:
-            _check_filled(row, [source])
-            return row[source]
-        fields = {field for _, field, _, _ in Formatter().parse(source) if field}
-        missing = sorted(fields - row.keys())
-        if missing:
-            hint = nearest(missing[0], self.columns)
-            raise DataError(
-                f"the template {source!r} asks for the column {missing[0]!r}{hint}; the columns "
-                f"are {self.columns}. Braces that are to stay are written twice: {{{{ and }}}}."
-            )
-        if not fields:
-            raise DataError(
-                f"there is no column {source!r}{nearest(source, self.columns)}; the columns are "
-                f"{self.columns}."
-            )
-        _check_filled(row, sorted(fields))
-        return source.format_map(dict(row))
+    def _written(self, row: Mapping[str, Any], source: str) -> str:
+        return text_of(row, source, self.columns)
 
     def _kept(self, completion: str) -> str | None:
         if self.section.completion_keep is None:
@@ -295,40 +291,9 @@ class Encoder:
         """A completion that is a chat: what is kept of its last turn."""
         if self.section.completion_keep is None:
             return turns
-        kept = self._kept(str(turns[-1]["content"]))
+        kept = self._kept(str(turns[-1].get("content")))
         return None if kept is None else [*turns[:-1], {**turns[-1], "content": kept}]
 
     def _ids(self, text: str) -> list[int]:
         ids = list(self.processor(text)["input_ids"])
         return ids[:-1] if ids and ids[-1] == self.processor.eos_token_id else ids
-
-
-def _check_filled(row: Mapping[str, Any], columns: list[str]) -> None:
-    for column in columns:
-        if row[column] is None:
-            raise DataError(
-                f"the column {column!r} is empty in a row; filter such rows out first (data.where: "
-                f"{{{column}: .}} in a recipe does so for data.path, not for data.eval_path)."
-            )
-
-
-def _in_colours(image: Any, column: str) -> Any:
-    """An image in RGB with 8 bits.
-
-    Raises:
-        DataError: if it is none, or its values have no known range.
-    """
-    mode = getattr(image, "mode", None)
-    if mode is None or not hasattr(image, "convert"):
-        raise DataError(
-            f"the column {column!r} holds {type(image).__name__}, not images; load a folder of images, "
-            f"or cast it first: dataset.cast_column({column!r}, datasets.Image())."
-        )
-    if mode.startswith("I;16"):
-        image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
-    elif mode in ("I", "F"):
-        raise DataError(
-            f"the images in column {column!r} have values of mode {mode!r}, whose range is not known; "
-            "convert them to 8 bits first."
-        )
-    return image.convert("RGB")

@@ -1,6 +1,7 @@
 """What a trained model is worth: its loss, its classes, or the answers that it generates."""
 
 import re
+import warnings
 from typing import Any, Literal, cast
 
 import torch
@@ -220,8 +221,10 @@ def _answers(
 ) -> tuple[list[str], list[str]]:
     """Generated and true answers, of all processes."""
     pattern = recipe.evaluation.answer
-    pairs = [(encoder.prompt(row), encoder.completion(row)) for row in rows]
-    pairs = [(prompt, reference) for prompt, reference in pairs if reference is not None]
+    read = [(encoder.prompt(row), encoder.completion(row)) for row in rows]
+    asked = [(prompt, reference) for prompt, reference in read if reference is not None]
+    pairs = [(prompt, reference) for prompt, reference in asked if prompt is not None]
+    _tell_of_long(len(asked) - len(pairs), len(asked), encoder.section.length)
     found: list[tuple[str, str]] = []
     with process_state().split_between_processes(pairs) as share:
         mine = cast("list[tuple[list[int], str]]", share)
@@ -235,6 +238,20 @@ def _answers(
         [answer_of(text, pattern) for text, _ in found],
         [answer_of(reference, pattern) for _, reference in found],
     )
+
+
+def _tell_of_long(n_long: int, n: int, length: int) -> None:
+    if n and n_long == n:
+        raise DataError(
+            f"all {n} prompts to evaluate on are as long as data.max_length={length} tokens, which leaves no "
+            "room for an answer; set it higher, or leave evaluation.metrics empty."
+        )
+    if n_long and process_state().is_main_process:
+        warnings.warn(
+            f"{n_long} of {n} prompts to evaluate on are as long as data.max_length={length} tokens; as in "
+            "the loss, their answers do not count in the metrics.",
+            stacklevel=2,
+        )
 
 
 def _generated(

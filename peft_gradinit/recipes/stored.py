@@ -8,6 +8,7 @@ import contextlib
 import glob
 import json
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -52,21 +53,81 @@ def read_stored(path: str, name: str | None, split: str, section: DataSection) -
     """
     place = Path(path)
     if place.is_file():
-        return _read_file(place, _part_of_one(path, split, section), section)
+        return _read_files({_ONLY: [place]}, path, _part_of_one(path, split, section), section)
     if (place / "dataset_info.json").exists() or (place / "dataset_dict.json").exists():
         stored = datasets.load_from_disk(str(place))
         if isinstance(stored, datasets.DatasetDict):
-            return _part(stored, path, split)
-        return _part({_ONLY: stored}, path, _part_of_one(path, split, section))
+            return _part(stored, path, split, section)
+        return _part({_ONLY: stored}, path, _part_of_one(path, split, section), section)
     if not place.exists() and (path.startswith((".", "/")) or place.suffix in BUILDERS):
         raise DataError(f"there are no data at {path!r}.")
+    if place.is_dir() and not section.streaming and (files := _files_of_text(path, name)):
+        return _read_files(files, path, split, section)
     revision = section.revision if path == section.path else None
-    return datasets.load_dataset(
+    rows: Any = datasets.load_dataset(
         path, name, split=split, revision=revision, streaming=section.streaming
     )
+    known = {str(part): info.num_examples for part, info in (rows.info.splits or {}).items()}
+    check_apart(section, path, known)
+    return rows
 
 
-def _read_file(place: Path, part: str, section: DataSection) -> datasets.Dataset:
+def check_apart(section: DataSection, path: str, lengths: Mapping[str, int]) -> None:
+    """Warn if rows are evaluated on that are trained on as well.
+
+    Args:
+        section: what is read.
+        path: of the data that were read.
+        lengths: numbers of rows, by split.
+    """
+    is_one = Path(path).resolve() == Path(section.eval_path or section.path).resolve()
+    if section.eval_split is None or not is_one or section.eval_name not in (None, section.name):
+        return
+    if Path(path).resolve() != Path(section.path).resolve():
+        return
+    specs = section.split, section.eval_split
+    try:
+        trained, evaluated = (
+            datasets.ReadInstruction.from_spec(spec).to_absolute(dict(lengths)) for spec in specs
+        )
+    except (ValueError, AssertionError):  # of splits that are not here
+        return
+    pairs = [(a, b) for a in trained for b in evaluated if a.splitname == b.splitname]
+    shared = sum(max(0, min(a.to, b.to) - max(a.from_, b.from_)) for a, b in pairs)
+    if shared:
+        warnings.warn(
+            f"data.split={specs[0]!r} and data.eval_split={specs[1]!r} of {path!r} have {shared} rows in "
+            "common, so the evaluation says little about other rows; give slices without any, such as "
+            "split: 'train[:90%]' and eval_split: 'train[90%:]'.",
+            stacklevel=2,
+        )
+
+
+def _files_of_text(folder: str, name: str | None) -> dict[Any, list[Path]]:
+    """The files of every split of a folder, as `datasets` sorts them; none if some are not ours to read."""
+    found: Any = datasets.load_dataset_builder(folder, name).config.data_files or {}
+    files = {str(split): [Path(file) for file in some] for split, some in found.items()}
+    kinds = {file.suffix.lower() for some in files.values() for file in some}
+    return files if kinds and kinds <= BUILDERS.keys() - {".parquet"} else {}
+
+
+def _read_files(
+    files: Mapping[Any, list[Path]], path: str, part: str, section: DataSection
+) -> datasets.Dataset:
+    """Rows of files, by split; labels are numbers if those of all splits are."""
+    stored = {
+        split: datasets.concatenate_datasets([_rows_of(place) for place in some])
+        for split, some in files.items()
+    }
+    kinds = {place.suffix.lower() for some in files.values() for place in some}
+    if any(BUILDERS[kind] == "csv" for kind in kinds):
+        stored = _with_labels(stored, section)
+    rows = _part(stored, path, part, section)
+    return rows.filter(_is_written) if ".txt" in kinds else rows
+
+
+def _rows_of(place: Path) -> datasets.Dataset:
+    """All rows of a file."""
     if (builder := BUILDERS.get(place.suffix.lower())) is None:
         raise DataError(
             f"the data file {str(place)!r} ends in {place.suffix!r}; expected one of "
@@ -74,15 +135,23 @@ def _read_file(place: Path, part: str, section: DataSection) -> datasets.Dataset
         )
     if place.stat().st_size == 0:
         raise DataError(f"the data file {str(place)!r} is empty.")
-    options = _options_of_csv(place) if builder == "csv" else {}
+    options = {"csv": _options_of_csv, "text": _options_of_text}.get(builder, _no_options)(place)
     files = glob.escape(str(place))  # `datasets` takes it for a pattern
     rows: Any = datasets.load_dataset(builder, data_files=files, split=_ONLY, **options)
-    if builder == "csv":
-        rows = _with_labels(rows, section)
-    elif builder == "json" and (features := _without_dates(rows.features)) != rows.features:
+    if builder == "json" and (features := _without_dates(rows.features)) != rows.features:
         rows = _of_json(place, features)
-    rows = _part({_ONLY: rows}, str(place), part)
-    return rows.filter(_is_written) if builder == "text" else rows
+    return rows
+
+
+def _no_options(place: Path) -> dict[str, Any]:
+    del place
+    return {}
+
+
+def _options_of_text(place: Path) -> dict[str, Any]:
+    """A mark of the byte order is no part of the text."""
+    del place
+    return {"encoding": "utf-8-sig"}
 
 
 def _is_written(row: Mapping[str, Any]) -> bool:
@@ -94,23 +163,46 @@ def _is_written(row: Mapping[str, Any]) -> bool:
 
 
 def _options_of_csv(place: Path) -> dict[str, Any]:
-    """Options by which `datasets` reads all columns as text."""
+    """Options by which `datasets` reads all columns as text.
+
+    Raises:
+        DataError: if the first row has more cells than the header, of which pandas makes an index.
+    """
     options = {"sep": "\t" if place.suffix.lower() == ".tsv" else ",", **_AS_WRITTEN}
-    names = pd.read_csv(place, nrows=0, **options).columns
-    features = datasets.Features({str(name): datasets.Value("string") for name in names})
+    first = pd.read_csv(place, nrows=1, **options)
+    if len(first) and not isinstance(first.index, pd.RangeIndex):
+        more = first.index.nlevels
+        raise DataError(
+            f"the first row of {str(place)!r} has {len(first.columns) + more} cells, but its header names "
+            f"{len(first.columns)}: {list(first.columns)}; put quotes around a cell that holds a "
+            f"{options['sep']!r}, or give the header a name for each."
+        )
+    features = datasets.Features({str(name): datasets.Value("string") for name in first.columns})
     return {**options, "features": features}
 
 
-def _with_labels(rows: datasets.Dataset, section: DataSection) -> datasets.Dataset:
+def _with_labels(
+    stored: Mapping[Any, datasets.Dataset], section: DataSection
+) -> dict[Any, datasets.Dataset]:
     """The rows with labels as numbers, if all of a column are."""
     label = section.label or "label"
     named = {label, *(old for old, new in section.eval_rename.items() if new == label)}
-    for column in named & set(rows.column_names):
-        rows = rows.cast_column(column, datasets.Value(_kind_of(rows.data.column(column))))
-    return rows
+    changed = dict(stored)
+    for column in named:
+        having = [split for split, rows in stored.items() if column in rows.column_names]
+        cells = [c for split in having for c in stored[split].data.column(column).chunks]
+        if not cells:
+            continue
+        kind = datasets.Value(_kind_of(pa.chunked_array(cells), section))
+        changed |= {split: changed[split].cast_column(column, kind) for split in having}
+    return changed
 
 
-def _kind_of(cells: pa.ChunkedArray) -> str:
+def _kind_of(cells: pa.ChunkedArray, section: DataSection) -> str:
+    """Of numbers with zeros in front nothing but text keeps what is written."""
+    padded = any(re.match(r"[+-]?0\d", cell or "") for cell in cells.unique().to_pylist())
+    if padded and section.label_kind != "number":
+        return "string"
     for kind in ("int64", "float64", "bool"):
         with contextlib.suppress(pa.ArrowInvalid):
             cells.cast(kind)
@@ -197,13 +289,16 @@ def _part_of_one(path: str, split: str, section: DataSection) -> str:
     return "+".join("".join((_ONLY, *slices)) for _, *slices in parts)
 
 
-def _part(stored: Mapping[Any, datasets.Dataset], path: str, split: str) -> datasets.Dataset:
-    """Rows of a dataset that `save_to_disk` wrote.
+def _part(
+    stored: Mapping[Any, datasets.Dataset], path: str, split: str, section: DataSection
+) -> datasets.Dataset:
+    """Rows of a dataset that is here as a whole.
 
     Args:
         stored: its splits.
         path: its folder, for the error.
         split: names with or without slices, as `datasets.load_dataset` takes them.
+        section: what is trained and evaluated on.
 
     Returns:
         The rows.
@@ -219,6 +314,7 @@ def _part(stored: Mapping[Any, datasets.Dataset], path: str, split: str) -> data
             f"{path!r} has the splits {sorted(stored)}, got {split!r}; give one of them, or slices such as "
             "'train[:90%]'."
         ) from error
+    check_apart(section, path, lengths)
     return datasets.concatenate_datasets([
         stored[part.splitname].select(range(part.from_, part.to)) for part in parts
     ])

@@ -3,9 +3,11 @@
 import ast
 import dataclasses
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from peft import PeftConfig
 from torch import nn
@@ -17,7 +19,7 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from ..calibration import DEFERRED
-from ..errors import ConfigError
+from ..errors import ConfigError, DataError
 from ..optim import optimizer
 from ..trainer import SUGGESTED, CalibrationCallback
 from ..tuners import suggest_learning_rate
@@ -205,6 +207,8 @@ def trainer_of(
     trainer: Trainer
     if reader.task == "PREFERENCE":
         trainer = DPOTrainer(**given, peft_config=config)
+        for name in ("train_dataset", "eval_dataset"):
+            _check_left(given[name], getattr(trainer, name), arguments)
     elif reader.task == "CAUSAL_LM":
         trainer = SFTTrainer(**given)
     else:
@@ -222,6 +226,28 @@ def trainer_of(
     if (callback := _starter(trainer, recipe, config)) is not None:
         trainer.add_callback(callback)
     return trainer
+
+
+def _check_left(given: Any, left: Any, arguments: Any) -> None:
+    """Tell of pairs that TRL leaves out for their length.
+
+    Raises:
+        DataError: if none is left.
+    """
+    if not (isinstance(given, datasets.Dataset) and isinstance(left, datasets.Dataset)):
+        return
+    lost, said = (
+        len(given) - len(left),
+        f"longer than data.max_length={arguments.max_length} tokens",
+    )
+    if lost and not len(left):
+        raise DataError(
+            f"all {lost} pairs of answers are {said}; set it higher, or give shorter ones."
+        )
+    if lost:
+        warnings.warn(
+            f"{lost} of {len(given)} pairs of answers are {said}, and are left out.", stacklevel=2
+        )
 
 
 def _starter(

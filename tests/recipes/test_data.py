@@ -2,6 +2,7 @@
 
 import copy
 import json
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -20,12 +21,15 @@ from peft_gradinit.recipes import (
     ModelSection,
     encode,
     labels_of,
+    load_recipe,
     load_rows,
     section_of,
 )
+from peft_gradinit.recipes.cells import in_colours
 from peft_gradinit.recipes.collation import collator
 from peft_gradinit.recipes.embedded import MODULES, pico_tokenizer
-from peft_gradinit.recipes.encoding import Encoder, _in_colours
+from peft_gradinit.recipes.encoding import Encoder
+from peft_gradinit.recipes.evaluation import _answers
 from peft_gradinit.recipes.models import load_model, load_processor
 from tests.recipes.images import image_processor
 
@@ -83,7 +87,8 @@ def test_the_ending_of_a_table_tells_its_columns_in_capitals_too(tmp_path):
 def test_blank_lines_are_no_rows(tmp_path):
     (tmp_path / "a.txt").write_text("one\n\n  \ntwo\n\nthree\n")
     assert load_rows(section(tmp_path / "a.txt"))["text"][:] == ["one", "two", "three"]
-    assert len(encoded([{"text": t} for t in ("one", "", "two")])) == 2
+    with pytest.warns(UserWarning, match="1 of 3 rows of the data are empty"):
+        assert len(encoded([{"text": t} for t in ("one", "", "two")])) == 2
 
 
 @pytest.mark.parametrize("written", [False, True])
@@ -108,14 +113,14 @@ def test_images_of_other_kinds(tmp_path):
     """16 bits are scaled to 8; what has no known range, or is a path, is named."""
     ramp = np.linspace(0, 65535, 64).reshape(8, 8)
     gray = Image.fromarray(ramp.astype(np.uint16))
-    got = np.asarray(_in_colours(gray, "image"))
+    got = np.asarray(in_colours(gray, "image"))
     assert np.abs(got[..., 0] - ramp / 257).max() <= 1
     assert got.shape == (8, 8, 3)
     for mode in ("I", "F"):
         with pytest.raises(DataError, match=f"column 'scan' have values of mode '{mode}'"):
-            _in_colours(Image.new(mode, (8, 8)), "scan")
+            in_colours(Image.new(mode, (8, 8)), "scan")
     with pytest.raises(DataError, match=r"'path' holds str, not images; .*cast_column\('path'"):
-        _in_colours("a/b.png", "path")
+        in_colours("a/b.png", "path")
 
 
 def test_slices_splits_and_choices(tmp_path):
@@ -435,3 +440,28 @@ def test_prompts_of_an_encoder_keep_their_end():
     assert encoder.prompt({"prompt": "a"})[-1] == TOKENIZER.eos_token_id
     assert len(encoder.prompt({"prompt": "a long one " * 9})) == 4
     assert encoder.prompt({"prompt": "a long one " * 9})[-1] == TOKENIZER.eos_token_id
+
+
+PREFERENCES = Path(__file__).parents[2] / "configs/offline/pico_llama_preferences.yaml"
+
+
+def test_prompts_without_room_for_an_answer_are_not_asked():
+    """Of a causal model: the loss has no token behind them either."""
+    short, long = ({"prompt": text, "completion": "b"} for text in ("a", "a long one " * 9))
+    encoder = Encoder(section(max_length=8), "CAUSAL_LM", TOKENIZER, list(short))
+    assert encoder.prompt(short) is not None
+    assert encoder.prompt(long) is None
+    dropped = Encoder(
+        section(max_length=8, drop_longer=True), "SEQ_2_SEQ_LM", TOKENIZER, ["prompt"]
+    )
+    assert dropped.prompt(short) is not None
+    assert dropped.prompt(long) is None
+    recipe = load_recipe(PREFERENCES, ["evaluation.max_new_tokens=2"])
+    model = load_model(recipe.model)
+    with pytest.warns(
+        UserWarning, match="1 of 2 prompts to evaluate on are as long as data.max_length=8"
+    ):
+        answers, references = _answers(model, recipe, "CAUSAL_LM", [short, long], encoder)
+    assert (len(answers), references) == (1, ["b"])
+    with pytest.raises(DataError, match="all 1 prompts to evaluate on are as long as"):
+        _answers(model, recipe, "CAUSAL_LM", [long], encoder)

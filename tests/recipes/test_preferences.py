@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -20,6 +21,7 @@ from peft_gradinit.recipes import (
 from peft_gradinit.recipes.embedded import pico_tokenizer
 from peft_gradinit.recipes.encoding import Encoder
 from peft_gradinit.recipes.finetuning import _inputs, _trainer
+from peft_gradinit.recipes.trainers import _check_left
 from peft_gradinit.records import read_adapter
 from tests.helpers import logits, relative_error
 
@@ -222,3 +224,13 @@ def test_a_prompt_that_is_a_text_beside_chats(answers, prompt, tmp_path):
     assert encoder(row).get("prompt") == prompt
     with pytest.raises(DataError, match="that neither contain it nor begin with the assistant's"):
         encoder({**row, "chosen": [{"role": "system", "content": "be"}, GOOD]})
+
+
+def test_pairs_that_trl_leaves_out_are_told():
+    rows, arguments = datasets.Dataset.from_dict({"n": [1, 2, 3]}), SimpleNamespace(max_length=8)
+    with pytest.warns(
+        UserWarning, match=r"2 of 3 pairs of answers are longer than data\.max_length=8"
+    ):
+        _check_left(rows, rows.select([0]), arguments)
+    with pytest.raises(DataError, match="all 3 pairs of answers are longer than"):
+        _check_left(rows, rows.select([]), arguments)

@@ -1,11 +1,15 @@
 """What a file holds is what is trained on: no text becomes another by looking like a number or a date."""
 
+import re
+import warnings
+
 import datasets
 import pytest
 from transformers import BertConfig
 
 from peft_gradinit.errors import ConfigError, DataError
 from peft_gradinit.recipes import DataSection, ModelSection, encode, labels_of, load_rows
+from peft_gradinit.recipes.chats import as_messages
 from peft_gradinit.recipes.embedded import pico_tokenizer
 from peft_gradinit.recipes.encoding import Encoder
 from peft_gradinit.recipes.models import load_processor
@@ -80,6 +84,79 @@ def test_labels_of_a_part_are_read_as_those_of_the_whole_file(rows_of):
     assert encoded["labels"][:] == [1.5, 2.0]
 
 
+@pytest.mark.parametrize(
+    ("text", "n_cells"),
+    [("text,label\ngood, really,1\nbad,0\n", 3), ("text\na, b\n", 2), ("a,b\n1,2,\n", 3)],
+)
+def test_a_row_with_more_cells_than_the_header_is_refused(rows_of, text, n_cells):
+    """pandas would take the first cell for a name of the row, and train on the others."""
+    with pytest.raises(DataError, match=f"has {n_cells} cells, but its header .* put quotes"):
+        rows_of(text)
+
+
+def test_labels_with_zeros_in_front_stay_as_they_are(rows_of):
+    rows, section = rows_of("text,label\na,01\nb,02\n")
+    assert list(labels_of(rows, section, BertConfig(), None).head()["id2label"].values()) == [
+        "01",
+        "02",
+    ]
+    rows, _ = rows_of("text,label\na,007\nb,2\n", label_kind="number")
+    assert rows["label"][:] == [7, 2]
+
+
+def test_a_mark_of_the_byte_order_is_no_text(rows_of):
+    rows, _ = rows_of("\ufeffone\ntwo\n", "txt")
+    assert rows["text"][:] == ["one", "two"]
+
+
+def test_a_folder_of_files_is_read_as_its_files_are(tmp_path):
+    (tmp_path / "csv").mkdir()
+    (tmp_path / "csv" / "train.csv").write_text("text,label\n02139,1\n1e5,2\nNA,1\n")
+    (tmp_path / "csv" / "test.csv").write_text("text,label\nNone,x\n")
+    section = DataSection(path=str(tmp_path / "csv"), eval_split="test")
+    assert load_rows(section)["text"][:] == ["02139", "1e5", "NA"]
+    assert load_rows(section)["label"][:] == ["1", "2", "1"]  # as one split has a word
+    assert load_rows(section, evaluation=True)["text"][:] == ["None"]
+    (tmp_path / "json").mkdir()
+    for i in range(2):
+        (tmp_path / "json" / f"part{i}.jsonl").write_text(f'{{"text": "2024-01-0{i + 1}"}}\n')
+    section = DataSection(path=str(tmp_path / "json"), split="train[1:]")
+    assert load_rows(section)["text"][:] == ["2024-01-02"]
+    (tmp_path / "txt").mkdir()
+    (tmp_path / "txt" / "a.txt").write_text("one\n\ntwo\n")
+    assert load_rows(DataSection(path=str(tmp_path / "txt")))["text"][:] == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("split", "eval_split", "n"),
+    [
+        ("train", "train[80%:]", 2),
+        ("train[:6]", "train[4:8]", 2),
+        ("train[:80%]", "train[80%:]", 0),
+        ("train[:3]+train[9:]", "train[3:9]", 0),
+    ],
+)
+def test_evaluating_on_rows_of_the_training_is_told(tmp_path, split, eval_split, n):
+    (tmp_path / "a.csv").write_text("text\n" + "".join(f"{i}\n" for i in range(10)))
+    section = DataSection(path=str(tmp_path / "a.csv"), split=split, eval_split=eval_split)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        load_rows(section, evaluation=True)
+    told = [str(w.message) for w in caught if "in common" in str(w.message)]
+    assert len(told) == bool(n)
+    assert all(f"have {n} rows in common" in message for message in told)
+
+
+def test_evaluating_on_the_split_of_the_training_is_told():
+    section = DataSection(path="embedded:docstrings", eval_split="train", n_eval=4)
+    with pytest.warns(UserWarning, match="rows in common"):
+        load_rows(section, evaluation=True)
+    own = section.model_copy(update={"eval_split": "test"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_rows(own, evaluation=True)
+
+
 def test_labels_of_evaluation_rows_have_another_name(tmp_path):
     (tmp_path / "a.csv").write_text("text,label\na,0\nb,1\n")
     (tmp_path / "b.csv").write_text("text,gold\na,1\n")
@@ -90,6 +167,9 @@ def test_labels_of_evaluation_rows_have_another_name(tmp_path):
         eval_rename={"gold": "label"},
     )
     assert load_rows(section, evaluation=True)["label"][:] == [1]
+    (tmp_path / "b.csv").write_text("text,gold,label\na,1,0\n")
+    with pytest.raises(DataError, match=r"data\.eval_rename: there is a column 'label' already"):
+        load_rows(section, evaluation=True)
 
 
 @pytest.mark.parametrize(
@@ -135,6 +215,70 @@ def test_encoded_texts_have_a_type_of_their_own():
     assert _decoded(rows, section) == ["12</s>", "13</s>"]
     rows = datasets.Dataset.from_dict({"text": [1, 2]})
     assert _decoded(rows, section) == ["1</s>", "2</s>"]
+
+
+LISTS: list[tuple[str, dict]] = [
+    ("CAUSAL_LM", {"text": ["a", "b"]}),
+    ("CAUSAL_LM", {"prompt": "a", "completion": {"b": 1}}),
+    ("SEQ_2_SEQ_LM", {"prompt": [{"role": "user", "content": "a"}], "completion": "b"}),
+    ("SEQ_CLS", {"text": ["a"], "label": 0}),
+    ("PREFERENCE", {"prompt": "a", "chosen": {"b": 1}, "rejected": "c"}),
+]
+
+
+@pytest.mark.parametrize(("task", "row"), LISTS)
+def test_lists_are_not_trained_on_as_python_writes_them(task, row):
+    encoder = Encoder(DataSection(path="data"), task, TOKENIZER, list(row), read_label=int)
+    with pytest.raises(DataError, match=r"is read as text, but holds (list|dict)"):
+        encoder(row)
+
+
+def test_columns_of_a_template_are_texts():
+    for template, said in (
+        ("{q}", "'q' is read as text, but holds list"),
+        ("{q", "the template '{q' cannot be filled: "),
+        ("{n:d}", "the template '{n:d}' cannot be filled: "),
+    ):
+        encoder = Encoder(DataSection(path="data", text=template), "CAUSAL_LM", TOKENIZER, ["q"])
+        with pytest.raises(DataError, match=re.escape(said)):
+            encoder({"q": ["a"], "n": "b"})
+
+
+def test_a_prompt_before_a_chat_is_the_turn_of_the_user():
+    answer = [{"role": "assistant", "content": "yo"}]
+    encoder = Encoder(DataSection(path="data"), "CAUSAL_LM", TOKENIZER, ["prompt", "completion"])
+    got = encoder({"prompt": "hi", "completion": answer})
+    asked = [{"role": "user", "content": "hi"}]
+    assert got == {"prompt": asked, "completion": answer}
+    row = {"prompt": asked, "completion": answer}
+    assert encoder.prompt({"prompt": "hi", "completion": answer}) == encoder.prompt(row)
+    with pytest.raises(DataError, match="begins with a turn of 'user', not of the assistant"):
+        encoder({"prompt": "hi", "completion": asked})
+
+
+def test_pairs_are_chats_or_texts():
+    asked = [{"role": "user", "content": "hi"}]
+    columns = ["prompt", "chosen", "rejected"]
+    encoder = Encoder(DataSection(path="data"), "PREFERENCE", TOKENIZER, columns)
+    with pytest.raises(
+        DataError, match="the prompt of a pair is a chat, but its answers are texts"
+    ):
+        encoder({"prompt": asked, "chosen": "a", "rejected": "b"})
+
+
+def test_turns_that_call_tools_need_no_content():
+    calls = [{"type": "function", "function": {"name": "f", "arguments": {}}}]
+    chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "tool_calls": calls}]
+    assert as_messages(chat) == chat
+    for wrong in ([], [{"role": "user"}]):
+        with pytest.raises(DataError, match="a chat is a list of"):
+            as_messages(wrong)
+
+
+def test_empty_rows_are_told():
+    rows = datasets.Dataset.from_dict({"text": ["a", "", "b", " "]})
+    with pytest.warns(UserWarning, match="2 of 4 rows of the data are empty and were left out"):
+        assert len(encode(rows, DataSection(path="data"), "CAUSAL_LM", TOKENIZER)) == 2
 
 
 def test_what_is_said_comes_before_what_columns_are_called():
