@@ -175,6 +175,8 @@ def _with_section(text: str, facts: dict[str, Any]) -> str:
     return f"{text.rstrip()}\n\n{section}\n"
 
 
+_NAMED_CLASSES = 32
+"""As many classes are named in the code that loads the adapter; more are in `gradinit.json` alone."""
 _NAMES = {"peft": "PEFT", "transformers": "Transformers", "accelerate": "Accelerate"}
 
 
@@ -292,7 +294,7 @@ def _usage(facts: dict[str, Any]) -> str:
         return _python(imported, "", f"model = {auto}.from_pretrained({where}){note}")
     base = json.dumps(facts["base"] or "base-model")
     if auto.endswith("Classification") and facts["n_labels"]:
-        base += f", num_labels={facts['n_labels']}"
+        base += f", {_head(facts)}, ignore_mismatched_sizes=True"
     base_note = "" if facts["base"] else "  # the model that the adapter was made for"
     folder = "" if facts["adapter"] == "default" else f', subfolder="{facts["adapter"]}"'
     code = _python(
@@ -311,6 +313,14 @@ def _usage(facts: dict[str, Any]) -> str:
         f"--lora-modules adapter={name[1]}"
     )
     return f"{code}\n\n```bash\n{command}\n```"
+
+
+def _head(facts: dict[str, Any]) -> str:
+    """What the loader of the base has to know of the head that the adapter brings."""
+    classes = facts.get("classes") or ()
+    if len(classes) != facts["n_labels"] or len(classes) > _NAMED_CLASSES:
+        return f"num_labels={facts['n_labels']}"
+    return f"id2label={dict(enumerate(classes))!r}"
 
 
 def _python(*lines: str) -> str:

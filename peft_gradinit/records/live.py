@@ -39,6 +39,7 @@ class AdapterRecord:
         entries: keys and digest of the entries that PEFT took to write them; `None` if none are to
             be written.
         config: the config of the adapter, the one that the user passed.
+        classes: names of a classifier's outputs, in their order; `None` if it has none.
     """
 
     name: str = "default"
@@ -51,6 +52,7 @@ class AdapterRecord:
     copy_of: str | None = None
     entries: tuple[frozenset[str], str] | None = None
     config: Any = dataclasses.field(default=None, repr=False, compare=False)
+    classes: list[str] | None = None
 
 
 def records_of(model: nn.Module) -> dict[str, AdapterRecord]:

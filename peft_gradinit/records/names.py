@@ -64,3 +64,15 @@ def label_count(shapes: Mapping[str, Sequence[int]]) -> int | None:
         if len(shape) > 1 and f".{name}".endswith(_LAST_OF_HEADS)
     }
     return sizes.pop() if len(sizes) == 1 else None
+
+
+def class_names(model: Any) -> list[str] | None:
+    """Names of a classifier's outputs, in their order; none if its config numbers them only.
+
+    Args:
+        model: of Transformers; others have no names.
+    """
+    named = getattr(getattr(model, "config", None), "id2label", None) or {}
+    names = [str(named[i]) for i in sorted(named)]
+    is_classifier = type(model).__name__.endswith("Classification")
+    return names if is_classifier and names != [f"LABEL_{i}" for i in range(len(names))] else None

@@ -1,6 +1,7 @@
 """The class that loads an adapter's base model, on the command line and on the card."""
 
 import pytest
+import torch
 from peft import get_peft_model
 from transformers import ViTForImageClassification
 
@@ -64,3 +65,25 @@ def test_the_card_names_the_class_of_a_model_without_a_task(tmp_path):
     assert "from transformers import ViTForImageClassification" in card
     assert "ViTForImageClassification.from_pretrained(" in card
     assert "num_labels=3" in card
+
+
+@pytest.mark.parametrize("names", ["abc", None])
+def test_the_code_on_the_card_of_a_classifier_runs(names, tmp_path, monkeypatch):
+    """Over a checkpoint whose head has another size; the classes have their names again."""
+    save_vit(tmp_path / "base")  # two outputs
+    head = {"id2label": dict(enumerate(names))} if names else {"num_labels": 3}
+    model = ViTForImageClassification.from_pretrained(
+        tmp_path / "base", **head, ignore_mismatched_sizes=True
+    ).eval()
+    adapter = PiSSAConfig(r=2, target_modules=r".*\.(query|q_proj)", modules_to_save=["classifier"])
+    adapted = get_peft_model(model, adapter)
+    adapted.save_pretrained(tmp_path / "adapter")
+    card = (tmp_path / "adapter" / "README.md").read_text(encoding="utf-8")
+    code = card.partition("```python\n")[2].partition("```")[0].replace("base-model", "../base")
+    monkeypatch.chdir(tmp_path / "adapter")
+    found: dict = {}
+    exec(code, found)
+    pixels = torch.rand(2, 3, 16, 16)
+    assert torch.equal(found["model"].eval()(pixels).logits, adapted.eval()(pixels).logits)
+    if names:
+        assert found["model"].config.id2label == {0: "a", 1: "b", 2: "c"}
