@@ -83,7 +83,7 @@ def trainable_pairs(model: nn.Module, adapters: str | Sequence[str], optimizer: 
     if others:
         raise ConfigError(
             f"{optimizer} was made for adapter_name={adapters!r}, but pairs of {others} train as well; "
-            f"pass adapter_name={[*names, *others]}, or freeze the others with set_adapter."
+            f"pass adapter_name={[*(n for n in names if n in _names(model)), *others]}, or freeze the others with set_adapter."
         )
     if not training:
         state = "none of them trains" if found else "the model has none"

@@ -9,7 +9,7 @@ from typing import Any
 import datasets
 from datasets.exceptions import DatasetGenerationError
 
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, DataError, warn
 from . import embedded
 from .encoding import Encoder
 from .labels import Labels
@@ -99,9 +99,8 @@ def encode(
 def _tell_of_empty(every: Rows, kept: Rows) -> None:
     before, after = _n_rows(every), _n_rows(kept)
     if before is not None and after is not None and after < before:
-        warnings.warn(
+        warn(
             f"{before - after} of {before} rows of the data are empty and were left out.",
-            stacklevel=3,
         )
 
 

@@ -1,7 +1,6 @@
 """What a trained model is worth: its loss, its classes, or the answers that it generates."""
 
 import re
-import warnings
 from typing import Any, Literal, cast
 
 import torch
@@ -9,7 +8,7 @@ from accelerate.utils import gather_object
 from torch import nn
 from transformers import EvalPrediction, Trainer, TrainingArguments
 
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, DataError, warn
 from ..layouts import process_state
 from .encoding import Encoder
 from .labels import Numbers
@@ -247,10 +246,9 @@ def _tell_of_long(n_long: int, n: int, length: int) -> None:
             "room for an answer; set it higher, or leave evaluation.metrics empty."
         )
     if n_long and process_state().is_main_process:
-        warnings.warn(
+        warn(
             f"{n_long} of {n} prompts to evaluate on are as long as data.max_length={length} tokens; as in "
             "the loss, their answers do not count in the metrics.",
-            stacklevel=2,
         )
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import transformers
 from peft import PeftConfig, PeftModel, get_peft_model
@@ -19,7 +19,7 @@ from ..files import check_writable, write_json
 from ..layouts import process_state
 from ..methods import METHODS
 from ..records import PROVENANCE_FILE, facts_of, read_provenance, unsaved
-from ..tuners import deferred_adapters, load_for_training
+from ..tuners import deferred_adapters, load_for_training, restore_record
 from .data import load_rows
 from .evaluation import check_evaluation, evaluate_model
 from .methods import adapter_config, calibration_of
@@ -117,9 +117,13 @@ def _trainer(
     """
     if checkpoint is not None:
         _check_continues(model, recipe.method, inputs.reader.task, checkpoint)
+    has_start = recipe.method.name in {m.name for m in METHODS}
     if inputs.reader.task == "PREFERENCE":
-        return trainer_of(model, recipe, inputs, arguments, _preference_config(recipe))
-    if checkpoint is not None and recipe.method.name in {m.name for m in METHODS}:
+        trainer = trainer_of(model, recipe, inputs, arguments, _preference_config(recipe))
+        if checkpoint is not None and has_start:
+            restore_record(cast("nn.Module", trainer.model), checkpoint)
+        return trainer
+    if checkpoint is not None and has_start:
         return trainer_of(load_for_training(model, checkpoint), recipe, inputs, arguments)
     calibration = calibration_of(
         inputs.train,

@@ -8,7 +8,6 @@ import contextlib
 import glob
 import json
 import re
-import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import datasets
 import pandas as pd
 import pyarrow as pa
 
-from ..errors import DataError
+from ..errors import DataError, warn
 from .rows import Rows
 from .schema import DataSection
 
@@ -95,11 +94,10 @@ def check_apart(section: DataSection, path: str, lengths: Mapping[str, int]) -> 
     pairs = [(a, b) for a in trained for b in evaluated if a.splitname == b.splitname]
     shared = sum(max(0, min(a.to, b.to) - max(a.from_, b.from_)) for a, b in pairs)
     if shared:
-        warnings.warn(
+        warn(
             f"data.split={specs[0]!r} and data.eval_split={specs[1]!r} of {path!r} have {shared} rows in "
             "common, so the evaluation says little about other rows; give slices without any, such as "
             "split: 'train[:90%]' and eval_split: 'train[90%:]'.",
-            stacklevel=2,
         )
 
 

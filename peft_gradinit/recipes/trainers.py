@@ -3,7 +3,6 @@
 import ast
 import dataclasses
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from ..calibration import DEFERRED
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, DataError, warn
 from ..optim import optimizer
 from ..trainer import SUGGESTED, CalibrationCallback
 from ..tuners import suggest_learning_rate
@@ -245,8 +244,8 @@ def _check_left(given: Any, left: Any, arguments: Any) -> None:
             f"all {lost} pairs of answers are {said}; set it higher, or give shorter ones."
         )
     if lost:
-        warnings.warn(
-            f"{lost} of {len(given)} pairs of answers are {said}, and are left out.", stacklevel=2
+        warn(
+            f"{lost} of {len(given)} pairs of answers are {said}, and are left out.",
         )
 
 

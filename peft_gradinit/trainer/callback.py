@@ -32,6 +32,7 @@ from .optimizers import (
     MadeAt,
     before_optimizer,
     check_rate,
+    check_takes_rate,
     is_supervised,
     other_than_adam,
     rescale_rates,
@@ -42,7 +43,7 @@ from .understudy import (
     TrainingBatches,
     as_in_training,
     bookkeeping,
-    is_online,
+    drop_meaningless_check,
     loss_in_training,
     understudy_of,
 )
@@ -163,6 +164,8 @@ class CalibrationCallback(TrainerCallback):
             n_heads = give_heads_a_rate(optimizer, self._peft_model(), self._rate_of_heads())
         rates = [group["lr"] for group in optimizer.param_groups]
         self._made_at = MadeAt(self.trainer.args.learning_rate, rates, n_heads)
+        if self.learning_rate is not None:
+            check_takes_rate(self._made_at)
 
     def _rate_of_heads(self) -> float:
         if self.head_learning_rate != SUGGESTED:
@@ -268,7 +271,7 @@ class CalibrationCallback(TrainerCallback):
 
     def _start(self, model: nn.Module, peft_model: PeftModel, adapter_name: str) -> None:
         trainer = self.trainer
-        _drop_meaningless_check(peft_model.peft_config[adapter_name], trainer)
+        drop_meaningless_check(peft_model.peft_config[adapter_name], trainer)
         quiet = trainer.args.disable_tqdm or not trainer.is_local_process_zero()
         wrapped: Any = trainer.model_wrapped
         # A sharded model runs only through its wrapper.
@@ -328,19 +331,4 @@ def _check_rates(trainer: "Trainer", rate: object, head_rate: object) -> None:
             f"learning_rate={SUGGESTED!r} is for Adam and its kin, but the trainer makes {kind}; "
             "set a rate for it (suggest_learning_rate knows those of optimisers of pairs), or leave "
             "its option out."
-        )
-
-
-def _drop_meaningless_check(config: Any, trainer: "Trainer") -> None:
-    """Switch off the check of a built-in step for policy-gradient losses.
-
-    Only the gradient of such a loss has a meaning, apart from its KL term. Its value does not tell
-    whether a step is good.
-    """
-    if is_online(trainer) and config.checks_step:
-        config.check_step = False
-        warn(
-            f"the step that {config.method} starts with is not checked: the value of a "
-            f"policy-gradient loss ({type(trainer).__name__}) does not tell a good step from a bad "
-            "one; set check_step=False to accept that, or another method."
         )

@@ -121,6 +121,21 @@ class MadeAt:
     n_own: int = 0
 
 
+def check_takes_rate(made_at: MadeAt) -> None:
+    """Refuse to set the rate of an optimiser that has one of its own.
+
+    Raises:
+        ConfigError: if no group of it has the rate of the trainer's arguments.
+    """
+    own = made_at.of_groups[: len(made_at.of_groups) - made_at.n_own]
+    if not any(math.isclose(rate, made_at.rate) for rate in own):
+        raise ConfigError(
+            f"learning_rate={SUGGESTED!r} sets the rate of the trainer's arguments, but its optimiser has "
+            f"one of its own ({', '.join(f'{rate:g}' for rate in sorted(set(own)))}), from optimizer_cls_and_kwargs or "
+            "create_optimizer; choose the optimiser by args.optim, or leave the option out."
+        )
+
+
 def rescale_rates(trainer: "Trainer", rate: float, made_at: MadeAt) -> None:
     """Set the rate of an optimiser and a schedule that were made with another one.
 
@@ -147,7 +162,10 @@ def rescale_rates(trainer: "Trainer", rate: float, made_at: MadeAt) -> None:
 
 def check_rate(trainer: "Trainer", suggested: LearningRate) -> None:
     """Warn of a rate far outside of the suggested range, for Adam and its kin."""
-    rate = trainer.args.learning_rate
+    groups = getattr(trainer.optimizer, "param_groups", ())
+    rates = [group.get("initial_lr", group["lr"]) for group in groups]
+    said = trainer.args.learning_rate
+    rate = said if not rates or any(math.isclose(r, said) for r in rates) else rates[0]
     kind = type(getattr(trainer.optimizer, "optimizer", trainer.optimizer)).__name__
     near = suggested.low / _FAR <= rate <= suggested.high * _FAR
     if near or not rate or not is_like_adam(kind) or not is_supervised(trainer):

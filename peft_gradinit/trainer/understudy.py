@@ -17,7 +17,7 @@ from torch.utils.data import IterableDataset
 from transformers import TrainerControl, TrainerState
 
 from ..calibration import left_as_found, unsharded
-from ..errors import DataError
+from ..errors import DataError, warn
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -51,6 +51,22 @@ class TrainingBatches:
 def is_online(trainer: Any) -> bool:
     """Whether a trainer is one of TRL's that generate their data during training: GRPO, RLOO, …."""
     return hasattr(trainer, "_buffered_inputs") and hasattr(trainer, "_step")
+
+
+def drop_meaningless_check(config: Any, trainer: "Trainer") -> None:
+    """Switch off the check of a built-in step for losses whose gradient alone has a meaning.
+
+    Policy-gradient losses are such, apart from their KL term, and TRL's dynamic fine-tuning, which
+    weighs every token by its probability. Their value does not tell whether a step is good.
+    """
+    of_dft = getattr(trainer.args, "loss_type", None) == "dft"
+    if (is_online(trainer) or of_dft) and config.checks_step:
+        kind = "the loss 'dft'" if of_dft else f"a policy-gradient loss ({type(trainer).__name__})"
+        config.check_step = False
+        warn(
+            f"the step that {config.method} starts with is not checked: the value of {kind} does not "
+            "tell a good step from a bad one; set check_step=False to accept that, or another method."
+        )
 
 
 def understudy_of(trainer: "Trainer") -> Any:

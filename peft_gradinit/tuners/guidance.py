@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import ConfigError, NotInitializedError
-from ..linalg import lora_rate, spectral_rate
+from ..linalg import lora_rate, rate_of_start, spectral_rate
 from ..records import LearningRate, init_report
 from .lora import deferred_adapters, pairs
 from .svfit import live_layers
@@ -30,7 +30,8 @@ def suggest_learning_rate(
     benchmarks show how far from the best rate it was on three tasks.
 
     Args:
-        peft_model: with an adapter of this package that has its start, or with plain LoRA of PEFT.
+        peft_model: with an adapter of this package that has its start, or with LoRA of PEFT, also from
+            PEFT's own starts. (One that was saved and loaded as plain LoRA gets the rate of its shapes.)
         adapter_name: which adapter.
         optimizer: `"adamw"` (default), or an optimiser of pairs in its default mode: `"lora_muon"`,
             whose rate is the same for all models, `"lora_one"`, `"lora_pro"` or `"lora_rite"`, whose
@@ -60,7 +61,7 @@ def _rate_of_adamw(peft_model: nn.Module, adapter_name: str) -> LearningRate:
     report = init_report(peft_model, adapter_name)
     if report is not None and report.learning_rate is not None:
         return report.learning_rate
-    rate = LearningRate.of_layers(_rates_of_shapes(peft_model, adapter_name))
+    rate = LearningRate.of_layers(_rates_of_layers(peft_model, adapter_name))
     if rate is None:
         raise ConfigError(
             f"no layer of the model has a LoRA or SVFit adapter named {adapter_name!r} on a "
@@ -96,11 +97,22 @@ def _no_pairs(optimizer: str, adapter_name: str) -> ConfigError:
     )
 
 
-def _rates_of_shapes(model: nn.Module, adapter_name: str) -> Iterator[tuple[float, int]]:
+def _rates_of_layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[float, int]]:
     for layer in live_layers(model, adapter_name).values():
         r = layer.r[adapter_name]
         yield spectral_rate(layer.out_features, layer.in_features, r), r
+    has_start = _has_start_of_peft(model, adapter_name)
     for pair in pairs(model, adapter_name):
-        if pair.scaling:
-            r = pair.A.shape[0] // pair.n_experts  # the trained rank, also of an anchored pair
+        if not pair.scaling:
+            continue
+        r = pair.A.shape[0] // pair.n_experts  # the trained rank, also of an anchored pair
+        if has_start and pair.n_experts == 1 and type(pair.A.data) is Tensor and not pair.A.is_meta:
+            yield rate_of_start(pair.A.detach(), pair.B.detach(), pair.scaling), r
+        else:
             yield lora_rate(pair.A.shape[1], r, pair.scaling), r
+
+
+def _has_start_of_peft(model: nn.Module, adapter_name: str) -> bool:
+    """Whether PEFT has filled the factors otherwise than by default: PiSSA, OLoRA, Gaussian, and so on."""
+    config = getattr(model, "peft_config", {}).get(adapter_name)
+    return isinstance(getattr(config, "init_lora_weights", None), str)

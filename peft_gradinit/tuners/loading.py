@@ -79,7 +79,7 @@ def load_for_training(
     directory = adapter_folder(directory, subfolder, revision, token)
     content = read_provenance(directory)
     config = _restored_config(content, directory)
-    fingerprint, report = _restored_facts(content, directory)
+    facts = _restored_facts(content, directory)
     weights = _checked_weights(directory, content, config)
     if not allow_mismatch:
         _check_base(model, config, content["fingerprint"], directory, weights)
@@ -89,8 +89,23 @@ def load_for_training(
         _load(peft_model, adapter_name, directory, weights)
     peft_model.set_adapter(adapter_name)
     record = records_of(peft_model)[adapter_name]
-    record.fingerprint, record.report = fingerprint, report
+    record.fingerprint, record.report = facts
     return peft_model
+
+
+def restore_record(model: nn.Module, directory: str, adapter_name: str = "default") -> None:
+    """Give an adapter, whose weights a trainer loads from a checkpoint, the record that was saved there.
+
+    Args:
+        model: with the adapter.
+        directory: the checkpoint.
+        adapter_name: name of the adapter.
+
+    Raises:
+        DataError: if the checkpoint holds no readable `gradinit.json`.
+    """
+    record = records_of(model)[adapter_name]
+    record.fingerprint, record.report = _restored_facts(read_provenance(directory), directory)
 
 
 def _with_adapter(

@@ -172,6 +172,9 @@ def test_an_adapter_of_another_name():
     model.set_adapter("default")
     with pytest.raises(ConfigError, match=r"pass adapter_name=\['other', 'default'\]"):
         LoraMuon(model, lr=0.1, adapter_name="other")
+    alone = get_peft_model(Toy(), LoraConfig(r=2, target_modules=["first"]), "own")
+    with pytest.raises(ConfigError, match=r"pass adapter_name=\['own'\], or freeze"):
+        LoraMuon(alone, lr=0.1)  # there is no adapter named "default" to pass
 
 
 def test_adapters_that_train_together():

@@ -50,6 +50,7 @@ PICO = ROOT / "configs/offline/pico_llama_docstrings.yaml"
 QUICK = ("training.max_steps=3", "calibration.max_tokens=512", "data.n_train=48", "data.n_eval=8")
 
 pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*pairs of answers are longer than",  # some docstrings are
     "ignore:the step that LoRA-One starts with",  # random models on a few tokens
     "ignore:.*`use_cache=True` is incompatible.*",
 )

@@ -1,6 +1,7 @@
 """The learning rate that the callback sets, checks and logs."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -310,3 +311,49 @@ def test_ranks_are_a_table_where_there_are_tables(tmp_path):
     assert columns == ["module", "rank"]
     assert dict(rows) == init_report(trainer.model).ranks()
     assert not math.isnan(trainer.state.log_history[0]["calibration/loss"])
+
+
+OWN_RATES = {"given": {"lr": 1e-4}, "default": {}}
+
+
+@pytest.mark.parametrize("kind", ["deferred", "lora"])
+@pytest.mark.parametrize("own", OWN_RATES)
+def test_an_optimiser_with_a_rate_of_its_own_gets_no_suggested_one(own, kind, tmp_path):
+    made = trainer_of(tmp_path, cls=Trainer)
+    chosen = (torch.optim.AdamW, OWN_RATES[own])
+    trainer = Trainer(
+        MODELS[kind](),
+        made.args,
+        data_collator=made.data_collator,
+        train_dataset=ROWS,
+        optimizer_cls_and_kwargs=chosen,
+    )
+    with pytest.raises(ConfigError, match=r"its optimiser has one of its own \((0\.0001|0\.001)\)"):
+        run(trainer, learning_rate="suggested")
+
+
+def test_the_rate_that_is_compared_is_that_of_the_optimiser(tmp_path):
+    made = trainer_of(tmp_path, cls=Trainer)
+    made.args.learning_rate = 5e-5  # which an optimiser with a rate of its own does not take
+    rate = suggest_learning_rate(lora_one(quiet(token_batches()))).suggested
+    for lr, told in ((rate, False), (rate / 100, True)):
+        trainer = Trainer(
+            lora_one(),
+            made.args,
+            data_collator=made.data_collator,
+            train_dataset=ROWS,
+            optimizer_cls_and_kwargs=(torch.optim.AdamW, {"lr": lr}),
+        )
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            run(trainer)
+        assert any("is far from the one suggested" in str(w.message) for w in caught) == told
+
+
+def test_the_value_of_dft_does_not_decide_over_a_step(tmp_path):
+    trainer = trainer_of(tmp_path, model=lora_one(), cls=Trainer)
+    trainer.args.loss_type = "dft"
+    with pytest.warns(
+        UserWarning, match="is not checked: the value of the loss 'dft' does not tell"
+    ):
+        run(trainer)

@@ -13,6 +13,8 @@ from peft_gradinit import (
     InitReport,
     LearningRate,
     LoraOneConfig,
+    OLoRAConfig,
+    PiSSAConfig,
     SVFitConfig,
     init_report,
     initialize,
@@ -58,6 +60,17 @@ def test_lora_ga_gets_a_lower_rate_the_longer_it_starts():
     assert rates[1] < rates[2]
     # its B of length 0.1 adds 3 % to the square of the move of plain LoRA's start
     assert rates[2] == pytest.approx(PLAIN / (1 + 3 * 0.1**2), rel=1e-3)
+
+
+@pytest.mark.parametrize(("init", "own"), [("pissa", PiSSAConfig), ("olora", OLoRAConfig)])
+def test_a_start_of_peft_gets_the_rate_of_its_lengths(init, own):
+    """The same factors as ours of that name, so the same rate."""
+    of_peft = with_config(LoraConfig, init_lora_weights=init)
+    ours = get_peft_model(pico_llama(), own(**COMMON))
+    lengths = [next(iter(pairs(model))).A.norm().item() for model in (of_peft, ours)]
+    assert lengths[0] == pytest.approx(lengths[1], rel=1e-4)
+    rates = [suggest_learning_rate(model).suggested for model in (of_peft, ours)]
+    assert rates[0] == pytest.approx(rates[1], rel=1e-3)
 
 
 def test_svfit_gets_the_rate_of_its_numbers():

@@ -134,3 +134,14 @@ def test_a_second_layer_of_that_name_gets_no_adapter():
     assert "lm_head" in scalings(adapted)
     assert "draft.lm_head" not in scalings(adapted)
     assert n_trained(adapted) <= n_trained(get_peft_model(with_draft(), config))
+
+
+def test_a_second_adapter_adapts_the_output_layer_as_well():
+    config = LoraConfig(**PLAIN)
+    model = get_peft_model(pico_llama(), LoraConfig(**PLAIN))
+    second, want = with_output_layer(model, config), with_output_layer(pico_llama(), config)
+    assert second.rank_pattern == want.rank_pattern
+    model.add_adapter("second", second)
+    model.set_adapter("second")
+    alone = get_peft_model(pico_llama(), want)
+    assert n_trained(model) == n_trained(alone)
