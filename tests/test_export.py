@@ -388,7 +388,7 @@ def test_classifier_is_merged_with_its_head_and_its_card_builds_it(tmp_path):
     assert relative_error(got, want) <= EXACT
     export_adapter(peft_model, tmp_path / "cut", rank=4)
     text = (tmp_path / "cut" / "README.md").read_text()
-    line = 'AutoModelForSequenceClassification.from_pretrained("base-model", num_labels=5)'
+    line = 'AutoModelForSequenceClassification.from_pretrained("base-model", num_labels=5, '
     assert line in text
 
 

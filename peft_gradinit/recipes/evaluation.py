@@ -17,7 +17,7 @@ from .metrics import check_metrics, compute, names_given
 from .models import empty_model
 from .reading import Reader
 from .rows import Rows, columns_of
-from .schema import Recipe
+from .schema import DataSection, Recipe
 from .sections import CLASSIFIED, Task, nearest
 
 _SPEEDS = ("runtime", "samples_per_second", "steps_per_second")
@@ -223,7 +223,7 @@ def _answers(
     read = [(encoder.prompt(row), encoder.completion(row)) for row in rows]
     asked = [(prompt, reference) for prompt, reference in read if reference is not None]
     pairs = [(prompt, reference) for prompt, reference in asked if prompt is not None]
-    _tell_of_long(len(asked) - len(pairs), len(asked), encoder.section.length)
+    _tell_of_long(len(asked) - len(pairs), len(asked), encoder.section)
     found: list[tuple[str, str]] = []
     with process_state().split_between_processes(pairs) as share:
         mine = cast("list[tuple[list[int], str]]", share)
@@ -239,13 +239,14 @@ def _answers(
     )
 
 
-def _tell_of_long(n_long: int, n: int, length: int) -> None:
+def _tell_of_long(n_long: int, n: int, section: DataSection) -> None:
+    length = section.length
     if n and n_long == n:
         raise DataError(
             f"all {n} prompts to evaluate on are as long as data.max_length={length} tokens, which leaves no "
             "room for an answer; set it higher, or leave evaluation.metrics empty."
         )
-    if n_long and process_state().is_main_process:
+    if n_long and not section.drop_longer and process_state().is_main_process:
         warn(
             f"{n_long} of {n} prompts to evaluate on are as long as data.max_length={length} tokens; as in "
             "the loss, their answers do not count in the metrics.",
