@@ -81,9 +81,10 @@ def trainable_pairs(model: nn.Module, adapters: str | Sequence[str], optimizer: 
     training = [p for p in found if p.A.requires_grad or p.B.requires_grad]
     others = [n for n in _names(model) if n not in names and _trains(model, n)]
     if others:
+        own = [n for n in names if n in _names(model)]
         raise ConfigError(
             f"{optimizer} was made for adapter_name={adapters!r}, but pairs of {others} train as well; "
-            f"pass adapter_name={[*(n for n in names if n in _names(model)), *others]}, or freeze the others with set_adapter."
+            f"pass adapter_name={[*own, *others]}, or freeze the others with set_adapter."
         )
     if not training:
         state = "none of them trains" if found else "the model has none"

@@ -42,21 +42,32 @@ def value_of(row: Mapping[str, Any], source: str, columns: list[str]) -> Any:
         )
     _check_filled(row, fields)
     for field in fields:
-        _check_written(row[field], field)
+        as_text(row[field], field)
     try:
         return source.format_map(dict(row))
     except (ValueError, TypeError) as error:
         raise DataError(_unfilled(source, error)) from error
 
 
-def text_of(row: Mapping[str, Any], source: str, columns: list[str]) -> str:
-    """The same as text.
+def as_text(value: Any, source: str) -> str:
+    """A value as text.
+
+    Args:
+        value: what `value_of` gave.
+        source: where it is from, for the error.
+
+    Returns:
+        The text.
 
     Raises:
         DataError: if it is a list, or something else with parts.
     """
-    value = value_of(row, source, columns)
-    _check_written(value, source)
+    if isinstance(value, Mapping | list | tuple | bytes):
+        raise DataError(
+            f"{source!r} is read as text, but holds {type(value).__name__}: {str(value)[:60]!r}; name "
+            "another column, or make it a text first. Chats are read by data.messages, or as prompt and "
+            "completion."
+        )
     return str(value)
 
 
@@ -67,15 +78,6 @@ def _check_filled(row: Mapping[str, Any], columns: list[str]) -> None:
                 f"the column {column!r} is empty in a row; filter such rows out first (data.where: "
                 f"{{{column}: .}} in a recipe does so for data.path, not for data.eval_path)."
             )
-
-
-def _check_written(value: Any, source: str) -> None:
-    if isinstance(value, Mapping | list | tuple | bytes):
-        raise DataError(
-            f"{source!r} is read as text, but holds {type(value).__name__}: {str(value)[:60]!r}; name "
-            "another column, or make it a text first. Chats are read by data.messages, or as prompt and "
-            "completion."
-        )
 
 
 def _unfilled(source: str, error: Exception) -> str:

@@ -99,9 +99,7 @@ def encode(
 def _tell_of_empty(every: Rows, kept: Rows) -> None:
     before, after = _n_rows(every), _n_rows(kept)
     if before is not None and after is not None and after < before:
-        warn(
-            f"{before - after} of {before} rows of the data are empty and were left out.",
-        )
+        warn(f"{before - after} of {before} rows of the data are empty and were left out.")
 
 
 def _mapped(rows: Rows, encoder: Encoder, columns: list[str]) -> Rows:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..errors import ConfigError, DataError
-from .cells import in_colours, text_of, value_of
+from .cells import as_text, in_colours, value_of
 from .chats import (
     as_messages,
     of_chat,
@@ -218,7 +218,7 @@ class Encoder:
 
     def _turns(self, row: Mapping[str, Any], source: str) -> Any:
         value = self._value(row, source)
-        return self._messages(value) if isinstance(value, list) else self._written(row, source)
+        return self._messages(value) if isinstance(value, list) else as_text(value, source)
 
     def _messages(self, messages: Any) -> list[dict[str, Any]]:
         if not getattr(self.processor, "chat_template", None):
@@ -279,7 +279,7 @@ class Encoder:
         return value_of(row, source, self.columns)
 
     def _written(self, row: Mapping[str, Any], source: str) -> str:
-        return text_of(row, source, self.columns)
+        return as_text(self._value(row, source), source)
 
     def _kept(self, completion: str) -> str | None:
         if self.section.completion_keep is None:

@@ -152,9 +152,8 @@ def _check_continues(model: nn.Module, method: MethodSection, task: Task, checkp
         kept = read_provenance(checkpoint)["config"]
     else:
         kept = facts_of(PeftConfig.from_pretrained(checkpoint), None)["config"]
-    wanted = facts_of(adapter_config(method, task, "unused", untrained_modules(model)), None)[
-        "config"
-    ]
+    config = adapter_config(method, task, "unused", untrained_modules(model))
+    wanted = facts_of(config, None)["config"]
     names = ["r", "lora_alpha", "use_rslora", "use_dora", *method.options]
     pairs = {name: (kept.get(name), wanted.get(name)) for name in names}
     if isinstance(method.target_modules, list):  # PEFT shortens long lists

@@ -155,11 +155,11 @@ def _modules_of(model: nn.Module, keys: list[Any]) -> list[str]:
 
 def _outputs_of_others(section: ModelSection, labels: Labels | None) -> list[str]:
     """Parameters of a checkpoint's head, if its config does not name the classes that are asked for."""
-    if labels is None or _names(labels.head()["id2label"]) == _names(
-        model_config(section).id2label
-    ):
+    if labels is None:
         return []
     head = labels.head()
+    if _names(head["id2label"]) == _names(model_config(section).id2label):
+        return []
     less, more = (
         dict(_on_meta(section, {"num_labels": n}).named_parameters())
         for n in (head["num_labels"], head["num_labels"] + 1)

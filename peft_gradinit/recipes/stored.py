@@ -31,6 +31,8 @@ BUILDERS = {
 """What `datasets` calls the kinds of files, by how their names end."""
 _ONLY = "train"
 """The split of data without splits, as `datasets` calls it."""
+_OPTIONS: dict[str, dict[str, Any]] = {"text": {"encoding": "utf-8-sig"}}
+"""Of what reads other files; a mark of the byte order is no part of a text."""
 _AS_WRITTEN: dict[str, Any] = {"keep_default_na": False, "na_values": [""]}
 """Options of pandas: an empty cell alone is empty, and `NA` or `None` is a word."""
 
@@ -79,10 +81,9 @@ def check_apart(section: DataSection, path: str, lengths: Mapping[str, int]) -> 
         path: of the data that were read.
         lengths: numbers of rows, by split.
     """
-    is_one = Path(path).resolve() == Path(section.eval_path or section.path).resolve()
-    if section.eval_split is None or not is_one or section.eval_name not in (None, section.name):
-        return
-    if Path(path).resolve() != Path(section.path).resolve():
+    places = {Path(p).resolve() for p in (path, section.path, section.eval_path or section.path)}
+    is_other = len(places) > 1 or section.eval_name not in (None, section.name)
+    if section.eval_split is None or is_other:
         return
     specs = section.split, section.eval_split
     try:
@@ -97,7 +98,7 @@ def check_apart(section: DataSection, path: str, lengths: Mapping[str, int]) -> 
         warn(
             f"data.split={specs[0]!r} and data.eval_split={specs[1]!r} of {path!r} have {shared} rows in "
             "common, so the evaluation says little about other rows; give slices without any, such as "
-            "split: 'train[:90%]' and eval_split: 'train[90%:]'.",
+            "split: 'train[:90%]' and eval_split: 'train[90%:]'."
         )
 
 
@@ -133,23 +134,12 @@ def _rows_of(place: Path) -> datasets.Dataset:
         )
     if place.stat().st_size == 0:
         raise DataError(f"the data file {str(place)!r} is empty.")
-    options = {"csv": _options_of_csv, "text": _options_of_text}.get(builder, _no_options)(place)
+    options = _options_of_csv(place) if builder == "csv" else _OPTIONS.get(builder, {})
     files = glob.escape(str(place))  # `datasets` takes it for a pattern
     rows: Any = datasets.load_dataset(builder, data_files=files, split=_ONLY, **options)
     if builder == "json" and (features := _without_dates(rows.features)) != rows.features:
         rows = _of_json(place, features)
     return rows
-
-
-def _no_options(place: Path) -> dict[str, Any]:
-    del place
-    return {}
-
-
-def _options_of_text(place: Path) -> dict[str, Any]:
-    """A mark of the byte order is no part of the text."""
-    del place
-    return {"encoding": "utf-8-sig"}
 
 
 def _is_written(row: Mapping[str, Any]) -> bool:
@@ -197,7 +187,7 @@ def _with_labels(
 
 
 def _kind_of(cells: pa.ChunkedArray, section: DataSection) -> str:
-    """Of numbers with zeros in front nothing but text keeps what is written."""
+    """What labels are read as: text, too, if a number would lose the zeros that one begins with."""
     padded = any(re.match(r"[+-]?0\d", cell or "") for cell in cells.unique().to_pylist())
     if padded and section.label_kind != "number":
         return "string"

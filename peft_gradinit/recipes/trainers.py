@@ -235,18 +235,14 @@ def _check_left(given: Any, left: Any, arguments: Any) -> None:
     """
     if not (isinstance(given, datasets.Dataset) and isinstance(left, datasets.Dataset)):
         return
-    lost, said = (
-        len(given) - len(left),
-        f"longer than data.max_length={arguments.max_length} tokens",
-    )
+    lost = len(given) - len(left)
+    said = f"longer than data.max_length={arguments.max_length} tokens"
     if lost and not len(left):
         raise DataError(
             f"all {lost} pairs of answers are {said}; set it higher, or give shorter ones."
         )
     if lost:
-        warn(
-            f"{lost} of {len(given)} pairs of answers are {said}, and are left out.",
-        )
+        warn(f"{lost} of {len(given)} pairs of answers are {said}, and are left out.")
 
 
 def _starter(

@@ -12,6 +12,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from ..statistics import Fingerprint
+from .names import class_names
 from .publishing import card_tags
 from .report import InitReport
 
@@ -69,6 +70,7 @@ def keep_record(base: nn.Module, adapter_name: str, record: AdapterRecord | None
     if record is None:
         records.pop(adapter_name, None)
     else:
+        record.classes = class_names(base)
         records[adapter_name] = record
 
 

@@ -23,7 +23,6 @@ from ...records import (
     WithReports,
     attach_record,
     attached_record,
-    class_names,
     keep_record,
     plain_config,
     records_of,
@@ -98,7 +97,7 @@ class GradInitModel(WithReports, RecordedSaves, OffloadedBase, LoraModel):
 
     def _inject(self, model: nn.Module, adapter_name: str, options: tuple[Any, ...]) -> None:
         config = self._config(adapter_name)
-        record = AdapterRecord(adapter_name, config=config, classes=class_names(model))
+        record = AdapterRecord(adapter_name, config=config)
         source = copied_from(self.peft_config, adapter_name)
         converted = with_converted_targets(config, model)
         others = {n: other for n, other in self.peft_config.items() if n != adapter_name}

@@ -20,7 +20,6 @@ from ...records import (
     AdapterRecord,
     WithReports,
     attach_record,
-    class_names,
     keep_record,
     patterns,
     plain_config,
@@ -94,7 +93,6 @@ class SVFitModel(WithReports, RecordedSaves, OffloadedBase, BaseTuner):
         record = AdapterRecord(
             adapter_name,
             config=config,
-            classes=class_names(model),
             resolved={"rank_pattern": {**lowered, **config.rank_pattern}} if lowered else {},
             ranks=ranks,
             fan_in_fan_out=any(isinstance(base, Conv1D) for base in bases),
