@@ -95,10 +95,11 @@ def suggested_head_rate(trainer: "Trainer", model: nn.Module, seed: int) -> floa
         seed: of the order of the batches.
 
     Raises:
-        ConfigError: if something else than linear layers is trained in full, or nothing.
+        ConfigError: if something else than linear layers is trained in full, or nothing; or if a
+            trainer reads the heads' weights and never runs them.
         DataError: if no input of a head takes part in the loss.
     """
-    layers = _linear_layers(model)
+    layers, ran = _linear_layers(model), False
     with bookkeeping(trainer.accelerator), as_in_training(model, seed), _calls(layers) as calls:
         understudy = understudy_of(trainer)
         sizes: list[list[Tensor]] = [[] for _ in layers]
@@ -106,13 +107,14 @@ def suggested_head_rate(trainer: "Trainer", model: nn.Module, seed: int) -> floa
             calls.clear()
             with torch.enable_grad():
                 loss = loss_in_training(understudy, model, batch)
+            ran = ran or bool(calls)
             for i, found in _sizes_in_loss(loss, calls):
                 sizes[i].append(found)
-    return max(trainer.args.learning_rate, _lowest_rate(trainer, sizes))
+    return max(trainer.args.learning_rate, _lowest_rate(trainer, sizes, ran))
 
 
-def _lowest_rate(trainer: "Trainer", sizes: list[list[Tensor]]) -> float:
-    """The lowest rate of the layers, over all processes."""
+def _lowest_rate(trainer: "Trainer", sizes: list[list[Tensor]], ran: bool) -> float:
+    """The lowest rate of the layers, which ran or did not, over all processes."""
     accelerator: Any = trainer.accelerator
     rates = []
     for of_layer in sizes:
@@ -121,6 +123,12 @@ def _lowest_rate(trainer: "Trainer", sizes: list[list[Tensor]]) -> float:
         summed, n_rows = accelerator.reduce(total, reduction="sum").tolist()
         if n_rows and summed:
             rates.append(rate_of_new_layer(summed / n_rows))
+    if not rates and not ran:
+        raise ConfigError(
+            f"head_learning_rate={SUGGESTED!r} looks at the inputs of the modules that are trained in "
+            f"full, but {type(trainer).__name__} computes its loss from their weights, without running "
+            "them; give a number."
+        )
     if not rates:
         raise DataError(
             f"head_learning_rate={SUGGESTED!r}: no input of a head takes part in the loss of the "

@@ -189,6 +189,19 @@ def test_a_head_that_the_loss_does_not_depend_on_is_named(tmp_path):
         run(tmp_path, lora(), rows(16), cls=Elsewhere)
 
 
+def test_a_head_whose_weight_alone_is_read_is_not_blamed_on_the_labels(tmp_path):
+    class FromTheWeight(Trainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            plain = model.get_base_model()
+            labels = inputs.pop("labels")
+            hidden = plain.model(**inputs).last_hidden_state[:, 0]
+            weight = plain.score.modules_to_save["default"].weight
+            return nn.functional.cross_entropy(hidden @ weight.T, labels)
+
+    with pytest.raises(ConfigError, match=r"FromTheWeight computes its loss from their weights"):
+        run(tmp_path, lora(), rows(16), cls=FromTheWeight)
+
+
 def test_trainings_without_a_suggested_rate_are_refused_at_once(tmp_path):
     trainer = trl_trainer_of("dpo", tmp_path, peft_config=trl_config_of("LoRA-One"))
     with pytest.raises(ConfigError, match="is for supervised training, not for DPOTrainer"):
