@@ -8,7 +8,15 @@ from .copying import own_copy
 from .feed import Feed, lengths_within, unsharded
 from .guards import left_as_found
 from .needs import Gradients, Inputs, Measured, Need, SecondMoments, Weights, triplets_of
-from .passes import GradientRecorder, LayerStatistics, base_loss, mean_loss, measure, run_pass
+from .passes import (
+    GradientRecorder,
+    LayerStatistics,
+    base_loss,
+    mean_loss,
+    measure,
+    output_of,
+    run_pass,
+)
 from .plan import PassSize, plan_pass
 from .result import FILE_NAME, CalibrationResult, PassFacts
 from .resume import Checkpoint

@@ -55,6 +55,14 @@ def test_outputs_without_a_loss_are_refused(form):
         gradients(Net(OUTPUTS[form]), [{"x": batch_of()["x"]}])
 
 
+def test_batches_that_the_forward_does_not_take_are_named():
+    batch = batch_of()
+    with pytest.raises(DataError, match=r"of 2 parts does not fit Linear.forward\(input.*loss_fn="):
+        gradients(nn.Linear(6, 3), [(batch["x"], batch["labels"])])
+    with pytest.raises(DataError, match=r"'labels'\] does not fit Net.forward\(x, .*: missing"):
+        gradients(Net(OUTPUTS["dict"]), [{"labels": batch["labels"], "inputs": batch["x"]}])
+
+
 def test_an_error_of_the_model_stays_what_it_is_and_names_the_batch():
     class Failing(Net):
         def forward(self, x, labels=None):

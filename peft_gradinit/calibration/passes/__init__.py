@@ -2,5 +2,5 @@
 
 from .gradients import GradientRecorder
 from .loop import measure, run_pass
-from .losses import base_loss, mean_loss
+from .losses import base_loss, mean_loss, output_of
 from .sharing import LayerStatistics

@@ -1,7 +1,8 @@
 """The loss of a batch: the model's own, or the user's."""
 
+import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -85,10 +86,36 @@ def loss_and_weight(
 
 
 def output_of(model: nn.Module, batch: Any) -> Any:
-    """The model's output for a batch, which may be a dict, a tuple, a list or a tensor."""
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(*batch) if isinstance(batch, tuple | list) else model(batch)
+    """The model's output for a batch, which may be a dict, a tuple, a list or a tensor.
+
+    Raises:
+        DataError: if the model's forward does not take what the batch holds.
+        TypeError: one of the model itself.
+    """
+    args = batch if isinstance(batch, tuple | list) else (batch,)
+    args, kwargs = ((), batch) if isinstance(batch, Mapping) else (args, {})
+    try:
+        return model(*args, **kwargs)
+    except TypeError:
+        _check_takes(model, args, kwargs)
+        raise
+
+
+def _check_takes(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Name a batch that cannot be the arguments of the model's forward, as `(inputs, labels)`."""
+    try:
+        signature = inspect.signature(model.forward)
+    except (TypeError, ValueError):  # not written in Python
+        return
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        got = sorted(kwargs) if kwargs else f"{len(args)} parts"
+        raise DataError(
+            f"a calibration batch of {got} does not fit {type(model).__name__}.forward{signature}: "
+            f"{error}; give batches that hold its arguments by name, with labels, or pass "
+            "Calibration(data, loss_fn=lambda model, batch: …), which runs the model itself."
+        ) from error
 
 
 def _model_loss(model: nn.Module, batch: Any) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...calibration import base_loss, left_as_found, mean_loss, own_copy
+from ...calibration import base_loss, left_as_found, mean_loss, output_of, own_copy
 from ...errors import warn
 from ...records import StepCheck
 from ...starts import Start, adapter_alone, adapters_disabled
@@ -98,10 +98,7 @@ def _output(model: nn.Module, batch: Any, loss_fn: Any) -> Tensor:
     if loss_fn is not None:
         loss = loss_fn(model, own_copy(batch))
         return (loss[0] if isinstance(loss, tuple) else loss).float()
-    if isinstance(batch, Mapping):
-        output = model(**batch)
-    else:
-        output = model(*batch) if isinstance(batch, tuple | list) else model(batch)
+    output = output_of(model, batch)
     values = [output] if isinstance(output, Tensor) else output
     values = output.values() if isinstance(output, Mapping) else values
     tensors = [v for v in values if isinstance(v, Tensor) and v.dim() > 0]
