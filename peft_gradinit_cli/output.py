@@ -18,6 +18,9 @@ errors = Console(stderr=True)
 _GAP = 2
 """Spaces between two columns."""
 
+_SHOWN = 4
+"""Names of a list that people read; programs read all of them."""
+
 
 def results_alone() -> AbstractContextManager[Any]:
     """While imports and work run: standard output is for results, and DeepSpeed logs to it."""
@@ -153,6 +156,17 @@ def _common_prefix(names: Sequence[str]) -> str:
 def _with_its_end(name: str, room: int) -> str:
     """A name that is too long without its beginning: its end tells what it is."""
     return name if len(name) <= room else f"…{name[len(name) - max(room - 1, 1) :]}"
+
+
+def layers_told(names: Sequence[str]) -> Said:
+    """Names of layers as a fact: people read how many there are and the first of them.
+
+    Args:
+        names: all of them; without any, people read nothing.
+    """
+    shown = ", ".join(names[:_SHOWN]) + (", …" if len(names) > _SHOWN else "")
+    count = f"{len(names)} layer{'s' if len(names) > 1 else ''}"
+    return Said(f"{count}: {shown}" if names else "", list(names))
 
 
 def print_json(content: dict[str, Any]) -> None:

@@ -81,7 +81,8 @@ def test_stacks_of_blocks_are_told_apart_by_where_they_differ(names, rows):
 def test_no_angles_are_no_picture(tmp_path):
     pair = [read_adapter(saved_lora(tmp_path / str(s), seed=s, steps=0)) for s in (0, 0)]
     lines = [
-        dataclasses.replace(x, input_angles=(), output_angles=()) for x in compare_adapters(*pair)
+        dataclasses.replace(line, input_angles=(), output_angles=())
+        for line in compare_adapters(*pair).layers
     ]
     with pytest.raises(ConfigError, match="no angles between first and second"):
         draw_angles(lines, tmp_path / "angles.png")
@@ -102,7 +103,7 @@ def test_spectra(tmp_path, figures):
 
 def test_angles(tmp_path, figures):
     pair = [read_adapter(saved_lora(tmp_path / str(s), seed=s)) for s in (0, 1)]
-    lines = compare_adapters(*pair)
+    lines = compare_adapters(*pair).layers
     assert is_png(draw_angles(lines, tmp_path / "angles.png", names=("a", "b")))
     inputs, outputs = figures[0].axes[:2]
     assert (inputs.get_title(), outputs.get_title()) == ("input spaces", "output spaces")

@@ -1,6 +1,6 @@
 """Comparing, converting and drawing adapters and calibrations; no model runs here."""
 
-from .comparison import LayerComparison, compare_adapters, compare_calibrations, summary
+from .comparison import Comparison, LayerComparison, compare_adapters, compare_calibrations, summary
 from .conversion import convert, initial_update, recomputed_update, residual_update
 from .intruders import THRESHOLD, TOP, LayerIntruders, find_intruders, mitigated_updates
 from .plots import (

@@ -36,8 +36,23 @@ class LayerComparison:
     distance: float | None = None
 
 
-def compare_adapters(first: SavedAdapter, second: SavedAdapter) -> list[LayerComparison]:
-    """Compare the layers that two adapters of an untouched base have in common."""
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Comparison of two adapters, or of two calibrations.
+
+    Attributes:
+        layers: the layers that both have.
+        only_in_first: names of the layers that the second lacks.
+        only_in_second: names of the layers that the first lacks.
+    """
+
+    layers: list[LayerComparison]
+    only_in_first: tuple[str, ...]
+    only_in_second: tuple[str, ...]
+
+
+def compare_adapters(first: SavedAdapter, second: SavedAdapter) -> Comparison:
+    """Compare two adapters of an untouched base, by the layers that both have."""
     for adapter in (first, second):
         adapter.check_untouched_base()
     lines = []
@@ -50,12 +65,10 @@ def compare_adapters(first: SavedAdapter, second: SavedAdapter) -> list[LayerCom
         distance = math.sqrt(squared / norms[0]) if norms[0] > 0 else math.inf
         line = _angles(name, one.svd(), other.svd())
         lines.append(dataclasses.replace(line, cosine=cosine, distance=distance))
-    return lines
+    return Comparison(lines, *_of_one(first.layers, second.layers))
 
 
-def compare_calibrations(
-    first: CalibrationResult, second: CalibrationResult
-) -> list[LayerComparison]:
+def compare_calibrations(first: CalibrationResult, second: CalibrationResult) -> Comparison:
     """Compare the subspaces of every layer that two calibrations of one model have measured."""
     for result in (first, second):
         if not result.need.size(1):
@@ -75,7 +88,18 @@ def compare_calibrations(
                 f"{name} is {shapes[0]} in the first calibration and {shapes[1]} in the second; "
                 "give calibrations of one model."
             )
-    return [_angles(name, first.triplets[name], second.triplets[name]) for name in names]
+    lines = [_angles(name, first.triplets[name], second.triplets[name]) for name in names]
+    return Comparison(lines, *_of_one(first.triplets, second.triplets))
+
+
+def _of_one(
+    first: Mapping[str, object], second: Mapping[str, object]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The names that the first has alone, and those that the second has alone."""
+    return (
+        tuple(name for name in first if name not in second),
+        tuple(name for name in second if name not in first),
+    )
 
 
 def summary(lines: list[LayerComparison]) -> Mapping[str, float]:
@@ -85,15 +109,15 @@ def summary(lines: list[LayerComparison]) -> Mapping[str, float]:
         return torch.tensor(values, dtype=torch.float64, device="cpu").quantile(0.5).item()
 
     medians = {
-        "effective rank of the first": median([line.effective_ranks[0] for line in lines]),
-        "effective rank of the second": median([line.effective_ranks[1] for line in lines]),
+        "median effective rank of the first": median([line.effective_ranks[0] for line in lines]),
+        "median effective rank of the second": median([line.effective_ranks[1] for line in lines]),
     }
     for side in ("input", "output"):
         largest = [angles[-1] for line in lines if (angles := getattr(line, f"{side}_angles"))]
         if largest:
-            medians[f"largest {side} angle, degrees"] = math.degrees(median(largest))
+            medians[f"median of the largest {side} angles, degrees"] = math.degrees(median(largest))
     cosines = [line.cosine for line in lines if line.cosine is not None]
-    return medians | ({"cosine of the updates": median(cosines)} if cosines else {})
+    return medians | ({"median cosine of the updates": median(cosines)} if cosines else {})
 
 
 def _angles(name: str, first: TruncatedSVD, second: TruncatedSVD) -> LayerComparison:

@@ -19,7 +19,7 @@ from peft_gradinit.calibration import CalibrationResult
 from peft_gradinit.errors import ConfigError
 from peft_gradinit.records import check_place, read_adapter, write_adapter
 
-from ..output import Column, Listing, print_json
+from ..output import Column, Listing, layers_told, print_json
 from .bases import weights_of
 from .kinds import is_calibration
 
@@ -104,10 +104,13 @@ def _compare_two(first: str, second: str, plot: Path | None) -> Listing:
             "kind."
         )
     if kinds[0]:
-        lines = compare_calibrations(*(CalibrationResult.load(path) for path in (first, second)))
+        compared = compare_calibrations(*(CalibrationResult.load(p) for p in (first, second)))
     else:
-        lines = compare_adapters(read_adapter(first), read_adapter(second))
+        compared = compare_adapters(read_adapter(first), read_adapter(second))
+    lines = compared.layers
     facts: dict[str, Any] = dict(summary(lines))
+    facts["only in the first"] = layers_told(compared.only_in_first)
+    facts["only in the second"] = layers_told(compared.only_in_second)
     if plot is not None:
         names = Path(first).name, Path(second).name
         facts["picture"] = str(draw_angles(lines, plot / "angles.png", names=names))

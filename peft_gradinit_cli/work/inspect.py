@@ -12,7 +12,7 @@ from peft_gradinit.files import check_writable
 from peft_gradinit.linalg import effective_rank
 from peft_gradinit.records import SavedAdapter, read_adapter, read_provenance, relative_norm
 
-from ..output import Column, Listing, Said
+from ..output import Column, Listing, Said, layers_told
 from .bases import weights_of
 from .kinds import is_calibration
 from .page import write_page
@@ -181,8 +181,8 @@ def _facts_of_adapter(
         "base model": adapter.config.base_model_name_or_path,
         "base overwritten": overwritten
         and f"{overwritten} writes into the base: `peft-gradinit convert` frees the adapter of it",
-        "could use more rank": Said(_shortened(full), full),
-        "less rank would do": Said(_shortened(empty), empty),
+        "could use more rank": layers_told(full),
+        "less rank would do": layers_told(empty),
         "other tensors": len(adapter.others),
     }
 
@@ -208,8 +208,3 @@ def _most_and_least(suggested: Mapping[str, int], rank: int) -> str:
 
 def _files(drawn: Sequence[Path]) -> Said:
     return Said(", ".join(map(str, drawn)), list(map(str, drawn)))
-
-
-def _shortened(names: list[str]) -> str:
-    shown = ", ".join(names[:4])
-    return f"{len(names)} layers: {shown}{', …' if len(names) > 4 else ''}" if names else ""

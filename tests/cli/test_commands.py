@@ -22,7 +22,7 @@ from peft_gradinit_cli.commands.measured import Measured
 from peft_gradinit_cli.work.arguments import job_of
 from tests.cli.conftest import calibrate_arguments, check_snapshot, kinds
 from tests.helpers import adapted, logits, pico_llama, relative_error
-from tests.saved.adapters import logits_on_fresh_base
+from tests.saved.adapters import logits_on_fresh_base, saved_lora
 
 COMMANDS = ("calibrate", "start", "inspect", "compare", "convert", "export", "doctor")
 
@@ -306,6 +306,17 @@ def test_compare_adapters(run, workshop, tmp_path):
     assert (tmp_path / "p" / "angles.png").exists()
     content = run("compare", *pair, "--json").json
     assert all(len(row["input_angles"]) == 4 for row in content["rows"])
+    assert content["only in the first"] == content["only in the second"] == []
+
+
+def test_compare_names_layers_that_one_adapter_lacks(run, workshop, tmp_path):
+    pair = (workshop / "lora", saved_lora(tmp_path / "k", target_modules=["q_proj", "k_proj"]))
+    done = run("compare", *pair)
+    assert done.code == 0, done.err
+    assert "only in the first: 4 layers: model.layers.0.mlp.down_proj, " in done.out
+    want = "only in the second: 2 layers: model.layers.0.self_attn.k_proj, model.layers.1."
+    assert want in done.out
+    assert len(run("compare", *pair, "--json").json["only in the first"]) == 4
 
 
 def test_compare_calibrations(run, calibration, tmp_path):
@@ -314,7 +325,7 @@ def test_compare_calibrations(run, calibration, tmp_path):
     content = run("compare", calibration, other, "--json").json
     assert content["rows"][0]["cosine"] is None
     same = run("compare", calibration, calibration, "--json").json
-    assert same["largest input angle, degrees"] < 0.1
+    assert same["median of the largest input angles, degrees"] < 0.1
 
 
 def test_intruders_and_their_mitigation(run, workshop, tmp_path):

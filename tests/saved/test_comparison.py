@@ -8,7 +8,13 @@ from peft import get_peft_model
 from torch import nn
 
 from peft_gradinit import EvaConfig, LoraGAConfig, LoraOneConfig, calibrate, init_report
-from peft_gradinit.analysis import compare_adapters, compare_calibrations, suggested_ranks, summary
+from peft_gradinit.analysis import (
+    LayerComparison,
+    compare_adapters,
+    compare_calibrations,
+    suggested_ranks,
+    summary,
+)
 from peft_gradinit.errors import AdapterError, ConfigError
 from peft_gradinit.linalg import Factors
 from peft_gradinit.records import read_adapter, write_adapter
@@ -18,7 +24,7 @@ from tests.saved.adapters import lora_config, overwriting_start, saved_lora
 
 def test_an_adapter_is_the_same_as_itself(tmp_path):
     adapter = read_adapter(saved_lora(tmp_path / "lora"))
-    for line in compare_adapters(adapter, adapter):
+    for line in compare_adapters(adapter, adapter).layers:
         assert line.cosine == pytest.approx(1, abs=1e-6)
         assert line.distance == pytest.approx(0, abs=1e-3)
         assert max(line.input_angles + line.output_angles) < 1e-3
@@ -40,15 +46,17 @@ def test_known_angles_are_found(tmp_path):
         A[1, 1], A[1, 2] = math.cos(0.5), math.sin(0.5)
         layers[name] = Factors(A, update.B)
     write_adapter(tmp_path / "other", adapter, layers)
-    for line in compare_adapters(*(read_adapter(tmp_path / n) for n in ("one", "other"))):
+    pair = [read_adapter(tmp_path / name) for name in ("one", "other")]
+    for line in compare_adapters(*pair).layers:
         assert line.input_angles == pytest.approx([0, 0.5], abs=1e-3)
         assert line.output_angles == pytest.approx([0, 0], abs=1e-3)
 
 
 def test_cosine_and_distance_are_those_of_the_matrices(tmp_path):
     one, other = (read_adapter(saved_lora(tmp_path / str(s), seed=s)) for s in (0, 1))
-    assert all(abs(line.cosine) < 0.9 for line in compare_adapters(one, other))
-    for line in compare_adapters(one, other):
+    lines = compare_adapters(one, other).layers
+    assert all(abs(line.cosine) < 0.9 for line in lines)
+    for line in lines:
         first, second = one.layers[line.name].matrix(), other.layers[line.name].matrix()
         cosine = (first * second).sum() / first.norm() / second.norm()
         assert line.cosine == pytest.approx(cosine.item(), abs=1e-5)
@@ -62,6 +70,38 @@ def test_nothing_in_common_is_an_error(tmp_path):
     other = read_adapter(saved_lora(tmp_path / "v", target_modules=["v_proj"]))
     with pytest.raises(AdapterError, match="no layer in common"):
         compare_adapters(one, other)
+
+
+def test_layers_that_one_of_two_has_are_named(tmp_path):
+    one = read_adapter(saved_lora(tmp_path / "qk", target_modules=["q_proj", "k_proj"]))
+    other = read_adapter(saved_lora(tmp_path / "qv", target_modules=["q_proj", "v_proj"]))
+    calibrations = [
+        calibrate(pico_llama(), lora_ga(target_modules=names), quiet(token_batches()))
+        for names in (["q_proj", "k_proj"], ["q_proj", "v_proj"])
+    ]
+    for compared in (compare_adapters(one, other), compare_calibrations(*calibrations)):
+        shared = [line.name for line in compared.layers]
+        for names, kind in (
+            (shared, "q_proj"),
+            (compared.only_in_first, "k_proj"),
+            (compared.only_in_second, "v_proj"),
+        ):
+            assert {name.rpartition(".")[2] for name in names} == {kind}
+
+
+def test_the_summary_is_of_medians():
+    lines = [
+        LayerComparison(str(i), (1 + i, 2 + i), (0.1, angle), (angle,), cosine=angle)
+        for i, angle in enumerate((0.2, 0.3, 1.0))
+    ]
+    middle = math.degrees(0.3)
+    assert summary(lines) == {
+        "median effective rank of the first": 2,
+        "median effective rank of the second": 3,
+        "median of the largest input angles, degrees": pytest.approx(middle),
+        "median of the largest output angles, degrees": pytest.approx(middle),
+        "median cosine of the updates": pytest.approx(0.3),
+    }
 
 
 def test_adapters_of_an_overwritten_base_are_refused(tmp_path):
@@ -78,10 +118,10 @@ def test_calibrations_on_more_data_come_closer():
         return calibrate(model, config, quiet(token_batches(n, seed=seed), estimator="dense"))
 
     reference = of(192, 7)
-    few, many = (summary(compare_calibrations(of(n, 1), reference)) for n in (4, 96))
-    key = "largest input angle, degrees"
+    few, many = (summary(compare_calibrations(of(n, 1), reference).layers) for n in (4, 96))
+    key = "median of the largest input angles, degrees"
     assert many[key] < few[key] <= 90
-    assert compare_calibrations(reference, reference)[0].output_angles[-1] < 1e-3
+    assert compare_calibrations(reference, reference).layers[0].output_angles[-1] < 1e-3
 
 
 def test_suggestions_keep_the_sum_and_follow_the_energy():
