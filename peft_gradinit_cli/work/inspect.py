@@ -5,11 +5,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from peft_gradinit.analysis import draw_drift, draw_rank_map, draw_spectra, suggested_ranks
 from peft_gradinit.calibration import CalibrationResult
 from peft_gradinit.errors import ConfigError, GradInitError
 from peft_gradinit.files import check_writable
-from peft_gradinit.linalg import effective_rank
+from peft_gradinit.linalg import Factors, effective_rank
 from peft_gradinit.records import SavedAdapter, read_adapter, read_provenance, relative_norm
 
 from ..output import Column, Listing, Said, layers_told
@@ -19,6 +21,9 @@ from .page import write_page
 
 _FULL, _EMPTY = 0.8, 0.3
 """Effective rank over `r` above which a layer could use more, and below which less would do."""
+
+_ROUNDING = 1e-9
+"""Products below this share of their factors' norms are rounding errors of a start that is zero."""
 
 
 def run(
@@ -47,6 +52,11 @@ def run(
     if html is not None:
         check_writable(html.parent)
     if is_calibration(path):
+        if base is not None:
+            raise ConfigError(
+                f"--base is for adapters, whose sizes are told relative to the weights, but {path!r} is a "
+                "calibration; leave it out."
+            )
         title, listing = "Calibration", _of_calibration(CalibrationResult.load(path), rank, plot)
     else:
         adapter = read_adapter(path)
@@ -137,13 +147,14 @@ def _of_adapter(adapter: SavedAdapter, base: str | None, plot: Path | None) -> L
     rows = []
     for name, update in adapter.layers.items():
         S = update.svd().S
+        norm = math.hypot(*S.tolist())
         row = {
             "layer": name,
             "shape": [update.B.shape[0], update.A.shape[1]],
             "r": update.r,
             "scaling": adapter.scaling(name),
-            "norm": math.hypot(*S.tolist()),
-            "effective_rank": effective_rank(S),
+            "norm": norm,
+            "effective_rank": effective_rank(S) if norm > _rounding(update) else 0.0,
             "captured": captured.get(name),
             "singular_values": S.tolist(),
         }
@@ -170,11 +181,17 @@ def _of_adapter(adapter: SavedAdapter, base: str | None, plot: Path | None) -> L
     return Listing("", columns, rows, {k: v for k, v in facts.items() if v})
 
 
+def _rounding(update: Factors) -> float:
+    sizes = (torch.linalg.vector_norm(factor.float()).item() for factor in (update.A, update.B))
+    return _ROUNDING * math.prod(sizes)
+
+
 def _facts_of_adapter(
     adapter: SavedAdapter, report: Mapping[str, Any], rows: list[dict[str, Any]]
 ) -> dict[str, Any]:
     full = [r["layer"] for r in rows if r["r"] > 1 and r["effective_rank"] > _FULL * r["r"]]
-    empty = [r["layer"] for r in rows if r["r"] > 1 and r["effective_rank"] < _EMPTY * r["r"]]
+    empty = [r["layer"] for r in rows if r["r"] > 1 and 0 < r["effective_rank"] < _EMPTY * r["r"]]
+    unmoved = [r["layer"] for r in rows if r["effective_rank"] == 0]
     overwritten = adapter.overwritten_by
     return {
         "started by": report.get("method") or overwritten,
@@ -183,6 +200,7 @@ def _facts_of_adapter(
         and f"{overwritten} writes into the base: `peft-gradinit convert` frees the adapter of it",
         "could use more rank": layers_told(full),
         "less rank would do": layers_told(empty),
+        "without an update": layers_told(unmoved),
         "other tensors": len(adapter.others),
     }
 

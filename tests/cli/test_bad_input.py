@@ -194,6 +194,11 @@ def test_damaged_calibrations(run, calibration):
     failed(run("inspect", calibration), "cannot read a calibration")
 
 
+def test_a_base_for_a_calibration_is_refused(run, calibration, workshop):
+    done = run("inspect", calibration, "--base", workshop / "base")
+    failed(done, "--base is for adapters", "is a calibration; leave it out")
+
+
 def test_a_calibration_and_an_adapter_are_not_compared(run, calibration, workshop):
     done = run("compare", calibration, workshop / "lora")
     failed(done, "is a calibration and", "is an adapter; compare two of one kind")

@@ -13,7 +13,13 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 from typer.testing import CliRunner
 
 import peft_gradinit
-from peft_gradinit import CalibrationResult, LoraGAConfig, init_report, suggest_learning_rate
+from peft_gradinit import (
+    CalibrationResult,
+    EvaConfig,
+    LoraGAConfig,
+    init_report,
+    suggest_learning_rate,
+)
 from peft_gradinit.methods import METHODS
 from peft_gradinit.recipes import ModelSection, load_model
 from peft_gradinit.recipes.embedded import pico_tokenizer
@@ -21,7 +27,7 @@ from peft_gradinit_cli.app import app
 from peft_gradinit_cli.commands.measured import Measured
 from peft_gradinit_cli.work.arguments import job_of
 from tests.cli.conftest import calibrate_arguments, check_snapshot, kinds
-from tests.helpers import adapted, logits, pico_llama, relative_error
+from tests.helpers import adapted, logits, pico_llama, quiet, relative_error, token_batches
 from tests.saved.adapters import logits_on_fresh_base, saved_lora
 
 COMMANDS = ("calibrate", "start", "inspect", "compare", "convert", "export", "doctor")
@@ -296,6 +302,17 @@ def test_inspect_an_adapter(run, workshop, tmp_path):
     content = run("inspect", workshop / "lora", "--json").json
     check_snapshot("inspect_adapter.json", json.dumps(kinds(content)), workshop, tmp_path)
     assert run("inspect", workshop / "pissa" / "trained").out.count("convert") == 1
+
+
+@pytest.mark.parametrize("config_cls", [EvaConfig, LoraGAConfig])
+def test_nothing_is_said_of_the_ranks_of_a_start_that_is_zero(run, tmp_path, config_cls):
+    options = {"r": 4, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+    model = adapted(pico_llama(), config_cls(**options, calibration=quiet(token_batches())))
+    model.save_pretrained(tmp_path)
+    done = run("inspect", tmp_path)
+    assert "rank would do" not in done.out
+    assert "more rank" not in done.out
+    assert "without an update: 2 layers: model.layers.0.self_attn.q_proj, " in done.out
 
 
 def test_compare_adapters(run, workshop, tmp_path):
