@@ -282,7 +282,8 @@ def check_replaceable(target: Path, overwrite: bool, is_ours: Callable[[str], bo
     if names and not overwrite:
         raise ExportError(
             f"{str(target)!r} holds an export already ({', '.join(names[:5])}); pass another "
-            "directory, or overwrite=True to replace it as a whole."
+            "directory, or overwrite=True (on the command line, --overwrite) to replace it as a "
+            "whole."
         )
 
 

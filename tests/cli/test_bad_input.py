@@ -247,6 +247,12 @@ def test_a_place_is_refused_before_there_is_work(run, workshop, tmp_path, line):
     failed(run(*filled(line, workshop, tmp_path)), "notes.txt")
 
 
+@pytest.mark.parametrize("line", OUTPUTS[1:5], ids=lambda line: line[0])
+def test_the_option_that_replaces_an_export_is_named(run, workshop, tmp_path, line):
+    saved_lora(tmp_path / "out")
+    failed(run(*filled(line, workshop, tmp_path)), "holds an export already", "--overwrite)")
+
+
 @pytest.mark.parametrize("line", OUTPUTS, ids=lambda line: line[0] + " " + line[-2])
 def test_an_output_below_a_file(run, workshop, tmp_path, line):
     (tmp_path / "file").write_text("mine")
