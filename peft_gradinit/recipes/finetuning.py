@@ -2,8 +2,9 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import transformers
 from peft import PeftConfig, PeftModel, get_peft_model
@@ -14,7 +15,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from ..analysis import check_available, draw_losses, is_available
 from ..calibration import DEFERRED
 from ..errors import ConfigError, warn
-from ..export import ExportTarget, check_export, export_adapter
+from ..export import ExportTarget, check_directory, check_export, export_adapter
 from ..files import check_writable, write_json
 from ..layouts import process_state
 from ..methods import METHODS
@@ -38,7 +39,7 @@ def finetune(recipe: Recipe) -> dict[str, Any]:
 
     Whatever can be checked is checked before a model is loaded. Writes into `recipe.output`:
     `adapter/`, one folder for each further export, `results.json`, and `loss.png` beside the losses of
-    the baselines.
+    the baselines. What an earlier run has written there goes, also its other exports.
 
     Args:
         recipe: what to do.
@@ -48,6 +49,8 @@ def finetune(recipe: Recipe) -> dict[str, Any]:
     """
     output, state = Path(recipe.output), process_state()
     check_writable(output)
+    for folder in (*(output / target for target, _ in _exports(recipe)), *_left_exports(recipe)):
+        check_directory(folder, overwrite=True)
     draws = _draws(recipe)
     transformers.set_seed(recipe.training.seed)
     baselines = {folder: _baseline(folder) for folder in recipe.baselines}
@@ -76,6 +79,9 @@ def finetune(recipe: Recipe) -> dict[str, Any]:
         write_json(output / RESULTS, results)
         if draws:
             draw_losses(_curves(results, baselines), output / PICTURE)
+        for folder in _left_exports(recipe):
+            check_directory(folder, overwrite=True)
+            shutil.rmtree(folder)
         for target, rank in _exports(recipe):
             export_adapter(trained, output / target, target, rank, overwrite=True)
         if recipe.push is not None:
@@ -267,6 +273,13 @@ def _exports(recipe: Recipe) -> list[tuple[ExportTarget, int | None]]:
         for target in recipe.export.targets
         if target != "peft" or rank is not None
     ]
+
+
+def _left_exports(recipe: Recipe) -> list[Path]:
+    """Exports of an earlier run in the same output, which this one does not write again."""
+    again = {target for target, _ in _exports(recipe)}
+    others = (Path(recipe.output) / target for target in get_args(ExportTarget))
+    return [path for path in others if path.name not in again and (path / PROVENANCE_FILE).exists()]
 
 
 def _draws(recipe: Recipe) -> bool:

@@ -218,6 +218,26 @@ def test_nothing_is_left_of_the_adapter_of_a_run_before(tmp_path):
     assert not re.search("lora-one|gradinit", text, re.IGNORECASE)
 
 
+def test_nothing_is_left_of_the_exports_of_a_run_before(tmp_path):
+    quick = ("training.max_steps=1", "evaluation.metrics=[]")
+    run(PICO, tmp_path / "out", *quick, "export.targets=[merged, serving]")
+    (tmp_path / "out" / "peft").mkdir()
+    (tmp_path / "out" / "peft" / "notes.txt").write_text("mine")  # not an export
+    run(PICO, tmp_path / "out", *quick, "export.targets=[serving]")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names & {"peft", "serving", "merged"} == {"serving", "peft"}
+
+
+@pytest.mark.parametrize("targets", ["[]", "[merged]"])
+def test_an_export_with_files_of_others_is_refused_before_training(targets, tmp_path):
+    (tmp_path / "merged").mkdir()
+    for name in ("gradinit.json", "tokenizer.json"):
+        (tmp_path / "merged" / name).write_text("{}")
+    with pytest.raises(ExportError, match=r"no export writes \(tokenizer\.json\)"):
+        run(PICO, tmp_path, f"export.targets={targets}")
+    assert [path.name for path in tmp_path.iterdir()] == ["merged"]
+
+
 def test_resuming_continues_the_same_run(tmp_path):
     more = ("training.save_steps=2", "training.max_steps=4", "training.learning_rate=1e-2")
     want = run(PICO, tmp_path / "whole", *more)
