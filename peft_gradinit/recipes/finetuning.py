@@ -79,11 +79,7 @@ def finetune(recipe: Recipe) -> dict[str, Any]:
         write_json(output / RESULTS, results)
         if draws:
             draw_losses(_curves(results, baselines), output / PICTURE)
-        for folder in _left_exports(recipe):
-            check_directory(folder, overwrite=True)
-            shutil.rmtree(folder)
-        for target, rank in _exports(recipe):
-            export_adapter(trained, output / target, target, rank, overwrite=True)
+        _export(trained, recipe)
         if recipe.push is not None:
             publish(trained, recipe.push, output / "adapter")
     state.wait_for_everyone()
@@ -273,6 +269,15 @@ def _exports(recipe: Recipe) -> list[tuple[ExportTarget, int | None]]:
         for target in recipe.export.targets
         if target != "peft" or rank is not None
     ]
+
+
+def _export(model: PeftModel, recipe: Recipe) -> None:
+    """Write the further exports, and remove those of an earlier run."""
+    for folder in _left_exports(recipe):
+        check_directory(folder, overwrite=True)
+        shutil.rmtree(folder)
+    for target, rank in _exports(recipe):
+        export_adapter(model, Path(recipe.output) / target, target, rank, overwrite=True)
 
 
 def _left_exports(recipe: Recipe) -> list[Path]:
