@@ -238,7 +238,7 @@ def _results(
         "method": recipe.method.name,
         "recipe": recipe.model_dump(mode="json"),
         "losses": [[entry["step"], entry["loss"]] for entry in history if "loss" in entry],
-        "eval_losses": [[e["step"], e["eval_loss"]] for e in history if "eval_loss" in e],
+        "eval_losses": _eval_losses(trainer),
         "metrics": metrics,
         "labels": reader.labels and list(reader.labels.head()["id2label"].values()),
         "learning_rate": _peak_rate(trainer),
@@ -246,6 +246,19 @@ def _results(
         "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "start": report.to_dict() if report else None,
     }
+
+
+def _eval_losses(trainer: Trainer) -> list[list[float]]:
+    """Steps and losses of the evaluation, one for each step: that of the model at this step.
+
+    The evaluation after training logs at the last step as well, maybe of the best model, which is that
+    of another step.
+    """
+    state = trainer.state
+    logged = [(e["step"], e["eval_loss"]) for e in state.log_history if "eval_loss" in e]
+    if trainer.args.load_best_model_at_end and state.best_model_checkpoint:
+        logged = logged[:-1]
+    return [[step, loss] for step, loss in dict(reversed(logged)).items()][::-1]
 
 
 def _peak_rate(trainer: Trainer) -> float:

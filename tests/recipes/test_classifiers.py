@@ -103,6 +103,27 @@ def test_the_best_checkpoint_is_chosen_by_a_metric_of_the_evaluation(name, tmp_p
     assert state["best_metric"] == best
 
 
+@pytest.mark.parametrize(
+    ("more", "steps"),
+    [
+        ({}, [1, 2]),
+        ({"load_best_model_at_end": False}, [1, 2]),
+        ({"max_steps": 3, "save_steps": 2, "load_best_model_at_end": False}, [2, 3]),
+    ],
+)
+def test_a_step_has_the_one_evaluation_loss_of_its_model(more, steps, tmp_path):
+    folder = save_classifier(tmp_path / "model")
+    data = {"path": reviews(tmp_path, [5, 1, 2] * 3), "n_eval": 6}
+    training = {**BEST, **more}
+    evaluation = {"metrics": [], "steps": training["save_steps"]}
+    results = finetune(recipe(tmp_path, folder, data, training=training, evaluation=evaluation))
+    assert [step for step, _ in results["eval_losses"]] == steps
+    last = tmp_path / "out" / "checkpoints" / "checkpoint-2" / "trainer_state.json"
+    logged = json.loads(last.read_text())["log_history"]
+    in_training = [[e["step"], e["eval_loss"]] for e in logged if "eval_loss" in e]
+    assert results["eval_losses"][: len(in_training)] == in_training
+
+
 def test_a_best_checkpoint_by_what_is_not_measured_is_refused_first(tmp_path, monkeypatch):
     monkeypatch.setattr("peft_gradinit.recipes.reading.load_model", None)
     folder = save_classifier(tmp_path / "model")
