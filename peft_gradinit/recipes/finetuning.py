@@ -2,9 +2,8 @@
 
 import dataclasses
 import json
-import shutil
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, cast
 
 import transformers
 from peft import PeftConfig, PeftModel, get_peft_model
@@ -15,7 +14,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from ..analysis import check_available, draw_losses, is_available
 from ..calibration import DEFERRED
 from ..errors import ConfigError, warn
-from ..export import ExportTarget, check_directory, check_export, export_adapter
+from ..export import check_export
 from ..files import check_writable, write_json
 from ..layouts import process_state
 from ..methods import METHODS
@@ -23,6 +22,7 @@ from ..records import PROVENANCE_FILE, facts_of, read_provenance, unsaved
 from ..tuners import deferred_adapters, load_for_training, restore_record
 from .data import load_rows
 from .evaluation import check_evaluation, evaluate_model
+from .exporting import check_places, exports_of, write_exports
 from .methods import adapter_config, calibration_of
 from .models import untrained_modules
 from .publishing import make_repository, publish
@@ -49,8 +49,7 @@ def finetune(recipe: Recipe) -> dict[str, Any]:
     """
     output, state = Path(recipe.output), process_state()
     check_writable(output)
-    for folder in (*(output / target for target, _ in _exports(recipe)), *_left_exports(recipe)):
-        check_directory(folder, overwrite=True)
+    check_places(recipe)
     draws = _draws(recipe)
     transformers.set_seed(recipe.training.seed)
     baselines = {folder: _baseline(folder) for folder in recipe.baselines}
@@ -64,7 +63,7 @@ def finetune(recipe: Recipe) -> dict[str, Any]:
         model.to(state.device)
     trainer = _trainer(model, recipe, inputs, arguments, checkpoint)
     adapted: Any = trainer.model
-    for target, rank in () if deferred_adapters(adapted) else _exports(recipe):
+    for target, rank in () if deferred_adapters(adapted) else exports_of(recipe):
         check_export(adapted, target, rank)
     trainer.train(resume_from_checkpoint=checkpoint)
     trained: Any = trainer.accelerator.unwrap_model(trainer.model)
@@ -79,7 +78,7 @@ def finetune(recipe: Recipe) -> dict[str, Any]:
         write_json(output / RESULTS, results)
         if draws:
             draw_losses(_curves(results, baselines), output / PICTURE)
-        _export(trained, recipe)
+        write_exports(trained, recipe)
         if recipe.push is not None:
             publish(trained, recipe.push, output / "adapter")
     state.wait_for_everyone()
@@ -272,32 +271,6 @@ def _write(model: PeftModel, folder: Path, processor: Any) -> None:
     model.save_pretrained(str(folder))
     if hasattr(processor, "save_pretrained"):
         processor.save_pretrained(str(folder))
-
-
-def _exports(recipe: Recipe) -> list[tuple[ExportTarget, int | None]]:
-    """Forms and ranks of what is written beside the adapter itself."""
-    rank = recipe.export.rank
-    return [
-        (target, rank if target != "merged" else None)
-        for target in recipe.export.targets
-        if target != "peft" or rank is not None
-    ]
-
-
-def _export(model: PeftModel, recipe: Recipe) -> None:
-    """Write the further exports, and remove those of an earlier run."""
-    for folder in _left_exports(recipe):
-        check_directory(folder, overwrite=True)
-        shutil.rmtree(folder)
-    for target, rank in _exports(recipe):
-        export_adapter(model, Path(recipe.output) / target, target, rank, overwrite=True)
-
-
-def _left_exports(recipe: Recipe) -> list[Path]:
-    """Exports of an earlier run in the same output, which this one does not write again."""
-    again = {target for target, _ in _exports(recipe)}
-    others = (Path(recipe.output) / target for target in get_args(ExportTarget))
-    return [path for path in others if path.name not in again and (path / PROVENANCE_FILE).exists()]
 
 
 def _draws(recipe: Recipe) -> bool:

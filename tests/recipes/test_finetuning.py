@@ -319,7 +319,7 @@ def test_an_export_that_fails_loses_no_results(tmp_path, monkeypatch):
     def fail(*_, **__):
         raise ExportError("the disk is full")
 
-    monkeypatch.setattr("peft_gradinit.recipes.finetuning.export_adapter", fail)
+    monkeypatch.setattr("peft_gradinit.recipes.exporting.export_adapter", fail)
     with pytest.raises(ExportError, match="the disk is full"):
         run(PICO, tmp_path / "out", "export.targets=[merged]")
     assert json.loads((tmp_path / "out" / "results.json").read_text())["losses"]
