@@ -11,6 +11,7 @@ from datasets.exceptions import DatasetGenerationError
 
 from ..errors import ConfigError, DataError, warn
 from . import embedded
+from .chats import with_template
 from .encoding import Encoder
 from .labels import Labels
 from .preparation import prepare
@@ -20,6 +21,7 @@ from .sections import Task, nearest
 from .stored import BUILDERS, check_apart, read_stored
 
 _NEW = "encoded "
+_PLACE = "place in the dataset"
 _FAILURES = (OSError, ValueError, KeyError, RuntimeError, ImportError, DatasetGenerationError)
 
 
@@ -94,6 +96,48 @@ def encode(
     if not (section.drop_longer or section.completion_keep):
         _tell_of_empty(every, kept)
     return encoded
+
+
+def kept_rows(
+    rows: Rows,
+    section: DataSection,
+    task: Task,
+    processor: Any,
+    options: Mapping[str, Any] | None = None,
+) -> Rows:
+    """The rows that `encode` keeps, as they are in the dataset.
+
+    Args:
+        rows: what `load_rows` gave.
+        section: how they are encoded; `packing` does not matter.
+        task: a language model's.
+        processor: its tokenizer.
+        options: fields of `SFTConfig` for causal models.
+
+    Returns:
+        Rows of the dataset.
+    """
+    columns = columns_of(rows)
+    encoder = functools.partial(_placed, Encoder(section, task, processor, columns))
+    encoded = _mapped(rows.map(_place, with_indices=True), encoder, [*columns, _PLACE])
+    encoded = encoded.filter(_is_kept)
+    if task == "CAUSAL_LM" and not _is_empty(encoded):
+        unpacked = section.model_copy(update={"packing": False})
+        encoded = prepare(encoded, unpacked, with_template(section, processor), options)
+    places = frozenset(row[_PLACE] for row in encoded)
+    return rows.filter(functools.partial(_is_among, places), with_indices=True)
+
+
+def _place(row: dict[str, Any], place: int) -> dict[str, Any]:
+    return {**row, _PLACE: place}
+
+
+def _placed(encoder: Encoder, row: dict[str, Any]) -> dict[str, Any]:
+    return {**encoder(row), _PLACE: row[_PLACE]}
+
+
+def _is_among(places: frozenset[int], _: Any, place: int) -> bool:
+    return place in places
 
 
 def _tell_of_empty(every: Rows, kept: Rows) -> None:

@@ -73,10 +73,9 @@ class Encoder:
             row: of the dataset.
 
         Returns:
-            Token ids; `None` if the prompt alone is so long that training has no answer behind it, or
-            drops the row.
+            Token ids; `None` if the prompt alone is so long that training has no answer behind it.
         """
-        length, is_cut = self.section.length, not self.section.drop_longer
+        length = self.section.length
         prompt = self._asked(self._with_words(row))
         if isinstance(prompt, list):
             ids = self.processor.apply_chat_template(
@@ -87,8 +86,7 @@ class Encoder:
                 **template_options(row),
             )["input_ids"]
         elif self.task == "SEQ_2_SEQ_LM":
-            ids = list(self.processor(prompt, truncation=is_cut, max_length=length)["input_ids"])
-            return ids if len(ids) <= length else None
+            return list(self.processor(prompt, truncation=True, max_length=length)["input_ids"])
         else:
             ids = self._ids(prompt.rstrip(" "))
         return ids if len(ids) < length else None

@@ -246,7 +246,7 @@ def _tell_of_long(n_long: int, n: int, section: DataSection) -> None:
             f"all {n} prompts to evaluate on are as long as data.max_length={length} tokens, which leaves no "
             "room for an answer; set it higher, or leave evaluation.metrics empty."
         )
-    if n_long and not section.drop_longer and process_state().is_main_process:
+    if n_long and process_state().is_main_process:
         warn(
             f"{n_long} of {n} prompts to evaluate on are as long as data.max_length={length} tokens; as in "
             "the loss, their answers do not count in the metrics."

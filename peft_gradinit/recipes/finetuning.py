@@ -28,7 +28,7 @@ from .models import untrained_modules
 from .publishing import make_repository, publish
 from .reading import Reader
 from .schema import MethodSection, Recipe
-from .sections import Task
+from .sections import CLASSIFIED, Task
 from .trainers import Inputs, arguments_of, preparation_of, trainer_of
 
 RESULTS, PICTURE = "results.json", "loss.png"
@@ -100,6 +100,8 @@ def _inputs(recipe: Recipe) -> tuple[Recipe, Inputs, TrainingArguments]:
     with process_state().main_process_first():
         train = reader.encode(rows)
         evaluation = None if held_out is None else of_evaluation.encode(held_out)
+        if held_out is not None and recipe.data.drop_longer and recipe.evaluation.metrics:
+            held_out = held_out if reader.task in CLASSIFIED else reader.kept(held_out)
     return recipe, Inputs(reader, train, evaluation, held_out), arguments
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from .chats import with_template
-from .data import encode
+from .data import encode, kept_rows
 from .labels import Labels, labels_of
 from .lengths import sequence_length
 from .models import load_model, load_processor, model_config, task_of
@@ -71,6 +71,10 @@ class Reader:
     def encode(self, rows: Rows) -> Rows:
         """Turn rows into what a collator can pad; streams stay streams."""
         return encode(rows, self.section, self.task, self.processor, self.labels, self.options)
+
+    def kept(self, rows: Rows) -> Rows:
+        """The rows that `encode` keeps, as they are; for language models."""
+        return kept_rows(rows, self.section, self.task, self.processor, self.options)
 
     def packed(self, wanted: bool) -> "Reader":
         """The same reader, with or without packing."""

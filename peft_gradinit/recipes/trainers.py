@@ -60,7 +60,7 @@ class Inputs:
         reader: of the rows.
         train: encoded rows to train on.
         evaluation: encoded rows to evaluate on; `None` if there are none.
-        evaluation_rows: the same as they are in the dataset.
+        evaluation_rows: the same as they are in the dataset; longer ones are dropped from both.
     """
 
     reader: Reader

@@ -27,9 +27,11 @@ from peft_gradinit.recipes import (
 )
 from peft_gradinit.recipes.cells import in_colours
 from peft_gradinit.recipes.collation import collator
+from peft_gradinit.recipes.data import kept_rows
 from peft_gradinit.recipes.embedded import MODULES, pico_tokenizer
 from peft_gradinit.recipes.encoding import Encoder
 from peft_gradinit.recipes.evaluation import _answers
+from peft_gradinit.recipes.finetuning import _inputs
 from peft_gradinit.recipes.models import load_model, load_processor
 from tests.recipes.images import image_processor
 
@@ -442,20 +444,39 @@ def test_prompts_of_an_encoder_keep_their_end():
     assert encoder.prompt({"prompt": "a long one " * 9})[-1] == TOKENIZER.eos_token_id
 
 
+LONG = "a long one " * 9
+KEPT = {"prompt": "a", "completion": "b"}
+TOO_LONG = [{"prompt": LONG, "completion": "b"}, {"prompt": "a", "completion": LONG}]
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("task", ["CAUSAL_LM", "SEQ_2_SEQ_LM"])
+def test_the_rows_that_are_kept_are_those_of_the_loss(task, packing, is_stream):
+    rows = datasets.Dataset.from_list([TOO_LONG[0], KEPT, TOO_LONG[1], {**KEPT, "completion": "c"}])
+    rows = rows.to_iterable_dataset() if is_stream else rows
+    of_rows = section(max_length=8, drop_longer=True, packing=packing)
+    kept = kept_rows(rows, of_rows, task, TOKENIZER)
+    assert [(row["prompt"], row["completion"]) for row in kept] == [("a", "b"), ("a", "c")]
+
+
+def test_metrics_of_texts_are_of_the_rows_of_the_loss():
+    values = ["data.max_length=64", "data.n_eval=16", "calibration.max_tokens=512"]
+    recipe, inputs, _ = _inputs(load_recipe(PICO, values))
+    assert recipe.data.drop_longer
+    assert 0 < len(inputs.evaluation) == len(inputs.evaluation_rows) < 16
+
+
+PICO = Path(__file__).parents[2] / "configs/offline/pico_llama_docstrings.yaml"
 PREFERENCES = Path(__file__).parents[2] / "configs/offline/pico_llama_preferences.yaml"
 
 
 def test_prompts_without_room_for_an_answer_are_not_asked():
     """Of a causal model: the loss has no token behind them either."""
-    short, long = ({"prompt": text, "completion": "b"} for text in ("a", "a long one " * 9))
+    short, long = KEPT, TOO_LONG[0]
     encoder = Encoder(section(max_length=8), "CAUSAL_LM", TOKENIZER, list(short))
     assert encoder.prompt(short) is not None
     assert encoder.prompt(long) is None
-    dropped = Encoder(
-        section(max_length=8, drop_longer=True), "SEQ_2_SEQ_LM", TOKENIZER, ["prompt"]
-    )
-    assert dropped.prompt(short) is not None
-    assert dropped.prompt(long) is None
     recipe = load_recipe(PREFERENCES, ["evaluation.max_new_tokens=2"])
     model = load_model(recipe.model)
     with pytest.warns(
