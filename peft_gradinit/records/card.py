@@ -303,6 +303,7 @@ def _usage(facts: dict[str, Any]) -> str:
         imported,
         "",
         f"model = {auto}.from_pretrained({base}){base_note}",
+        *_padding(facts),
         f"model = PeftModel.from_pretrained(model, {where}{folder}){note}",
     )
     if facts["target"] != "serving":
@@ -313,6 +314,12 @@ def _usage(facts: dict[str, Any]) -> str:
         f"--lora-modules adapter={name[1]}"
     )
     return f"{code}\n\n```bash\n{command}\n```"
+
+
+def _padding(facts: dict[str, Any]) -> list[str]:
+    """The padding token that the adapted model had, which the checkpoint of a decoder may lack."""
+    token = facts.get("padding")
+    return [] if token is None else [f"model.config.get_text_config().pad_token_id = {token}"]
 
 
 def _head(facts: dict[str, Any]) -> str:

@@ -41,6 +41,7 @@ class AdapterRecord:
             be written.
         config: the config of the adapter, the one that the user passed.
         classes: names of a classifier's outputs, in their order; `None` if it has none.
+        padding: the padding token that a classifier of sequences had when it was saved.
     """
 
     name: str = "default"
@@ -54,6 +55,7 @@ class AdapterRecord:
     entries: tuple[frozenset[str], str] | None = None
     config: Any = dataclasses.field(default=None, repr=False, compare=False)
     classes: list[str] | None = None
+    padding: int | None = None
 
 
 def records_of(model: nn.Module) -> dict[str, AdapterRecord]:

@@ -66,6 +66,20 @@ def label_count(shapes: Mapping[str, Sequence[int]]) -> int | None:
     return sizes.pop() if len(sizes) == 1 else None
 
 
+def padding_token(model: Any) -> int | None:
+    """The padding token of a classifier of sequences; decoders classify the last token that is another.
+
+    Args:
+        model: of Transformers or of PEFT; others have none.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not type(base).__name__.endswith("ForSequenceClassification"):
+        return None
+    config = getattr(base, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return getattr(text, "pad_token_id", None)
+
+
 def class_names(model: Any) -> list[str] | None:
     """Names of a classifier's outputs, in their order; none if its config numbers them only.
 

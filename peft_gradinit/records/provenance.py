@@ -49,6 +49,7 @@ def facts_of(config: Any, record: AdapterRecord | None) -> dict[str, Any]:
         "report": record.report.to_dict() if record.report else None,
         "fingerprint": dataclasses.asdict(fingerprint) if fingerprint else None,
         "classes": record.classes,
+        "padding": record.padding,
         "dataset": _dataset_id(config),
         "versions": {name: _version(name) for name in _PACKAGES},
     }

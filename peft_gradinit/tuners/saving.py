@@ -6,7 +6,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..records import attach_record, attend, check_no_conversion, note_entries, records_of
+from ..records import (
+    attach_record,
+    attend,
+    check_no_conversion,
+    note_entries,
+    padding_token,
+    records_of,
+)
 
 
 class RecordedSaves:
@@ -36,6 +43,8 @@ class RecordedSaves:
         attend(model)
         record = records_of(model).get(adapter_name)
         attach_record(config, record)
+        if record is not None:
+            record.padding = padding_token(model)
         entries = super()._get_adapter_state_dict(  # pyright: ignore[reportAttributeAccessIssue]
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )

@@ -3,10 +3,17 @@
 import pytest
 import torch
 from peft import get_peft_model
-from transformers import ViTForImageClassification
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    ViTForImageClassification,
+)
 
-from peft_gradinit import PiSSAConfig
-from peft_gradinit.records import base_class, label_count
+from peft_gradinit import PiSSAConfig, export_adapter
+from peft_gradinit.records import base_class, label_count, padding_token
 from tests.recipes.images import save_vit
 
 OF_TRANSFORMERS = "transformers.models.vit.modeling_vit"
@@ -79,11 +86,44 @@ def test_the_code_on_the_card_of_a_classifier_runs(names, tmp_path, monkeypatch)
     adapted = get_peft_model(model, adapter)
     adapted.save_pretrained(tmp_path / "adapter")
     card = (tmp_path / "adapter" / "README.md").read_text(encoding="utf-8")
+    loaded = loaded_by(card, tmp_path / "adapter", monkeypatch)
+    pixels = torch.rand(2, 3, 16, 16)
+    assert torch.equal(loaded(pixels).logits, adapted.eval()(pixels).logits)
+    if names:
+        assert loaded.config.id2label == {0: "a", 1: "b", 2: "c"}
+
+
+def loaded_by(card, folder, monkeypatch):
+    """The model of the code on a card in `folder`, beside which its base lies."""
     code = card.partition("```python\n")[2].partition("```")[0].replace("base-model", "../base")
-    monkeypatch.chdir(tmp_path / "adapter")
+    monkeypatch.chdir(folder)
     found: dict = {}
     exec(code, found)
-    pixels = torch.rand(2, 3, 16, 16)
-    assert torch.equal(found["model"].eval()(pixels).logits, adapted.eval()(pixels).logits)
-    if names:
-        assert found["model"].config.id2label == {0: "a", 1: "b", 2: "c"}
+    return found["model"].eval()
+
+
+@pytest.mark.parametrize("way", ["saved", "serving"])
+def test_the_code_on_the_card_of_a_decoder_classifies_batches(way, tmp_path, monkeypatch):
+    """Over a checkpoint that names no padding token; the trained model got one from its tokenizer."""
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=32, num_hidden_layers=1, **small)
+    base = LlamaForSequenceClassification(config)
+    base.save_pretrained(tmp_path / "base")
+    head = {} if way == "serving" else {"task_type": "SEQ_CLS"}
+    adapted = get_peft_model(base, PiSSAConfig(r=2, target_modules=["q_proj"], **head)).eval()
+    base.config.pad_token_id = 0  # after the adapter was made, as `Trainer` does
+    if way == "serving":
+        export_adapter(adapted, tmp_path / "adapter", "serving")
+    else:
+        adapted.save_pretrained(tmp_path / "adapter")
+    card = (tmp_path / "adapter" / "README.md").read_text(encoding="utf-8")
+    ids = torch.tensor([[5, 6, 7, 8], [9, 3, 0, 0]])
+    loaded = loaded_by(card, tmp_path / "adapter", monkeypatch)
+    assert torch.allclose(loaded(ids).logits, adapted(ids).logits, atol=1e-6)
+
+
+def test_only_classifiers_of_sequences_need_a_padding_token():
+    config = BertConfig(hidden_size=8, num_attention_heads=1, num_hidden_layers=1, vocab_size=8)
+    assert padding_token(BertForSequenceClassification(config)) == 0
+    assert padding_token(BertForTokenClassification(config)) is None
+    assert padding_token(torch.nn.Linear(2, 2)) is None
