@@ -3,8 +3,8 @@
 import functools
 import re
 import warnings
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, cast
 
 import datasets
 from datasets.exceptions import DatasetGenerationError
@@ -22,6 +22,7 @@ from .stored import BUILDERS, check_apart, read_stored
 
 _NEW = "encoded "
 _PLACE = "place in the dataset"
+_Encode = Callable[[dict[str, Any]], dict[str, Any]]
 _FAILURES = (OSError, ValueError, KeyError, RuntimeError, ImportError, DatasetGenerationError)
 
 
@@ -124,7 +125,7 @@ def kept_rows(
     if task == "CAUSAL_LM" and not _is_empty(encoded):
         unpacked = section.model_copy(update={"packing": False})
         encoded = prepare(encoded, unpacked, with_template(section, processor), options)
-    places = frozenset(row[_PLACE] for row in encoded)
+    places = frozenset(cast("dict[str, Any]", row)[_PLACE] for row in encoded)
     return rows.filter(functools.partial(_is_among, places), with_indices=True)
 
 
@@ -146,7 +147,7 @@ def _tell_of_empty(every: Rows, kept: Rows) -> None:
         warn(f"{before - after} of {before} rows of the data are empty and were left out.")
 
 
-def _mapped(rows: Rows, encoder: Encoder, columns: list[str]) -> Rows:
+def _mapped(rows: Rows, encoder: _Encode, columns: list[str]) -> Rows:
     """What the encoder makes of the rows, in types of its own.
 
     `datasets` keeps the type of a column that was there before: it would turn texts into the numbers or
@@ -159,7 +160,7 @@ def _mapped(rows: Rows, encoder: Encoder, columns: list[str]) -> Rows:
     return mapped.rename_columns({name: name.removeprefix(_NEW) for name in mapped.column_names})
 
 
-def _renewed(encoder: Encoder, row: dict[str, Any]) -> dict[str, Any]:
+def _renewed(encoder: _Encode, row: dict[str, Any]) -> dict[str, Any]:
     return {_NEW + name: value for name, value in encoder(row).items()}
 
 

@@ -75,7 +75,7 @@ def padding_token(model: Any) -> int | None:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not type(base).__name__.endswith("ForSequenceClassification"):
         return None
-    config = getattr(base, "config", None)
+    config: Any = getattr(base, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     return getattr(text, "pad_token_id", None)
 
