@@ -18,7 +18,7 @@ import json
 import math
 import statistics
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -212,12 +212,11 @@ def measure(name: str, results: Path) -> Condition:
     model = METHODS[METHOD].start(task.load_model(), task, batches)
     model.eval()
     widths = [p.A.shape[1] for p in pairs(model)]
-    usable = [lr for lr, loss in losses.items() if loss <= 1.02 * min(losses.values())]
     return Condition(
         name=Path(name).stem,
         model="smollm2" if settings.task in ("reference", "functions") else settings.task,
         best=interpolated(losses),
-        factor=max(usable) / min(usable),
+        factor=_factor(losses),
         today=suggest_learning_rate(model).suggested,
         labels=labels_per_step(task),
         width=float(statistics.median(widths)),
@@ -274,6 +273,22 @@ def load(path: Path = MEASURED) -> list[Condition]:
     """What `measure` has kept."""
     kept = json.loads(path.read_text(encoding="utf-8"))
     return [Condition(name=name, **of) for name, of in kept.items()]
+
+
+def as_published(conditions: list[Condition], tasks: list[TaskSummary]) -> list[Condition]:
+    """The conditions, of which those that are tasks of the study have the best rate of its published search."""
+    losses = {task.task: _searched(task.methods[METHOD]) for task in tasks}
+    return [
+        replace(c, best=interpolated(losses[c.name]), factor=_factor(losses[c.name]))
+        if c.name in losses
+        else c
+        for c in conditions
+    ]
+
+
+def _factor(losses: dict[float, float]) -> float:
+    usable = [lr for lr, loss in losses.items() if loss <= 1.02 * min(losses.values())]
+    return max(usable) / min(usable)
 
 
 def save(conditions: list[Condition], path: Path = MEASURED) -> None:
@@ -351,9 +366,9 @@ def main() -> None:
             kept[condition.name] = condition
         save(list(kept.values()), options.measured)
     else:
-        console = Console(width=200)
-        console.print(table(load(options.measured)))
-        console.print(table_of_pairs(of_pairs(load_tasks(STUDY))))
+        console, tasks = Console(width=200), load_tasks(STUDY)
+        console.print(table(as_published(load(options.measured), tasks)))
+        console.print(table_of_pairs(of_pairs(tasks)))
 
 
 if __name__ == "__main__":

@@ -521,6 +521,18 @@ def test_what_has_no_new_runs_stays_published(tmp_path):
         assert summary.changes == (known["changes"] if lr == 5.6e-3 else {})
 
 
+def test_costs_of_calls_at_different_load_are_compared_as_steps_of_lora():
+    costs = {"start_seconds": 2.0, "step_seconds": 0.6, "lora_step_seconds": 0.5}
+    quiet = summary_of(search=SEARCHED["lora"], losses=[0.2], costs=costs)
+    quiet = dataclasses.replace(quiet, accuracies=[0.5], start_steps=0.0)
+    busy = dataclasses.replace(quiet, costs={name: 3 * value for name, value in costs.items()})
+    task = TaskSummary("digits", "", 12, {"lora": quiet, "lora_ga": busy})
+    head, *rows = [line.split(" | ") for line in markdown([task]).splitlines() if "| " in line]
+    column = head.index("time to LoRA's loss, in its steps")
+    assert [row[column] for row in rows] == ["18", "18"]  # 4 for the start, 12 steps of 1.2
+    assert all("| 4.0 | 1.20 |" in line for line in beside([task]).splitlines()[2:])
+
+
 def test_a_run_that_diverged_is_reported(tmp_path):
     study = tiny_study(tmp_path)
     save_whole_runs(study, "lora", [0.3, 0.2, 0.1])
@@ -834,7 +846,7 @@ def test_the_page_has_the_figures_of_the_optimisers_of_pairs():
 
 
 def test_the_page_has_the_figures_of_the_rules():
-    conditions = rate_rule.load()
+    conditions = rate_rule.as_published(rate_rule.load(), load(MEASURED))
     shown = re.findall(
         r"^\| (.+) \| (\S+) times \| (\S+) times \|$",
         RATES_PAGE.read_text("utf-8"),

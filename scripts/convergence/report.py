@@ -20,7 +20,7 @@ COLUMNS = (
     "steps to LoRA's loss",
     "shorter runs: loss",
     "suggested rate: loss",
-    "seconds to LoRA's loss",
+    "time to LoRA's loss, in its steps",
     "loss on old data",
     "step",
     "memory",
@@ -69,7 +69,7 @@ def _cells(task: TaskSummary, summary: Summary) -> list[str]:
         _steps_to_aim(summary, task),
         _at_rate(summary.short_lr, summary.short_loss, task.aim),
         _at_rate(summary.suggested_lr, summary.suggested_loss, task.aim),
-        _seconds_to_aim(summary, task),
+        _time_to_aim(summary, task),
         f"{statistics.mean(summary.forgetting):+.2f}" if summary.forgetting else "-",
         *(_cost(summary.costs, name) for name in RATIOS),
     ]
@@ -88,16 +88,26 @@ def _at_rate(lr: float | None, loss: float | None, aim: float) -> str:
     return "-" if loss is None else f"{lr:g}: {_next_to(loss, aim)}"
 
 
-def _seconds_to_aim(summary: Summary, task: TaskSummary) -> str:
+def _time_to_aim(summary: Summary, task: TaskSummary) -> str:
     steps, costs = steps_to(summary.curve, task.aim), summary.costs
     if not costs or steps is None:
         return "-"
     trained = steps - summary.start_steps
-    return f"{costs['start_seconds'] + trained * costs['step_seconds']:.1f}"
+    return f"{_start(costs) + trained * _ratio(costs, 'step_seconds'):.0f}"
 
 
 def _cost(costs: dict[str, float], name: str) -> str:
-    return f"{costs[name] / costs[f'lora_{name}']:.2f}" if name in costs else "-"
+    return f"{_ratio(costs, name):.2f}" if name in costs else "-"
+
+
+def _ratio(costs: dict[str, float], name: str) -> float:
+    """Next to LoRA's of the same call: seconds of two calls cannot be compared on a shared machine."""
+    return costs[name] / costs[f"lora_{name}"]
+
+
+def _start(costs: dict[str, float]) -> float:
+    """What comes before training, as that many steps of LoRA in the same call."""
+    return costs["start_seconds"] / costs["lora_step_seconds"]
 
 
 def aims(task: TaskSummary) -> str:
@@ -209,7 +219,7 @@ def _beside_table(task: TaskSummary) -> str:
 def _beside_cells(summary: Summary) -> list[str]:
     costs, changes = summary.costs, summary.changes
     return [
-        f"{costs['start_seconds']:.1f} s" if costs else "",
+        f"{_start(costs):.1f}" if costs else "",
         *(_cost(costs, name) if costs else "" for name in RATIOS),
         interval(summary.forgetting, signed=True) if summary.forgetting else "",
         f"{changes['intruders']:.2f}" if changes else "",
