@@ -55,6 +55,7 @@ def _measure(task_name: str, key: Key, device: str) -> dict[str, float]:
     found: dict[str, float] = {}
 
     def after(model: nn.Module) -> None:
+        model.float()  # a merge into bfloat16 rounds changes below half a per cent away
         merged = model.merge_and_unload() if isinstance(model, PeftModel) else model
         found.update(_of_weights(task_name, device, weights(merged)))
 
