@@ -33,7 +33,7 @@ from ..records import (
     linear_layers,
     new_card,
     plain_config,
-    records_of,
+    record_of,
     saved,
     table_of,
     unscaled,
@@ -174,7 +174,7 @@ def export_adapter(
             save_file(weights, part / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
             plain.save_pretrained(str(part), auto_mapping_dict=_auto_mapping(peft_model, plain))
             write_card(peft_model, part)
-        record = records_of(peft_model).get(adapter_name)
+        record = record_of(peft_model, adapter_name)
         facts = {**facts_of(config, record), "export": report.to_dict()}
         write_json(part / PROVENANCE_FILE, {"format": EXPORT_FORMAT, **facts})
         saved(part)
@@ -253,7 +253,7 @@ def _saved_entries(
 
 def _saved_config(peft_model: PeftModel, adapter_name: str) -> LoraConfig:
     config: Any = peft_model.peft_config[adapter_name]
-    record = records_of(peft_model).get(adapter_name)
+    record = record_of(peft_model, adapter_name)
     return plain_config(config) if record is None else config.saved_config(record)
 
 

@@ -23,6 +23,7 @@ from .live import (
     attached_record,
     init_report,
     keep_record,
+    record_of,
     records_of,
 )
 from .lora_file import (

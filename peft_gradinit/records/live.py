@@ -60,10 +60,27 @@ class AdapterRecord:
 
 def records_of(model: nn.Module) -> dict[str, AdapterRecord]:
     """The model's own dict of records by adapter name; a new one if the model has none."""
-    for module in (model, *model.modules()):
-        if (found := vars(module).get(_ATTRIBUTE)) is not None:
-            return found
-    return {}
+    holder = _holder(model)
+    return {} if holder is None else vars(holder)[_ATTRIBUTE]
+
+
+def record_of(model: nn.Module, adapter_name: str) -> AdapterRecord | None:
+    """The record of an adapter that the model has; `None` if there is no such adapter or record.
+
+    Transformers deletes an adapter without its tuner. The record stays then, and another adapter
+    may have the name by now.
+    """
+    holder = _holder(model)
+    if holder is None:
+        return None
+    record = vars(holder)[_ATTRIBUTE].get(adapter_name)
+    config = vars(holder).get("peft_config", {}).get(adapter_name)
+    return record if record is not None and record.config is config else None
+
+
+def _holder(model: nn.Module) -> nn.Module | None:
+    """The base model inside a model, which has the records and PEFT's `peft_config`."""
+    return next((m for m in (model, *model.modules()) if _ATTRIBUTE in vars(m)), None)
 
 
 def keep_record(base: nn.Module, adapter_name: str, record: AdapterRecord | None) -> None:
@@ -101,8 +118,8 @@ class WithReports:
 
         Deferred adapters have none, nor have loaded ones unless `load_for_training` restored it.
         """
-        records = vars(self.model).get(_ATTRIBUTE, {})
-        return {name: record.report for name, record in records.items() if record.report}
+        found = {name: init_report(self.model, name) for name in records_of(self.model)}
+        return {name: report for name, report in found.items() if report}
 
     @property
     def model_tags(self) -> list[str]:
@@ -148,5 +165,5 @@ def init_report(peft_model: nn.Module, adapter_name: str = "default") -> InitRep
     Returns:
         The report, which prints as a table; `None` for a deferred adapter, and for one of PEFT.
     """
-    record = records_of(peft_model).get(adapter_name)
+    record = record_of(peft_model, adapter_name)
     return record.report if record else None

@@ -12,7 +12,7 @@ from ..records import (
     check_no_conversion,
     note_entries,
     padding_token,
-    records_of,
+    record_of,
 )
 
 
@@ -41,7 +41,7 @@ class RecordedSaves:
     ) -> dict[str, Tensor]:
         cls._check_savable(model, adapter_name)
         attend(model)
-        record = records_of(model).get(adapter_name)
+        record = record_of(model, adapter_name)
         attach_record(config, record)
         if record is not None:
             record.padding = padding_token(model)

@@ -142,6 +142,19 @@ def test_a_deleted_or_failed_adapter_leaves_no_record():
     assert set(records_of(model)) == set(model.peft_config) == {"default"}
 
 
+def test_an_adapter_that_transformers_deletes_leaves_nothing_to_one_of_its_name():
+    model, fresh = pico_llama(), pico_llama()
+    model.add_adapter(config_of(PiSSAConfig, None), "first")
+    assert init_report(model, "first")
+    model.delete_adapter("first")
+    assert init_report(model, "first") is None
+    for host in (model, fresh):
+        host.add_adapter(LoraConfig(r=4, lora_alpha=64, target_modules=["k_proj"]), "first")
+    assert init_report(model, "first") is None
+    rates = [suggest_learning_rate(host, "first") for host in (model, fresh)]
+    assert rates[0] == rates[1]
+
+
 def failing(model, batch):
     raise RuntimeError("mine")
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ...layouts import plain_name, unwrapped, whole
-from ...records import PREFIX, records_of
+from ...records import PREFIX, record_of
 from ...starts import Target, targets_of
 from .deferred import is_deferred
 
@@ -108,7 +108,7 @@ def adapted_layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, A
 
 def live_targets(model: nn.Module, adapter_name: str) -> dict[str, Target]:
     """The targets of an injected adapter by name, with the ranks of the layers."""
-    record = records_of(model).get(adapter_name)
+    record = record_of(model, adapter_name)
     requested = record.requested_ranks if record else {}
     targets = {}
     for name, layer in adapted_layers(model, adapter_name):
