@@ -335,6 +335,22 @@ def test_a_deferred_adapter_refuses_to_train_and_takes_its_start_in_place():
     train_steps(peft_model, 1)
 
 
+def test_a_deleted_deferred_adapter_does_not_hold_one_of_its_name():
+    peft_model = started(calibration="deferred")
+    peft_model.add_adapter("other", config())
+    peft_model.set_adapter("other")
+    peft_model.delete_adapter("gold")
+    peft_model.add_adapter("gold", config())
+    peft_model.set_adapter("gold")
+    train_steps(peft_model, 1)
+    peft_model.set_adapter("other")
+    peft_model.delete_adapter("gold")
+    peft_model.add_adapter("gold", config(calibration="deferred"))
+    peft_model.set_adapter("gold")
+    with pytest.raises(NotInitializedError, match="calibration='deferred'"):
+        train_steps(peft_model, 1)
+
+
 @pytest.mark.parametrize(
     ("config_cls", "allocation"),
     [

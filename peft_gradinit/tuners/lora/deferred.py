@@ -1,6 +1,7 @@
 """Deferred adapters, which compute what the base model does and refuse to train without a start."""
 
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ def defer(layer: Any, adapter_name: str) -> None:
     """Make a training step through this adapter raise `NotInitializedError`."""
     for linear in _factors(layer, adapter_name):
         handle = (
-            layer.register_forward_hook(partial(_refuse_parameter, linear, adapter_name))
+            layer.register_forward_hook(partial(_refuse_parameter, adapter_name))
             if isinstance(layer, ParamWrapper)  # it reads the factors' weights and never calls them
             else linear.register_forward_hook(_refuse_to_train)
         )
@@ -67,12 +68,13 @@ def _factors(layer: Any, adapter_name: str) -> list[nn.Module]:
     return [unwrapped(layer.lora_A[adapter_name])]
 
 
-def _refuse_parameter(
-    linear: nn.Module, adapter_name: str, layer: Any, args: Any, output: Any
-) -> None:
+def _refuse_parameter(adapter_name: str, layer: Any, args: Any, output: Any) -> None:
     if adapter_name not in layer.active_adapters or layer.disable_adapters or layer.merged:
         return
-    for result in output if isinstance(output, tuple) else (output,):  # routers return several
+    # The hook outlives an adapter that PEFT deletes, and another one may have the name by now.
+    waiting = [linear for linear in _factors(layer, adapter_name) if _HANDLE in linear.__dict__]
+    results = output if isinstance(output, tuple) else (output,)  # routers return several
+    for linear, result in product(waiting, results):
         if isinstance(result, torch.Tensor) and result.requires_grad:
             _refuse_to_train(linear, args, result)
 
