@@ -17,10 +17,12 @@ from ..calibration import Calibration
 from ..errors import ConfigError, NotInitializedError, warn
 from ..layouts import is_sharded
 from ..records import init_report
+from ..starts import GradInitConfig, SpectralConfig
 from ..tuners import (
     WAYS_AROUND,
     GradInitModel,
     SVFitModel,
+    adapter_hosts,
     deferred_adapters,
     initialize,
     suggest_learning_rate,
@@ -228,7 +230,10 @@ class CalibrationCallback(TrainerCallback):
         return logged or suggest_learning_rate(peft_model, name).suggested
 
     def _adapter(self, peft_model: PeftModel) -> str:
-        return self.adapter_name or peft_model.active_adapters[0]
+        if self.adapter_name is not None:
+            return self.adapter_name
+        active: Any = peft_model.active_adapters
+        return (active() if callable(active) else active)[0]  # Transformers has a method
 
     def _peft_model(self) -> PeftModel:
         return _peft_model(self._model(), any_type=self._rates != (None, None))
@@ -290,18 +295,28 @@ class CalibrationCallback(TrainerCallback):
 
 
 def _peft_model(model: nn.Module, *, any_type: bool) -> PeftModel:
-    """The `PeftModel` with adapters of this package, or of `any_type`, in the trainer's model."""
-    peft_models = [m for m in model.modules() if isinstance(m, PeftModel)]
-    for peft_model in peft_models:
-        if any_type or isinstance(peft_model.base_model, GradInitModel | SVFitModel):
-            return peft_model
-    kinds = [str(config.peft_type) for m in peft_models for config in m.peft_config.values()]
+    """The model with adapters of this package, or of `any_type`, in the trainer's model.
+
+    It is a `PeftModel`, or one of Transformers that has added adapters to itself.
+    """
+    hosts = cast("list[PeftModel]", adapter_hosts(model))
+    for host in hosts:
+        if any_type or _has_ours(host):
+            return host
+    kinds = [str(config.peft_type) for host in hosts for config in host.peft_config.values()]
     raise ConfigError(
         f"CalibrationCallback found no adapter of this package in {type(model).__name__} "
         f"(adapters: {kinds or None}), so training would not start from a calibration; pass a "
         "config such as peft_gradinit.LoraGAConfig(…, calibration='deferred') to get_peft_model or "
         "as peft_config, or remove the callback."
     )
+
+
+def _has_ours(host: PeftModel) -> bool:
+    if isinstance(host, PeftModel):
+        return isinstance(host.base_model, GradInitModel | SVFitModel)
+    configs = host.peft_config.values()
+    return any(isinstance(config, GradInitConfig | SpectralConfig) for config in configs)
 
 
 def _check_rates(trainer: "Trainer", rate: object, head_rate: object) -> None:

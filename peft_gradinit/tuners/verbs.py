@@ -16,6 +16,7 @@ from ..starts import (
     resolve_targets,
     with_converted_targets,
 )
+from .hosts import adapter_hosts
 from .lora import GradInitModel, deferred_adapters, live_targets
 
 
@@ -53,8 +54,9 @@ def initialize(peft_model: nn.Module, data: Any, adapter_name: str = "default") 
     """Write the start of a deferred adapter into its existing parameters.
 
     Args:
-        peft_model: a model whose adapter was made with `calibration="deferred"`; under FSDP the
-            outermost module, which the training loop calls.
+        peft_model: a model whose adapter was made with `calibration="deferred"`, by `get_peft_model`
+            or by Transformers' `add_adapter`; under FSDP the outermost module, which the training
+            loop calls.
         data: whatever `calibration=` takes.
         adapter_name: which adapter.
 
@@ -65,7 +67,7 @@ def initialize(peft_model: nn.Module, data: Any, adapter_name: str = "default") 
         ConfigError: if there is no such adapter, it is of another kind, or it has its start.
     """
     runner = peft_model if is_sharded(peft_model) else None
-    tuner, config = _deferred(_peft_model_in(peft_model), adapter_name)
+    tuner, config = _deferred(peft_model, adapter_name)
     model = tuner.model
     if adapter_name not in deferred_adapters(model):
         raise ConfigError(
@@ -76,17 +78,14 @@ def initialize(peft_model: nn.Module, data: Any, adapter_name: str = "default") 
     return tuner.fill(adapter_name, compute_start(model, targets, config, data, runner))
 
 
-def _peft_model_in(model: nn.Module) -> nn.Module:
-    """The `PeftModel` inside wrappers such as FSDP1 and DDP; the model if there is none."""
-    return next((m for m in model.modules() if isinstance(m, PeftModel)), model)
-
-
-def _deferred(peft_model: Any, adapter_name: str) -> tuple[GradInitModel, GradInitConfig]:
-    tuner = getattr(peft_model, "base_model", None)
+def _deferred(model: nn.Module, adapter_name: str) -> tuple[GradInitModel, GradInitConfig]:
+    host: Any = next(iter(adapter_hosts(model)), None)
+    tuner = host.base_model if isinstance(host, PeftModel) else _tuner_around(host)
     if not isinstance(tuner, GradInitModel):
+        kinds = [type(config).__name__ for config in getattr(host, "peft_config", {}).values()]
         raise ConfigError(
-            f"initialize expects a PeftModel made with a config of this package, got "
-            f"{type(peft_model).__name__} around {type(tuner).__name__}; call "
+            f"initialize starts adapters that were made with calibration={DEFERRED!r}, got "
+            f"{type(model).__name__} (configs of its adapters: {kinds or None}); call "
             f"get_peft_model(model, LoraGAConfig(…, calibration={DEFERRED!r})) first."
         )
     if adapter_name not in tuner.peft_config:
@@ -94,6 +93,17 @@ def _deferred(peft_model: Any, adapter_name: str) -> tuple[GradInitModel, GradIn
             f"there is no adapter {adapter_name!r}; the model has {sorted(tuner.peft_config)}."
         )
     return tuner, cast("GradInitConfig", tuner.peft_config[adapter_name])
+
+
+def _tuner_around(host: Any) -> GradInitModel | None:
+    """A tuner for adapters that Transformers injected, whose own tuner is gone; `None` if none is ours."""
+    configs = getattr(host, "peft_config", {})
+    if not any(isinstance(config, GradInitConfig) for config in configs.values()):
+        return None
+    tuner = GradInitModel.__new__(GradInitModel)
+    nn.Module.__init__(tuner)  # PEFT's would inject
+    tuner.model, tuner.peft_config = host, configs
+    return tuner
 
 
 def _check_config(config: Any) -> None:

@@ -222,6 +222,18 @@ def test_only_deferred_adapters_start(tmp_path):
     assert same_factors(anchors(model, "second"), anchors(model, "third"))
 
 
+@pytest.mark.parametrize("rate", [None, "suggested"])
+def test_an_adapter_that_transformers_added_starts_and_trains_like_one_of_peft(rate, tmp_path):
+    hosted, wrapped = pico_llama(), deferred()
+    hosted.add_adapter(lora_ga(calibration="deferred"))
+    for model in (hosted, wrapped):
+        trainer = trainer_of(tmp_path, model=model, cls=Trainer, max_steps=3)
+        trainer.add_callback(CalibrationCallback(trainer, learning_rate=rate))
+        trainer.train()
+    assert deferred_adapters(hosted) == []
+    assert torch.equal(logits(hosted), logits(wrapped))
+
+
 def test_second_training_and_new_models_of_a_search(tmp_path):
     trainer = trainer_of(tmp_path, cls=Trainer)
     trainer.add_callback(CalibrationCallback(trainer))

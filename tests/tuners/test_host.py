@@ -27,7 +27,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from peft_gradinit import EvaConfig, LoraGAConfig, SVFitConfig, initialize, load_for_training
+from peft_gradinit import EvaConfig, LoraGAConfig, SVFitConfig, init_report, initialize, load_for_training
 from peft_gradinit.errors import ConfigError, NotInitializedError, TargetError
 from peft_gradinit.records import records_of
 from tests.helpers import (
@@ -205,6 +205,30 @@ def test_transformers_loads_a_state_dict_of_svfit_with_the_config_that_is_named(
     fresh.load_adapter(adapter_state_dict=state_dict, peft_config=LoraConfig(**values))
     x = token_batches()[0]
     assert relative_error(fresh.eval()(**x).logits, model.eval()(**x).logits) < FLOAT32
+
+
+@with_data
+def test_deferred_adapter_that_transformers_added_starts_and_trains(method):
+    model = pico_llama()
+    model.add_adapter(config_of(method, data="deferred"), "german")
+    with pytest.raises(NotInitializedError):
+        train_steps(model, 1)
+    with pytest.raises(ConfigError, match=r"no adapter 'default'; the model has \['german'\]"):
+        initialize(model, quiet(token_batches()))
+    report = initialize(model, quiet(token_batches()), "german")
+    want = started(method)
+    assert report.ranks() == init_report(model, "german").ranks() == init_report(want).ranks()
+    assert torch.equal(logits(model), logits(want))
+    train_steps(model, 1)
+
+
+def test_initialize_names_the_configs_where_nothing_can_be_deferred():
+    model = pico_llama()
+    with pytest.raises(ConfigError, match=r"LlamaForCausalLM \(configs of its adapters: None\)"):
+        initialize(model, Unread())
+    model.add_adapter(config_of("svfit"))
+    with pytest.raises(ConfigError, match=r"adapters: \['SVFitConfig'\]"):
+        initialize(model, Unread())
 
 
 @every_method
