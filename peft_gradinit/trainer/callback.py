@@ -295,10 +295,7 @@ class CalibrationCallback(TrainerCallback):
 
 
 def _peft_model(model: nn.Module, *, any_type: bool) -> PeftModel:
-    """The model with adapters of this package, or of `any_type`, in the trainer's model.
-
-    It is a `PeftModel`, or one of Transformers that has added adapters to itself.
-    """
+    """The model with adapters of this package, or of `any_type`, in the trainer's model."""
     hosts = cast("list[PeftModel]", adapter_hosts(model))
     for host in hosts:
         if any_type or _has_ours(host):

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+from peft.tuners.lora.layer import MultiheadAttention
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
@@ -30,7 +31,7 @@ def all_or_nothing(model: nn.Module, undo: Callable[[], object]) -> Iterator[Non
 
 
 def remove_adapter(tuner: BaseTuner, adapter_name: str) -> None:
-    """Remove all there is of an adapter, and the wrappers of its layers if it was the only one."""
+    """Remove all there is of an adapter, and the wrappers of the layers that have no other one."""
     injected = any(
         isinstance(layer, BaseTunerLayer) and adapter_name in layer._all_available_adapter_names()
         for layer in tuner.model.modules()
@@ -39,5 +40,21 @@ def remove_adapter(tuner: BaseTuner, adapter_name: str) -> None:
         tuner.unload()
     elif injected:
         tuner.delete_adapter(adapter_name)
+        while _unwrapped_one(tuner):
+            pass
     tuner.peft_config.pop(adapter_name, None)
     keep_record(tuner.model, adapter_name, None)
+
+
+def _unwrapped_one(tuner: BaseTuner) -> bool:
+    """Put the base layer back in the place of one wrapper without adapters, the outermost first."""
+    for path, layer in tuner.model.named_modules():
+        if not isinstance(layer, tuner.tuner_layer_cls) or layer._all_available_adapter_names():
+            continue
+        base = layer.base_layer
+        if isinstance(layer, MultiheadAttention):  # has wrapped a layer inside of its base
+            base = layer.unload_and_optionally_merge_module(False, False, None)
+        parent, _, child = path.rpartition(".")
+        setattr(tuner.model.get_submodule(parent), child, base)
+        return True
+    return False

@@ -27,7 +27,14 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from peft_gradinit import EvaConfig, LoraGAConfig, SVFitConfig, init_report, initialize, load_for_training
+from peft_gradinit import (
+    EvaConfig,
+    LoraGAConfig,
+    SVFitConfig,
+    init_report,
+    initialize,
+    load_for_training,
+)
 from peft_gradinit.errors import ConfigError, NotInitializedError, TargetError
 from peft_gradinit.records import records_of
 from tests.helpers import (

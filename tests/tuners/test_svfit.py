@@ -186,6 +186,7 @@ def test_interrupted_decomposition_leaves_the_model_as_it_was(monkeypatch):
     peft_model = svfitted(pico_llama())
     train_steps(peft_model, lr=0.1)
     trained, model = logits(peft_model), pico_llama()
+    narrow = svfitted(pico_llama(), target_modules=["q_proj"])
     before = {n: t.clone() for n, t in model.state_dict().items()}
     monkeypatch.setattr(SVFitConfig, "basis", interrupt)
     with pytest.raises(KeyboardInterrupt):
@@ -195,3 +196,6 @@ def test_interrupted_decomposition_leaves_the_model_as_it_was(monkeypatch):
         peft_model.add_adapter("second", svfit())
     assert torch.equal(logits(peft_model), trained)
     assert list(peft_model.peft_config) == ["default"]
+    with pytest.raises(KeyboardInterrupt):
+        narrow.add_adapter("second", svfit())
+    assert {name.rpartition(".")[2] for name in layers_of(narrow)} == {"q_proj"}

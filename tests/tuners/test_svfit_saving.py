@@ -6,7 +6,13 @@ import sys
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from safetensors.torch import load_file
 from torch import nn
 from transformers import Trainer, TrainingArguments
@@ -301,6 +307,44 @@ def test_transformers_own_integration_saves_and_loads(tmp_path):
     fresh = pico_llama()
     fresh.load_adapter(str(tmp_path))
     assert relative_error(logits(fresh), logits(model)) <= EXPORT
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute in the model")
+@pytest.mark.parametrize("save_format", ["lora", "compact"])
+def test_an_adapter_with_lora_of_transformers_around_it_saves_and_loads(save_format, tmp_path):
+    model = pico_llama()
+    model.add_adapter(svfit(task_type=None, save_format=save_format), "first")
+    model.add_adapter(LoraConfig(target_modules=["q_proj"]), "second")
+    for layer in layers_of(model).values():
+        layer.svfit_delta["first"].data += 0.3
+    model.set_adapter("first")
+    trained = logits(model)
+    model.save_pretrained(tmp_path)
+    assert not any("base_layer" in key for key in load_file(tmp_path / "adapter_model.safetensors"))
+    assert torch.equal(logits(load_for_training(pico_llama(), tmp_path)), trained)
+    saved = {
+        k: v.clone() for k, v in get_peft_model_state_dict(model, adapter_name="first").items()
+    }
+    for layer in layers_of(model).values():
+        layer.svfit_delta["first"].data.zero_()
+    set_peft_model_state_dict(model, saved, "first")
+    assert relative_error(logits(model), trained) <= EXPORT
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute in the model")
+def test_an_adapter_around_lora_of_transformers_is_refused_and_leaves_the_model_as_it_was():
+    model = pico_llama()
+    model.add_adapter(LoraConfig(target_modules=["v_proj"]), "first")
+    kinds = {name: type(module) for name, module in model.named_modules()}
+    trains = {name: p.requires_grad for name, p in model.named_parameters()}
+    with pytest.raises(
+        TargetError, match=r"v_proj, .* another kind already \(peft.*lora.*Linear\)"
+    ):
+        model.add_adapter(svfit(task_type=None, target_modules=["q_proj", "v_proj"]), "second")
+    assert {name: type(module) for name, module in model.named_modules()} == kinds
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == trains
+    assert list(model.peft_config) == ["first"]
+    model.add_adapter(svfit(task_type=None, target_modules=["q_proj"]), "second")
 
 
 @pytest.mark.parametrize("save_format", ["lora", "compact"])

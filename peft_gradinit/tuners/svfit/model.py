@@ -119,7 +119,13 @@ class SVFitModel(WithReports, RecordedSaves, OffloadedBase, BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         check_no_head(current_key, peft_config)
-        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if isinstance(target, BaseTunerLayer) and not isinstance(target, SVFitLinear):
+            raise TargetError(
+                f"SVFit cannot adapt {current_key}, which has an adapter of another kind already "
+                f"({type(target).__module__}.{type(target).__name__}): saved, that one would not load "
+                "again. Add the SVFit adapter first, or add the layer to exclude_modules."
+            )
+        base = target.get_base_layer() if isinstance(target, SVFitLinear) else target
         shape = checked_shape(current_key, base)
         r = min(*shape, peft_config.requested_rank(current_key, shape))
         layer = target if isinstance(target, SVFitLinear) else SVFitLinear(target)

@@ -25,7 +25,7 @@ Parts = tuple[Tensor, Tensor, Tensor]
 
 
 def live_layers(model: nn.Module, adapter_name: str) -> dict[str, SVFitLinear]:
-    """The layers with an adapter, by name in the base model."""
+    """The layers with an adapter, by name in the model that it was injected into."""
     return {
         name.removeprefix(PREFIX): module
         for name, module in model.named_modules()
@@ -43,8 +43,8 @@ def lora_form(
     saved = {}
     for stem, (U, delta, Vh) in _parts(entries, adapter_name).items():
         A, B = factors(U, delta, Vh)
-        saved[f"{stem}.lora_A.{adapter_name}.weight"] = A
-        saved[f"{stem}.lora_B.{adapter_name}.weight"] = B
+        saved[f"{_in_base(stem)}.lora_A.{adapter_name}.weight"] = A
+        saved[f"{_in_base(stem)}.lora_B.{adapter_name}.weight"] = B
     return saved
 
 
@@ -63,7 +63,7 @@ def compact_form(
             _HASH: torch.tensor(list(digest), dtype=torch.uint8, device="cpu"),
             _PROBE: _probe(parts),
         }
-        saved |= {f"{stem}{key}.{adapter_name}": value for key, value in values.items()}
+        saved |= {f"{_in_base(stem)}{key}.{adapter_name}": v for key, v in values.items()}
     return saved
 
 
@@ -82,6 +82,8 @@ def live_form(
     """
     names = {key: name for key in state_dict if (name := _layer_name(key)) is not None}
     is_prefixed = {name: key.startswith(PREFIX) for key, name in names.items()}
+    paths = {_in_base(path): path for path in layers}
+    layers = {name: layers[path] for name, path in paths.items()}
     if is_prefixed.keys() != layers.keys():
         raise TargetError(
             "the saved adapter and the live one adapt different layers: only the saved one has "
@@ -96,7 +98,7 @@ def live_form(
         else:
             parts = _from_compact(state_dict, stem, adapter_name, layer)
         for key, value in zip(("svfit_U", "svfit_delta", "svfit_Vh"), parts, strict=True):
-            live[f"{stem}.{key}"] = value
+            live[f"{stem.removesuffix(name)}{paths[name]}.{key}"] = value
     return live
 
 
@@ -169,6 +171,11 @@ def _parts(entries: Mapping[str, Tensor], adapter_name: str) -> dict[str, Parts]
         )
         for stem in stems
     }
+
+
+def _in_base(path: str) -> str:
+    """Name in the base model of a layer that an adapter of another kind may have been put around."""
+    return path.replace(".base_layer", "")
 
 
 def _layer_name(key: str) -> str | None:
