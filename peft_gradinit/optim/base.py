@@ -20,7 +20,14 @@ from ..errors import ConfigError
 from ..linalg import exact_products
 from ..numbers import as_python
 from .adamw import adamw_step, master_of
-from .groups import check_layout, group_of_pairs, groups_of_rest, slots_of, trainable_pairs
+from .groups import (
+    OF_MODEL,
+    check_layout,
+    group_of_pairs,
+    groups_of_rest,
+    slots_of,
+    trainable_pairs,
+)
 from .options import Common, check_options, check_positive, defaults, options_of
 from .stacks import (
     MASTER,
@@ -273,13 +280,17 @@ class PairOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state, of at least float32.
 
-        `torch.optim.Optimizer` rounds the state of a half-precision parameter to that precision.
+        `torch.optim.Optimizer` rounds the state of a half-precision parameter to that precision, and
+        takes all of a group from the state. What a group says of the model stays here.
 
         Raises:
             ConfigError: if the state is of another optimiser, or of another mode.
         """
         self._check_same(state_dict["param_groups"][0])
+        facts = [{k: g[k] for k in OF_MODEL if k in g} for g in self.param_groups]
         super().load_state_dict(state_dict)
+        for group, of_model in zip(self.param_groups, facts, strict=True):
+            group.update(of_model)
         ids = chain.from_iterable(g["params"] for g in state_dict["param_groups"])
         parameters = chain.from_iterable(g["params"] for g in self.param_groups)
         for i, parameter in zip(ids, parameters, strict=True):

@@ -32,6 +32,8 @@ _FSDP1 = (
 )
 _VARIANTS = {"DoraLinearVariant", "ALoraLinearVariant", "MiCALinearVariant", "VeloraLinearVariant"}
 """PEFT's variants of LoRA whose weight moves by `B A`."""
+OF_MODEL = ("scalings", "experts", "outputs")
+"""What the group of the pairs says of the model, and no checkpoint may change."""
 _MAGNITUDE = "lora_magnitude_vector"
 """In the names of DoRA's magnitudes, of which those of convolutions have several dimensions."""
 

@@ -441,6 +441,17 @@ def test_the_state_of_another_optimiser_is_refused():
         ROWS["lora_one-gd"].make(toy()).load_state_dict(saved)
 
 
+@every_row
+def test_the_scalings_are_those_of_the_model_and_not_those_of_a_state(row):
+    model, other = toy(), toy(lora_alpha=24)
+    optimizer, again = row.make(model), row.make(other)
+    run(model, optimizer, 1)
+    state = optimizer.state_dict()
+    again.load_state_dict(state)
+    assert again.param_groups[0]["scalings"] == [pair.scaling for pair in pairs(other)] == [8.0] * 3
+    assert state["param_groups"][0]["scalings"] == [2.0] * 3
+
+
 def run_and_save(row):
     model = toy()
     optimizer = row.make(model)
