@@ -52,6 +52,7 @@ def load_for_training(
     subfolder: str | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
+    autocast_adapter_dtype: bool = True,
 ) -> PeftModel:
     """Load a saved adapter in the form in which it was trained, to continue training it.
 
@@ -67,6 +68,8 @@ def load_for_training(
         subfolder: folder of the adapter in the directory or repository.
         revision: branch, tag or commit of the repository.
         token: token for the Hub; `True` for the one that is stored.
+        autocast_adapter_dtype: as in PEFT's `get_peft_model`: hold an adapter on layers of float16 or
+            bfloat16 in float32; `False`: in the dtype of its layers. SVFit's is float32 in any case.
 
     Returns:
         The `PeftModel`, its adapter active and trainable.
@@ -83,7 +86,7 @@ def load_for_training(
     weights = _checked_weights(directory, content, config)
     if not allow_mismatch:
         _check_base(model, config, content["fingerprint"], directory, weights)
-    peft_model = _with_adapter(model, config, adapter_name, directory)
+    peft_model = _with_adapter(model, config, adapter_name, directory, autocast_adapter_dtype)
     tuner = cast("BaseTuner", peft_model.base_model)
     with all_or_nothing(peft_model, lambda: remove_adapter(tuner, adapter_name)):
         _load(peft_model, adapter_name, directory, weights)
@@ -113,11 +116,12 @@ def _with_adapter(
     config: GradInitConfig | SpectralConfig,
     adapter_name: str,
     directory: str | os.PathLike[str],
+    autocast: bool,
 ) -> PeftModel:
     try:
         if not isinstance(model, PeftModel):
-            return get_peft_model(model, config, adapter_name)
-        model.add_adapter(adapter_name, config)
+            return get_peft_model(model, config, adapter_name, autocast_adapter_dtype=autocast)
+        model.add_adapter(adapter_name, config, autocast_adapter_dtype=autocast)
         return model
     except GradInitError:
         raise

@@ -11,7 +11,14 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from peft_gradinit import EvaConfig, LoraOneConfig, SVFitConfig, init_report, load_for_training
+from peft_gradinit import (
+    EvaConfig,
+    LoraOneConfig,
+    SVFitConfig,
+    init_report,
+    load_for_training,
+    pairs,
+)
 from peft_gradinit.errors import AdapterError, DataError, FingerprintError, ShapeError
 from peft_gradinit.records import read_adapter
 from tests.helpers import (
@@ -101,6 +108,23 @@ def test_wrong_base_is_refused_by_the_name_of_the_tensor(tmp_path):
 def test_adapter_made_in_float32_is_accepted_on_the_bfloat16_copy_of_its_base(tmp_path):
     trained().save_pretrained(tmp_path)
     load_for_training(pico_llama().to(torch.bfloat16), tmp_path)
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_the_dtype_of_an_adapter_on_a_bfloat16_base_is_as_in_get_peft_model(autocast, tmp_path):
+    def base():
+        return pico_llama().to(torch.bfloat16)
+
+    live = get_peft_model(base(), lora_ga(), autocast_adapter_dtype=autocast)
+    train_steps(live)
+    live.save_pretrained(tmp_path)
+    options = {} if autocast else {"autocast_adapter_dtype": False}
+    first = load_for_training(base(), tmp_path, **options)
+    second = load_for_training(adapted(base()), tmp_path, "second", **options)
+    for model, name in ((first, "default"), (second, "second")):
+        dtypes = {f.dtype for pair in pairs(model, name) for f in (pair.A, pair.B)}
+        assert dtypes == {torch.float32 if autocast else torch.bfloat16}
+        assert torch.equal(logits(model), logits(live))
 
 
 @pytest.mark.parametrize(
