@@ -216,8 +216,9 @@ def _ranks(
     if r < 1:
         raise TargetError(
             f"{config.method} with r={requested} cannot start {name}: its weight is {shape}, and "
-            f"even rank 1 needs {max(1, need.size(1))} singular directions; add it to "
-            "exclude_modules, or take it out of target_parameters."
+            f"even rank 1 needs {max(1, need.size(1))} singular directions; set "
+            "uncalibrated='lora' to start such a layer as plain LoRA, add it to exclude_modules, or "
+            "take it out of target_parameters."
         )
     if r != requested:
         alpha *= alpha_growth(r / requested, use_rslora=config.use_rslora)

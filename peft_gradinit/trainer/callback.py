@@ -232,8 +232,9 @@ class CalibrationCallback(TrainerCallback):
     def _adapter(self, peft_model: PeftModel) -> str:
         if self.adapter_name is not None:
             return self.adapter_name
-        active: Any = peft_model.active_adapters
-        return (active() if callable(active) else active)[0]  # Transformers has a method
+        host: Any = peft_model
+        is_peft = isinstance(host, PeftModel)  # Transformers has a method of that name
+        return (host.active_adapters if is_peft else host.active_adapters())[0]
 
     def _peft_model(self) -> PeftModel:
         return _peft_model(self._model(), any_type=self._rates != (None, None))

@@ -15,5 +15,5 @@ def adapter_hosts(model: nn.Module) -> list[nn.Module]:
         `inject_adapter_in_model` added adapters to.
     """
     modules = list(model.modules())
-    peft_models = [module for module in modules if isinstance(module, PeftModel)]
+    peft_models: list[nn.Module] = [module for module in modules if isinstance(module, PeftModel)]
     return peft_models or [module for module in modules if vars(module).get("peft_config")]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 from peft.tuners.lora.layer import MultiheadAttention
@@ -51,7 +52,7 @@ def _unwrapped_one(tuner: BaseTuner) -> bool:
     for path, layer in tuner.model.named_modules():
         if not isinstance(layer, tuner.tuner_layer_cls) or layer._all_available_adapter_names():
             continue
-        base = layer.base_layer
+        base = cast("Any", layer).base_layer
         if isinstance(layer, MultiheadAttention):  # has wrapped a layer inside of its base
             base = layer.unload_and_optionally_merge_module(False, False, None)
         parent, _, child = path.rpartition(".")
