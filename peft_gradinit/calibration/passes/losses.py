@@ -92,8 +92,10 @@ def output_of(model: nn.Module, batch: Any) -> Any:
         DataError: if the model's forward does not take what the batch holds.
         TypeError: one of the model itself.
     """
-    args = batch if isinstance(batch, tuple | list) else (batch,)
-    args, kwargs = ((), batch) if isinstance(batch, Mapping) else (args, {})
+    if isinstance(batch, Mapping):
+        args, kwargs = (), batch
+    else:
+        args, kwargs = batch if isinstance(batch, tuple | list) else (batch,), {}
     try:
         return model(*args, **kwargs)
     except TypeError:
