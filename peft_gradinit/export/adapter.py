@@ -36,6 +36,7 @@ from ..records import (
     record_of,
     saved,
     table_of,
+    told_record,
     unscaled,
     write_card,
 )
@@ -174,8 +175,8 @@ def export_adapter(
             save_file(weights, part / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
             plain.save_pretrained(str(part), auto_mapping_dict=_auto_mapping(peft_model, plain))
             write_card(peft_model, part)
-        record = record_of(peft_model, adapter_name)
-        facts = {**facts_of(config, record), "export": report.to_dict()}
+        facts = facts_of(config, told_record(peft_model, adapter_name))
+        facts["export"] = report.to_dict()
         write_json(part / PROVENANCE_FILE, {"format": EXPORT_FORMAT, **facts})
         saved(part)
     return report

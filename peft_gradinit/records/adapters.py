@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig
@@ -47,12 +48,14 @@ class SavedAdapter:
         layers: updates by module name in the base model, scaling included, float32.
         others: all other tensors of the file by key (embeddings, convolutions, experts, biases,
             modules trained in full).
+        facts: its `gradinit.json`, such as names of classes and the padding token; empty without one.
     """
 
     directory: str
     config: LoraConfig
     layers: Mapping[str, Factors]
     others: Mapping[str, Tensor]
+    facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def overwritten_by(self) -> str | None:
@@ -107,7 +110,7 @@ def read_adapter(directory: str | os.PathLike[str]) -> SavedAdapter:
         tensors = load_peft_weights(str(folder), device="cpu")
     except (OSError, ValueError, SafetensorError, RuntimeError, UnpicklingError) as error:
         raise AdapterError(f"cannot read the weights of {name!r}: {error}") from error
-    _check_save(folder, tensors)
+    facts = _facts_of_save(folder, tensors)
     try:
         layers, others = linear_layers(tensors, config)
     except (AttributeError, TypeError, ValueError) as error:
@@ -117,14 +120,16 @@ def read_adapter(directory: str | os.PathLike[str]) -> SavedAdapter:
             f"{name!r} holds no LoRA factors of linear layers ({len(others)} other tensors); give "
             "an adapter that adapts some."
         )
-    return SavedAdapter(name, config, layers, others)
+    return SavedAdapter(name, config, layers, others, facts)
 
 
-def _check_save(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Refuse weights that are not of the save that a `gradinit.json` beside them describes."""
-    if (folder / PROVENANCE_FILE).exists():
-        check_digests(folder, read_dict(folder / PROVENANCE_FILE), tensors)
+def _facts_of_save(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The `gradinit.json` beside weights; `AdapterError` if it describes another save."""
+    facts = read_dict(folder / PROVENANCE_FILE) if (folder / PROVENANCE_FILE).exists() else {}
+    if facts:
+        check_digests(folder, facts, tensors)
     check_finite(folder, tensors)
+    return facts
 
 
 def check_place(directory: str | os.PathLike[str], *, overwrite: bool) -> None:

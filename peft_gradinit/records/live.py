@@ -12,7 +12,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from ..statistics import Fingerprint
-from .names import class_names
+from .names import class_names, padding_token
 from .publishing import card_tags
 from .report import InitReport
 
@@ -76,6 +76,21 @@ def record_of(model: nn.Module, adapter_name: str) -> AdapterRecord | None:
     record = vars(holder)[_ATTRIBUTE].get(adapter_name)
     config = vars(holder).get("peft_config", {}).get(adapter_name)
     return record if record is not None and record.config is config else None
+
+
+def told_record(peft_model: Any, adapter_name: str) -> AdapterRecord:
+    """The record of an adapter; for one of PEFT, a record of what its model tells.
+
+    Args:
+        peft_model: of PEFT.
+        adapter_name: which adapter.
+
+    Returns:
+        The record.
+    """
+    base = peft_model.get_base_model()
+    told = AdapterRecord(classes=class_names(base), padding=padding_token(base))
+    return record_of(peft_model, adapter_name) or told
 
 
 def _holder(model: nn.Module) -> nn.Module | None:

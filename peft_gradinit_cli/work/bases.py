@@ -1,6 +1,6 @@
 """Weights of a base model, by the names that an adapter has for its layers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import transformers
@@ -75,6 +75,7 @@ def load_base(name: str, adapter: SavedAdapter) -> nn.Module:
     """
     section = model_section(name, adapter)
     model = load_model(section, auto_class=class_of(section, adapter))
+    _tell(model, adapter.facts)
     _resize(model, name, adapter)
     modules = dict(model.named_modules())
     for layer, update in adapter.layers.items():
@@ -86,6 +87,22 @@ def load_base(name: str, adapter: SavedAdapter) -> nn.Module:
                 f"the model and {want} in the adapter; give the model that it was trained on."
             )
     return model
+
+
+def _tell(model: Any, facts: Mapping[str, Any]) -> None:
+    """Write into a model's config what the adapted one had there: its classes, its padding token.
+
+    Args:
+        model: with the adapter's head.
+        facts: of the adapter.
+    """
+    classes, padding = facts.get("classes") or (), facts.get("padding")
+    if len(classes) == getattr(model.config, "num_labels", None):
+        model.config.id2label = dict(enumerate(classes))
+        model.config.label2id = {name: i for i, name in enumerate(classes)}
+    if padding is not None:
+        for config in (model.config, model.config.get_text_config()):
+            config.pad_token_id = padding
 
 
 def _resize(model: Any, name: str, adapter: SavedAdapter) -> None:

@@ -16,6 +16,7 @@ from transformers import (
     DistilBertForMaskedLM,
     DistilBertForSequenceClassification,
     LlamaForCausalLM,
+    LlamaForSequenceClassification,
     LlamaForTokenClassification,
     RobertaConfig,
     RobertaForMaskedLM,
@@ -25,7 +26,7 @@ from transformers import (
     ViTModel,
 )
 
-from peft_gradinit import PiSSAConfig
+from peft_gradinit import PiSSAConfig, export_adapter
 from peft_gradinit.records import SavedAdapter
 from peft_gradinit_cli.work.bases import model_section
 from tests.helpers import pico_llama
@@ -108,6 +109,27 @@ def test_the_class_is_the_one_that_was_adapted(run, tmp_path, case, config_class
     with torch.no_grad():
         got, want = merged(**inputs)[0], adapted(**inputs)[0]
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("config_class", [LoraConfig, PiSSAConfig])
+def test_a_merged_classifier_keeps_its_classes_and_its_padding(run, tmp_path, config_class):
+    """A decoder classifies the last token that is no padding, and its checkpoint may not name that."""
+    pico_llama().save_pretrained(tmp_path / "base")
+    names = {0: "calm", 1: "glad", 2: "sad"}
+    base = LlamaForSequenceClassification.from_pretrained(tmp_path / "base", id2label=names)
+    base.config.pad_token_id = None
+    options = {"task_type": "SEQ_CLS", "target_modules": ["q_proj"]}
+    adapted = _with_weights(get_peft_model(base, config_class(**LORA, **options)))
+    base.config.pad_token_id = 0  # after the adapter was made, as `Trainer` does
+    export_adapter(adapted, tmp_path / "adapter", rank=LORA["r"])
+    arguments = ("export", tmp_path / "adapter", tmp_path / "out", "--base", tmp_path / "base")
+    done = run(*arguments, "--target", "merged")
+    assert done.code == 0, done.err
+    merged = LlamaForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    ids = torch.tensor([[5, 6, 7, 8], [9, 3, 0, 0]])
+    assert torch.allclose(merged(ids).logits, adapted(ids).logits, atol=1e-5)
+    assert merged.config.id2label == names
+    assert merged.config.label2id["sad"] == 2
 
 
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -102,15 +102,20 @@ def loaded_by(card, folder, monkeypatch):
     return found["model"].eval()
 
 
-@pytest.mark.parametrize("way", ["saved", "serving"])
-def test_the_code_on_the_card_of_a_decoder_classifies_batches(way, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("way", "config_class"),
+    [("saved", PiSSAConfig), ("serving", PiSSAConfig), ("serving", LoraConfig)],
+)
+def test_the_code_on_the_card_of_a_decoder_classifies_batches(
+    way, config_class, tmp_path, monkeypatch
+):
     """Over a checkpoint that names no padding token; the trained model got one from its tokenizer."""
     small = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
     config = LlamaConfig(vocab_size=32, num_hidden_layers=1, **small)
     base = LlamaForSequenceClassification(config)
     base.save_pretrained(tmp_path / "base")
     head = {} if way == "serving" else {"task_type": "SEQ_CLS"}
-    adapted = get_peft_model(base, PiSSAConfig(r=2, target_modules=["q_proj"], **head)).eval()
+    adapted = get_peft_model(base, config_class(r=2, target_modules=["q_proj"], **head)).eval()
     base.config.pad_token_id = 0  # after the adapter was made, as `Trainer` does
     if way == "serving":
         export_adapter(adapted, tmp_path / "adapter", "serving")
