@@ -27,27 +27,34 @@ def check_places(recipe: Recipe) -> None:
     Args:
         recipe: where its exports go.
     """
-    written = [Path(recipe.output) / target for target, _ in exports_of(recipe)]
-    for folder in (*written, *_left(recipe)):
+    output = Path(recipe.output)
+    for folder in {*(output / target for target, _ in exports_of(recipe)), *_earlier(output)}:
         check_directory(folder, overwrite=True)
 
 
+def remove_exports(output: Path) -> None:
+    """Remove the exports of an earlier run.
+
+    Args:
+        output: of the recipe.
+    """
+    for folder in _earlier(output):
+        check_directory(folder, overwrite=True)
+        shutil.rmtree(folder)
+
+
 def write_exports(model: PeftModel, recipe: Recipe) -> None:
-    """Write the exports, and remove those that only an earlier run in the same output has written.
+    """Write the exports.
 
     Args:
         model: the trained model.
         recipe: which exports.
     """
-    for folder in _left(recipe):
-        check_directory(folder, overwrite=True)
-        shutil.rmtree(folder)
     for target, rank in exports_of(recipe):
         export_adapter(model, Path(recipe.output) / target, target, rank, overwrite=True)
 
 
-def _left(recipe: Recipe) -> list[Path]:
-    """Exports of an earlier run that this one does not write again."""
-    again = {target for target, _ in exports_of(recipe)}
-    others = (Path(recipe.output) / target for target in get_args(ExportTarget))
-    return [path for path in others if path.name not in again and (path / PROVENANCE_FILE).exists()]
+def _earlier(output: Path) -> list[Path]:
+    """Exports in an output, which are of an earlier run."""
+    folders = (output / target for target in get_args(ExportTarget))
+    return [folder for folder in folders if (folder / PROVENANCE_FILE).exists()]

@@ -22,7 +22,7 @@ from ..records import PROVENANCE_FILE, facts_of, read_provenance, unsaved
 from ..tuners import deferred_adapters, load_for_training, restore_record
 from .data import load_rows
 from .evaluation import check_evaluation, evaluate_model
-from .exporting import check_places, exports_of, write_exports
+from .exporting import check_places, exports_of, remove_exports, write_exports
 from .methods import adapter_config, calibration_of
 from .models import untrained_modules
 from .publishing import make_repository, publish
@@ -68,6 +68,7 @@ def finetune(recipe: Recipe) -> dict[str, Any]:
     trainer.train(resume_from_checkpoint=checkpoint)
     trained: Any = trainer.accelerator.unwrap_model(trainer.model)
     if state.is_main_process:
+        _forget_earlier(output)
         _write(trained, output / "adapter", inputs.reader.processor)
     state.wait_for_everyone()
     metrics = {}
@@ -266,6 +267,13 @@ def _peak_rate(trainer: Trainer) -> float:
     """The rate that the schedule multiplies; a resumed optimiser has it from its checkpoint."""
     optimizer: Any = trainer.optimizer
     return optimizer.param_groups[0].get("initial_lr", trainer.args.learning_rate)
+
+
+def _forget_earlier(output: Path) -> None:
+    """Remove what an earlier run has made of its adapter, which the adapter of this one replaces."""
+    for name in (RESULTS, PICTURE):
+        (output / name).unlink(missing_ok=True)
+    remove_exports(output)
 
 
 def _write(model: PeftModel, folder: Path, processor: Any) -> None:

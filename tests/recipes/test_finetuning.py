@@ -228,6 +228,20 @@ def test_nothing_is_left_of_the_exports_of_a_run_before(tmp_path):
     assert names & {"peft", "serving", "merged"} == {"serving", "peft"}
 
 
+def test_an_evaluation_that_fails_leaves_no_results_of_a_run_before(tmp_path, monkeypatch):
+    quick = ("training.max_steps=1", "evaluation.metrics=[]", "export.targets=[serving]")
+    run(PICO, tmp_path / "out", *quick)
+    assert {"results.json", "loss.png", "serving"} <= {path.name for path in (tmp_path / "out").iterdir()}
+
+    def fails(*_):
+        raise MemoryError("on long answers")
+
+    monkeypatch.setattr("peft_gradinit.recipes.finetuning.evaluate_model", fails)
+    with pytest.raises(MemoryError, match="on long answers"):
+        run(PICO, tmp_path / "out", *quick, "training.learning_rate=0.1")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"adapter", "checkpoints"}
+
+
 @pytest.mark.parametrize("targets", ["[]", "[merged]"])
 def test_an_export_with_files_of_others_is_refused_before_training(targets, tmp_path):
     (tmp_path / "merged").mkdir()
