@@ -231,7 +231,9 @@ def test_nothing_is_left_of_the_exports_of_a_run_before(tmp_path):
 def test_an_evaluation_that_fails_leaves_no_results_of_a_run_before(tmp_path, monkeypatch):
     quick = ("training.max_steps=1", "evaluation.metrics=[]", "export.targets=[serving]")
     run(PICO, tmp_path / "out", *quick)
-    assert {"results.json", "loss.png", "serving"} <= {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"results.json", "loss.png", "serving"} <= {
+        path.name for path in (tmp_path / "out").iterdir()
+    }
 
     def fails(*_):
         raise MemoryError("on long answers")
