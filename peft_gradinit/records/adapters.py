@@ -88,22 +88,22 @@ class SavedAdapter:
             )
 
 
-def read_adapter(directory: str | os.PathLike[str]) -> SavedAdapter:
+def read_adapter(directory: str | os.PathLike[str], *, for_merging: bool = False) -> SavedAdapter:
     """Read a LoRA adapter with all its tensors from a folder or, by name, from the Hub.
 
+    Args:
+        directory: folder or Hub name.
+        for_merging: take any adapter that PEFT can merge into its base or write again: DoRA, whose
+            update is not `s B A`, and adapters without linear layers.
+
     Raises:
-        AdapterError: if there is none, it is damaged, its files are of different saves, or its
-            update is not `s B A`, as with DoRA.
+        AdapterError: if there is none, it is damaged, its files are of different saves, or, unless
+            `for_merging`, its update is not `s B A` of linear layers. KaSA is refused always.
     """
     name = str(directory)
     folder = _folder(name)
     config = _read_config(name, folder)
-    of_three = {"DoRA": config.use_dora, "KaSA": getattr(config, "kasa_config", None)}
-    if kind := next((kind for kind, value in of_three.items() if value), None):
-        raise AdapterError(
-            f"{name!r} is a {kind} adapter, whose update is not a product of two factors; merge it "
-            "into its base model instead."
-        )
+    _check_kind(name, config, for_merging=for_merging)
     try:
         for file in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME):
             check_is_file(folder / file)
@@ -115,12 +115,26 @@ def read_adapter(directory: str | os.PathLike[str]) -> SavedAdapter:
         layers, others = linear_layers(tensors, config)
     except (AttributeError, TypeError, ValueError) as error:
         raise AdapterError(f"{name!r} is damaged: {error}; restore the saved adapter.") from error
-    if not layers:
+    if not layers and not for_merging:
         raise AdapterError(
             f"{name!r} holds no LoRA factors of linear layers ({len(others)} other tensors); give "
             "an adapter that adapts some."
         )
     return SavedAdapter(name, config, layers, others, facts)
+
+
+def _check_kind(name: str, config: LoraConfig, *, for_merging: bool) -> None:
+    """Refuse an adapter whose update of the original weights is not `s B A`."""
+    if config.use_dora and not for_merging:
+        raise AdapterError(
+            f"{name!r} is a DoRA adapter, whose update is not a product of two factors; merge it "
+            "into its base model instead (`peft-gradinit export --target merged`)."
+        )
+    if getattr(config, "kasa_config", None):
+        raise AdapterError(
+            f"{name!r} is a KaSA adapter, whose start has changed the base weights; merge it with "
+            "PEFT's merge_and_unload() instead."
+        )
 
 
 def _facts_of_save(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:

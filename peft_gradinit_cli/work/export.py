@@ -1,7 +1,7 @@
 """What `peft-gradinit export` does."""
 
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from peft import PeftModel
 
@@ -41,7 +41,7 @@ def run(
     if target not in get_args(ExportTarget):
         raise ConfigError(f"--target must be one of {get_args(ExportTarget)}, got {target!r}.")
     check_directory(output, overwrite=overwrite)
-    saved = read_adapter(adapter)
+    saved = read_adapter(adapter, for_merging=target != "serving" and rank is None)
     saved.check_untouched_base()
     name = base or saved.config.base_model_name_or_path
     if not name:
@@ -64,8 +64,9 @@ def run(
         Column("exported_r", "exported", "d"),
         Column("error", "relative error", ".2e"),
     )
-    facts = {"written": str(output), "target": target, "rank": report.rank}
-    facts["largest relative error"] = report.largest_error
+    facts: dict[str, Any] = {"written": str(output), "target": target}
+    if target != "merged":  # which has no factors any more
+        facts |= {"rank": report.rank, "largest relative error": report.largest_error}
     Listing("", columns, rows, facts).show(as_json)
 
 

@@ -1,10 +1,11 @@
 """The base model of an adapter is the one that the adapter names, in the class that was adapted."""
 
+import copy
 import json
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -109,6 +110,50 @@ def test_the_class_is_the_one_that_was_adapted(run, tmp_path, case, config_class
     with torch.no_grad():
         got, want = merged(**inputs)[0], adapted(**inputs)[0]
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("target", ["merged", "peft"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(**LORA, target_modules=["q_proj"], use_dora=True),
+        PiSSAConfig(**LORA, target_modules=["q_proj"], use_dora=True),
+        LoraConfig(**LORA, target_modules=["embed_tokens"]),
+    ],
+    ids=["DoRA", "ours with DoRA", "embeddings"],
+)
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+def test_whatever_can_be_merged_can_be_exported(run, tmp_path, config, target):
+    """The update need be no product of factors of linear layers; that is for servers."""
+    pico_llama().save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    adapted = get_peft_model(base, copy.deepcopy(config))
+    for name, p in adapted.named_parameters():
+        if "lora_B" in name or "lora_embedding_A" in name or "magnitude" in name:
+            nn.init.normal_(p, std=0.3)
+    adapted.eval().save_pretrained(tmp_path / "adapter")
+    arguments = ("export", tmp_path / "adapter", tmp_path / "out", "--base", tmp_path / "base")
+    done = run(*arguments, "--target", target)
+    assert done.code == 0, done.err
+    assert ("rank: " in done.out) == (target == "peft")
+    if target == "merged":
+        got = LlamaForCausalLM.from_pretrained(tmp_path / "out").eval()
+    else:
+        fresh = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+        got = PeftModel.from_pretrained(fresh, tmp_path / "out").eval()
+    with torch.no_grad():
+        logits, want = got(**IDS).logits, adapted(**IDS).logits
+        plain = LlamaForCausalLM.from_pretrained(tmp_path / "base").eval()(**IDS).logits
+    torch.testing.assert_close(logits, want, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(plain, want, atol=1e-3)
+
+
+def test_servers_know_no_dora_and_the_error_says_what_to_do(run, tmp_path):
+    config = LoraConfig(**LORA, target_modules=["q_proj"], use_dora=True)
+    get_peft_model(pico_llama(), config).save_pretrained(tmp_path / "adapter")
+    done = run("export", tmp_path / "adapter", tmp_path / "out", "--target", "serving")
+    assert done.code == 1
+    assert "export --target merged" in " ".join(done.err.split())
 
 
 @pytest.mark.parametrize("config_class", [LoraConfig, PiSSAConfig])
