@@ -64,3 +64,26 @@ def check_injected_once(tuner: BaseTuner, model: nn.Module, name: str) -> None:
         f"get_peft_model got a model that has {what} already; call model.unload() on the PeftModel "
         "first and pass what that returns, or add one beside it: model.add_adapter(name, config)."
     )
+
+
+def check_not_compiled(tuner: BaseTuner, model: nn.Module, name: str) -> None:
+    """Refuse a model inside the wrapper of `torch.compile`, which is a part of all its layers' names.
+
+    What PEFT saves of such a model loads on no other one, since the wrapper is in the file as well.
+
+    Args:
+        tuner: the tuner that is about to inject.
+        model: what it was made for.
+        name: name of the new adapter.
+
+    Raises:
+        ConfigError: if it is one.
+    """
+    if not hasattr(model, "_orig_mod"):
+        return
+    tuner.peft_config.pop(name, None)
+    raise ConfigError(
+        "get_peft_model got a compiled model, and the adapter's file would name layers of the wrapper; "
+        "pass the model itself and compile it afterwards: model = torch.compile(get_peft_model(model, "
+        "config))."
+    )

@@ -27,7 +27,7 @@ def calibrate(model: nn.Module, config: GradInitConfig, data: Any) -> Calibratio
     (`direction`, `scale`, `stable_gamma`, `lora_alpha`, …).
 
     Args:
-        model: the base model, or a `PeftModel` around it.
+        model: the base model, or a `PeftModel` around it; of a compiled one, the model inside.
         config: method, targets and ranks; its own `calibration` is not used.
         data: whatever `calibration=` takes.
 
@@ -43,6 +43,7 @@ def calibrate(model: nn.Module, config: GradInitConfig, data: Any) -> Calibratio
             f"{type(config).__name__} computes its start from the weights alone: there is nothing "
             "to calibrate; pass the config to get_peft_model."
         )
+    model = getattr(model, "_orig_mod", model)  # the wrapper of torch.compile is in names of layers
     if isinstance(model, PeftModel):
         model = model.get_base_model()
     config = with_converted_targets(config, model)

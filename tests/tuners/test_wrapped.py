@@ -4,9 +4,10 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
 
+from peft_gradinit import calibrate, pairs
 from peft_gradinit.errors import ConfigError
 from peft_gradinit.records import records_of
-from tests.helpers import logits, pico_llama, train_steps
+from tests.helpers import logits, pico_llama, quiet, token_batches, train_steps
 from tests.methods.rows import INFO, config_of, every_method, started
 
 
@@ -58,6 +59,33 @@ def test_tensors_of_a_compiled_model_are_those_of_the_model(method, peft_model):
     got = get_peft_model_state_dict(torch.compile(model, backend="eager"))
     assert got.keys() == {f"_orig_mod.{key}" for key in want}
     assert all(torch.equal(got[f"_orig_mod.{key}"], tensor) for key, tensor in want.items())
+
+
+@every_method
+def test_a_compiled_base_is_refused_before_it_is_calibrated(method):
+    """PEFT would write the wrapper's name into the file, which then fits no model without one."""
+
+    def unread():
+        pytest.fail("the data were read")
+        yield
+
+    base = pico_llama()
+    with pytest.raises(ConfigError, match=r"torch\.compile\(get_peft_model\(model, config\)\)"):
+        get_peft_model(torch.compile(base, backend="eager"), config_of(method, unread()))
+    assert base.state_dict().keys() == pico_llama().state_dict().keys()
+    assert not vars(base).get("peft_config")
+    assert get_peft_model(base, config_of(method)).peft_config.keys() == {"default"}
+
+
+def test_a_calibration_of_a_compiled_model_is_that_of_the_model():
+    base = pico_llama()
+    config, data = config_of("lora_ga"), quiet(token_batches())
+    result = calibrate(torch.compile(base, backend="eager"), config, data)
+    want = get_peft_model(pico_llama(), config_of("lora_ga"))
+    got = get_peft_model(base, config_of("lora_ga", result))
+    for one, other in zip(pairs(got), pairs(want), strict=True):
+        assert one.name == other.name
+        assert torch.allclose(one.B @ one.A, other.B @ other.A, atol=1e-6)
 
 
 @pytest.mark.parametrize("method", [m for m in INFO if m != "svfit"])

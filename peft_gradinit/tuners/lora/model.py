@@ -39,7 +39,7 @@ from ...starts import (
     without_empty,
     write_patterns,
 )
-from ..checks import check_adapter_name, check_injected_once
+from ..checks import check_adapter_name, check_injected_once, check_not_compiled
 from ..copying import copied_from, copy_adapter
 from ..offloaded import OffloadedBase, check_modules_to_save
 from ..rollback import all_or_nothing, remove_adapter
@@ -90,6 +90,7 @@ class GradInitModel(WithReports, RecordedSaves, OffloadedBase, LoraModel):
             return
         check_adapter_name(adapter_name, self.prefix)
         check_injected_once(self, model, adapter_name)
+        check_not_compiled(self, model, adapter_name)
         _check_memory(low_cpu_mem_usage)
         check_modules_to_save(model, config)
         with all_or_nothing(model, lambda: remove_adapter(self, adapter_name)):

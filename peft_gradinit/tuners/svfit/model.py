@@ -33,7 +33,7 @@ from ...starts import (
     warn_of_idle,
 )
 from ...statistics import Fingerprint
-from ..checks import check_adapter_name, check_injected_once
+from ..checks import check_adapter_name, check_injected_once, check_not_compiled
 from ..copying import copied_from, copy_adapter
 from ..offloaded import OffloadedBase, check_modules_to_save
 from ..rollback import all_or_nothing, remove_adapter
@@ -64,6 +64,7 @@ class SVFitModel(WithReports, RecordedSaves, OffloadedBase, BaseTuner):
         """
         check_adapter_name(adapter_name, self.prefix)
         check_injected_once(self, model, adapter_name)
+        check_not_compiled(self, model, adapter_name)
         _check_trains(cast("SpectralConfig", self.peft_config[adapter_name]))
         if state_dict is not None:  # PEFT takes the names of the layers from it, by our prefix
             state_dict = {k.replace(".lora_", f".{self.prefix}"): v for k, v in state_dict.items()}
