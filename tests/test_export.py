@@ -32,6 +32,7 @@ from transformers import (
 
 from peft_gradinit import SVFitConfig, export_adapter, files, load_for_training
 from peft_gradinit.errors import AdapterError, ExportError, NotInitializedError
+from peft_gradinit.export import check_export
 from peft_gradinit.methods import METHODS
 from peft_gradinit.records import read_adapter
 from tests.exports import EXACT, PATTERNS, config, emptied, peft_lora, read, trained
@@ -489,6 +490,24 @@ def test_what_cannot_be_merged_is_refused(tmp_path):
     with pytest.raises(ExportError, match=r"transformers models, got a Sequential; use merge_and"):
         export_adapter(peft_model, tmp_path / "out", "merged")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.filterwarnings("ignore:.*LoRA tensor\\(s\\) have invalid shape")
+def test_a_bias_that_the_base_has_no_place_for_is_refused(tmp_path):
+    options = {"r": 2, "target_modules": ["q_proj"], "lora_bias": True, "task_type": "CAUSAL_LM"}
+    with pytest.warns(UserWarning, match="bias"):
+        model = get_peft_model(pico_llama(), LoraConfig(**options))
+    said = r"lora_bias=True gives .*q_proj a bias.*target='peft'"
+    with pytest.raises(ExportError, match=said):
+        check_export(model, "merged")
+    with pytest.raises(ExportError, match=said):
+        export_adapter(model, tmp_path / "out", "merged")
+    assert not (tmp_path / "out").exists()
+    export_adapter(model, tmp_path / "out", "peft")
+    biased = LlamaForCausalLM(
+        LlamaConfig(**pico_llama().config.to_dict() | {"attention_bias": True})
+    )
+    export_adapter(get_peft_model(biased, LoraConfig(**options)), tmp_path / "merged", "merged")
 
 
 def test_quantised_base_is_not_merged(tmp_path):

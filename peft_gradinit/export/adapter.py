@@ -197,7 +197,7 @@ def check_export(
     """Refuse what `export_adapter` would refuse, before an adapter is trained; arguments as there."""
     _checked_config(peft_model, target, rank, adapter_name)
     if target == "merged":
-        check_mergeable(peft_model.get_base_model())
+        check_mergeable(peft_model.get_base_model(), adapter_name)
     elif target == "serving" or rank is not None:
         entries = _saved_entries(peft_model, adapter_name, embeddings=True)
         _truncated(peft_model, adapter_name, entries, target, rank)

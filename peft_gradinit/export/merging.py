@@ -23,7 +23,7 @@ def merged_model(model: Any, adapter_name: str) -> PreTrainedModel:
     so they must not be written; those that wait on disk are read. Weights that its config ties and
     that differ, since the adapter has changed one or the checkpoint had two, are not tied.
     """
-    check_mergeable(model)
+    check_mergeable(model, adapter_name)
     config = copy.deepcopy(model.config)
     fresh = _skeleton(model, config)
     tensors = _tensors(fresh, model, adapter_name)
@@ -41,7 +41,7 @@ def merged_model(model: Any, adapter_name: str) -> PreTrainedModel:
     return fresh.eval()
 
 
-def check_mergeable(model: nn.Module) -> None:
+def check_mergeable(model: nn.Module, adapter_name: str) -> None:
     """Refuse a model that cannot be written with its adapter merged."""
     if not isinstance(model, PreTrainedModel):
         raise ExportError(
@@ -55,6 +55,11 @@ def check_mergeable(model: nn.Module) -> None:
                 f"the adapters {adapted.merged_adapters} are merged into {name} already; call "
                 "unmerge_adapter() first."
             )
+        if getattr(adapted, "lora_bias", {}).get(adapter_name) and not _has_bias(adapted):
+            raise ExportError(
+                f"lora_bias=True gives {name} a bias, and the base layer has no place for one; save "
+                "the adapter with target='peft', or train without."
+            )
         has_weight = isinstance(adapted._parameters.get("weight"), Tensor)
         if (has_weight or is_hqq(adapted)) and is_quantized(adapted):
             raise ExportError(
@@ -62,6 +67,10 @@ def check_mergeable(model: nn.Module) -> None:
                 "merging rounds an adapter away. Load the base unquantised, add the saved adapter "
                 "with PeftModel.from_pretrained, and export that."
             )
+
+
+def _has_bias(adapted: Any) -> bool:
+    return getattr(adapted.get_base_layer(), "bias", None) is not None
 
 
 def _skeleton(model: PreTrainedModel, config: Any) -> PreTrainedModel:

@@ -25,6 +25,7 @@ from .live import (
     keep_record,
     record_of,
     records_of,
+    targets_asked,
     told_record,
 )
 from .lora_file import (

@@ -30,7 +30,8 @@ class AdapterRecord:
     Attributes:
         name: of the adapter.
         resolved: options that were injected with another value than the user's: patterns with the
-            ranks that the layers got, exclusions of layers that lost their adapter.
+            ranks that the layers got, exclusions of layers that lost their adapter; and the targets,
+            since names take the place of a word.
         ranks: rank of every adapted layer, by name in the base model.
         requested_ranks: rank that the config asked for, by name, of layers that got another one.
         fan_in_fan_out: the option of the saved config; for SVFit, whose live config lacks it.
@@ -42,6 +43,7 @@ class AdapterRecord:
         config: the config of the adapter, the one that the user passed.
         classes: names of a classifier's outputs, in their order; `None` if it has none.
         padding: the padding token that a classifier of sequences had when it was saved.
+        asked: `target_modules` of the config before the injection, such as `"auto"`.
     """
 
     name: str = "default"
@@ -56,6 +58,7 @@ class AdapterRecord:
     config: Any = dataclasses.field(default=None, repr=False, compare=False)
     classes: list[str] | None = None
     padding: int | None = None
+    asked: Any = None
 
 
 def records_of(model: nn.Module) -> dict[str, AdapterRecord]:
@@ -120,6 +123,26 @@ def attach_record(config: Any, record: AdapterRecord | None) -> None:
 def attached_record(config: Any) -> AdapterRecord | None:
     """The record of the adapter that a config describes; `None` if it was never injected."""
     return vars(config).get(_RECORD)
+
+
+def targets_asked(config: Any, model: nn.Module) -> Any:
+    """The `target_modules` that a config means for a model.
+
+    PEFT replaces a word such as `"all-linear"` by the names that it means for one model. For another
+    one, which may have more layers, the config means the word again.
+
+    Args:
+        config: maybe injected before.
+        model: that it is to be injected into.
+
+    Returns:
+        A word, a pattern, or names.
+    """
+    before = attached_record(config)
+    is_here = any(record is before for record in records_of(model).values())
+    if before is None or is_here or config.target_modules != before.resolved.get("target_modules"):
+        return config.target_modules
+    return before.asked
 
 
 class WithReports:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, TargetError, warn
 from ..layouts import is_offloaded
-from ..records import alpha_growth, alpha_of, patterns, rank_of
+from ..records import alpha_growth, alpha_of, patterns, rank_of, targets_asked
 from .base import check_no_head, ends_as_head, is_trained_in_full
 from .config import GradInitConfig
 from .experts import expert_shape, expert_weights
@@ -37,7 +37,7 @@ def with_converted_targets(config: ConfigT, model: nn.Module) -> ConfigT:
     do so for the saved adapter, which is plain LoRA, and the live one must agree.
     """
     config = copy.copy(config)
-    asked = config.target_modules
+    config.target_modules = asked = targets_asked(config, model)
     if is_automatic(asked):
         config.target_modules = "all-linear"
     if config.target_modules is None:

@@ -25,7 +25,15 @@ from peft_gradinit import (
     suggest_learning_rate,
 )
 from peft_gradinit.records import records_of
-from tests.helpers import lora_ga, pico_llama, quiet, relative_error, token_batches, train_steps
+from tests.helpers import (
+    logits,
+    lora_ga,
+    pico_llama,
+    quiet,
+    relative_error,
+    token_batches,
+    train_steps,
+)
 
 TYPES = [LoraGAConfig, LoraOneConfig, EvaConfig, PiSSAConfig, SVFitConfig]
 every_type = pytest.mark.parametrize("config_cls", TYPES)
@@ -109,6 +117,33 @@ def test_one_config_serves_two_models_whose_layers_get_different_ranks(tmp_path)
         loaded = PeftModel.from_pretrained(pico_llama(seed), tmp_path / str(seed))
         for name, r in reports[seed].items():
             assert loaded.base_model.model.get_submodule(name).r["default"] == 2 * r
+
+
+@pytest.mark.parametrize("targets", ["auto", "auto+output", "all-linear"])
+@pytest.mark.parametrize("order", [(1, 3), (3, 1)])
+def test_a_word_for_targets_means_the_layers_of_every_model(targets, order, tmp_path):
+    """Though PEFT writes names for it into the config; each adapter is saved with its own."""
+    options = {"task_type": "CAUSAL_LM", "target_modules": targets}
+    config = config_of(LoraOneConfig, token_batches(), **options)
+    models = [get_peft_model(pico_llama(num_hidden_layers=n), config) for n in order]
+    for n, model in zip(order, models, strict=True):
+        fresh = config_of(LoraOneConfig, token_batches(), **options)
+        want = get_peft_model(pico_llama(num_hidden_layers=n), fresh)
+        assert init_report(model).ranks() == init_report(want).ranks()
+        model.save_pretrained(tmp_path / str(n), save_embedding_layers=False)
+        loaded = PeftModel.from_pretrained(pico_llama(num_hidden_layers=n), tmp_path / str(n))
+        assert torch.allclose(logits(loaded), logits(model), atol=1e-6)
+    names = ["q_proj", "v_proj"]
+    config.target_modules = names
+    again = get_peft_model(pico_llama(num_hidden_layers=2), config)
+    assert {name.rpartition(".")[2] for name in init_report(again).ranks()} == set(names)
+
+
+def test_a_word_for_targets_of_svfit_means_the_layers_of_every_model():
+    config = config_of(SVFitConfig, None, target_modules="all-linear", task_type="CAUSAL_LM")
+    for n in (1, 2):
+        model = get_peft_model(pico_llama(num_hidden_layers=n), config)
+        assert len(records_of(model)["default"].ranks) == 7 * n
 
 
 @every_type

@@ -26,6 +26,7 @@ from ...records import (
     keep_record,
     plain_config,
     records_of,
+    targets_asked,
 )
 from ...starts import (
     GradInitConfig,
@@ -98,7 +99,7 @@ class GradInitModel(WithReports, RecordedSaves, OffloadedBase, LoraModel):
 
     def _inject(self, model: nn.Module, adapter_name: str, options: tuple[Any, ...]) -> None:
         config = self._config(adapter_name)
-        record = AdapterRecord(adapter_name, config=config)
+        record = AdapterRecord(adapter_name, config=config, asked=targets_asked(config, model))
         source = copied_from(self.peft_config, adapter_name)
         converted = with_converted_targets(config, model)
         others = {n: other for n, other in self.peft_config.items() if n != adapter_name}
@@ -120,7 +121,8 @@ class GradInitModel(WithReports, RecordedSaves, OffloadedBase, LoraModel):
         # The user's config gets the changes that PEFT makes to any config, and no others.
         by_peft = {name: v for name, v in vars(injected).items() if v is not before.get(name)}
         vars(config).update(vars(converted) | by_peft)
-        record.resolved = differences(injected, config)
+        targeted = {"target_modules": config.target_modules}
+        record.resolved = targeted | differences(injected, config)
         record.ranks = {t.adapted: t.r for t in targets.values() if t.r}
         keep_record(model, adapter_name, record)
         attach_record(config, record)

@@ -23,6 +23,7 @@ from ...records import (
     keep_record,
     patterns,
     plain_config,
+    targets_asked,
 )
 from ...starts import (
     SpectralConfig,
@@ -77,6 +78,7 @@ class SVFitModel(WithReports, RecordedSaves, OffloadedBase, BaseTuner):
         check_not_merged(model)
         check_modules_to_save(model, config)
         weights = base_fingerprint(model, config)
+        config.target_modules = asked = targets_asked(config, model)
         _leave_out_experts(config, model)
         super().inject_adapter(model, adapter_name, *options)
         layers = live_layers(model, adapter_name)
@@ -94,7 +96,9 @@ class SVFitModel(WithReports, RecordedSaves, OffloadedBase, BaseTuner):
         record = AdapterRecord(
             adapter_name,
             config=config,
-            resolved={"rank_pattern": {**lowered, **config.rank_pattern}} if lowered else {},
+            asked=asked,
+            resolved={"target_modules": config.target_modules}
+            | ({"rank_pattern": {**lowered, **config.rank_pattern}} if lowered else {}),
             ranks=ranks,
             fan_in_fan_out=any(isinstance(base, Conv1D) for base in bases),
             fingerprint=Fingerprint(
