@@ -45,6 +45,7 @@ from .understudy import (
     TrainingBatches,
     as_in_training,
     bookkeeping,
+    check_is_own,
     drop_meaningless_check,
     loss_in_training,
     understudy_of,
@@ -188,9 +189,11 @@ class CalibrationCallback(TrainerCallback):
             kwargs: not used.
 
         Raises:
-            ConfigError: if the model has no adapter of this package, or not the one asked for.
+            ConfigError: if the model has no adapter of this package, or not the one asked for; or
+                if another trainer calls this than the one that the callback was made for.
             NotInitializedError: if the run resumes from a checkpoint that lacks the adapter.
         """
+        check_is_own(self.trainer, state)
         peft_model = self._peft_model()
         waiting = self._waiting(peft_model)
         early = [] if self.trainer.is_fsdp_enabled else self._new

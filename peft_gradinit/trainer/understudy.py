@@ -17,7 +17,7 @@ from torch.utils.data import IterableDataset
 from transformers import TrainerControl, TrainerState
 
 from ..calibration import left_as_found, unsharded
-from ..errors import DataError, warn
+from ..errors import ConfigError, DataError, warn
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -46,6 +46,23 @@ class TrainingBatches:
             # this counter, which only `training_step` advances.
             if is_online(understudy):
                 understudy._step += 1
+
+
+def check_is_own(trainer: "Trainer", state: TrainerState) -> None:
+    """Refuse the state of another trainer than the one whose model and data a callback reads.
+
+    Args:
+        trainer: that the callback was made for.
+        state: of the trainer that calls it.
+
+    Raises:
+        ConfigError: if it is another's.
+    """
+    if state is not trainer.state:
+        raise ConfigError(
+            "this CalibrationCallback was made for another trainer, whose model and data it reads; "
+            "make one for each: trainer.add_callback(CalibrationCallback(trainer))."
+        )
 
 
 def is_online(trainer: Any) -> bool:

@@ -291,6 +291,19 @@ def test_models_without_an_adapter_of_this_package_are_refused(kind, tmp_path):
         trainer.train()
 
 
+def test_a_callback_of_another_trainer_is_refused(tmp_path):
+    """As in a loop over folds that makes it once; it would read the model and the data of the first."""
+    first, second = (trainer_of(tmp_path, model=deferred(), cls=Trainer) for _ in range(2))
+    callback = CalibrationCallback(first)
+    second.add_callback(callback)
+    with pytest.raises(ConfigError, match=r"made for another trainer.*make one for each"):
+        second.train()
+    assert deferred_adapters(first.model)
+    first.add_callback(callback)
+    first.train()
+    assert not deferred_adapters(first.model)
+
+
 def test_wrong_arguments_are_refused_at_once(tmp_path):
     with pytest.raises(ConfigError, match=r"needs the trainer, got PeftModel.*add_callback"):
         CalibrationCallback(deferred())
