@@ -199,6 +199,13 @@ def _folder(name: str) -> Path:
 
 
 def _read_config(name: str, folder: Path) -> LoraConfig:
+    named = [] if (folder / CONFIG_NAME).exists() else sorted(folder.glob(f"*/{CONFIG_NAME}"))
+    if named:
+        inside = ", ".join(str(Path(name) / path.parent.name) for path in named)
+        raise AdapterError(
+            f"{name!r} holds adapters in folders of their own, since their name is not 'default'; give "
+            f"one of {inside}."
+        )
     try:
         check_is_file(folder / CONFIG_NAME)
         config = PeftConfig.from_pretrained(str(folder))

@@ -93,6 +93,15 @@ def test_one_that_the_hub_does_not_have_is_named(tmp_path):
         read_adapter("me/nothing")
 
 
+def test_adapters_in_folders_of_their_own_are_named(tmp_path):
+    model = get_peft_model(pico_llama(), LoraConfig(target_modules=["q_proj"]), "german")
+    model.add_adapter("french", LoraConfig(target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path / "out")
+    with pytest.raises(AdapterError, match=r"give one of .*out.french, .*out.german"):
+        read_adapter(tmp_path / "out")
+    assert read_adapter(tmp_path / "out" / "german").layers
+
+
 def test_what_is_no_adapter_is_refused(tmp_path):
     with pytest.raises(AdapterError, match="there is no adapter at"):
         read_adapter(tmp_path / "missing")
