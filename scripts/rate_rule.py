@@ -183,6 +183,22 @@ def _of_pairs(name: str, tasks: list[TaskSummary]) -> OfPairs:
     return found
 
 
+STARTS = ("lora", "lora_one", "lora_one_ranks", "lora_ga", "eva", "corda", "svfit")
+"""Rows with AdamW whose suggestion the page holds against the searches; the names of the study."""
+
+
+def of_starts(tasks: list[TaskSummary]) -> dict[str, dict[str, float]]:
+    """Best rate of each start over its suggestion, by the task; of those that have both."""
+    return {
+        name: {
+            task.task: interpolated(_searched(summary)) / summary.suggested_lr
+            for task in tasks
+            if (summary := task.methods.get(name)) and summary.suggested_lr
+        }
+        for name in STARTS
+    }
+
+
 def _searched(summary: Summary) -> dict[float, float]:
     return {lr: math.inf if loss is None else loss for lr, loss in summary.search.items()}
 
@@ -325,6 +341,22 @@ def table_of_pairs(found: dict[str, OfPairs]) -> Table:
     return rows
 
 
+def table_of_starts(found: dict[str, dict[str, float]]) -> Table:
+    """Starts in rows: best rate over the suggested one, by the task."""
+    rows = Table(title="starts, with AdamW: best rate over the suggestion")
+    tasks = sorted({task for of in found.values() for task in of})
+    for name in ("", *tasks):
+        rows.add_column(name, justify="right")
+    for name, of in found.items():
+        rows.add_row(*row_of_start(name, of, tasks))
+    return rows
+
+
+def row_of_start(name: str, of: dict[str, float], tasks: list[str]) -> list[str]:
+    """A row of that table, as the page has it."""
+    return [METHODS[name].title, *(f"{of[t]:.2g}" if t in of else "" for t in tasks)]
+
+
 def row_of_page(name: str, of: OfPairs, models: list[str]) -> list[str]:
     """A row of the table, as the page has it."""
     worst, mean = factors_off(over_others(of.over_adamw, of.models))
@@ -368,6 +400,7 @@ def main() -> None:
     else:
         console, tasks = Console(width=200), load_tasks(STUDY)
         console.print(table(as_published(load(options.measured), tasks)))
+        console.print(table_of_starts(of_starts(tasks)))
         console.print(table_of_pairs(of_pairs(tasks)))
 
 

@@ -845,6 +845,16 @@ def test_the_page_has_the_figures_of_the_optimisers_of_pairs():
     assert rows == [rate_rule.row_of_page(name, of, models) for name, of in found.items()]
 
 
+def test_the_page_has_the_figures_of_the_starts():
+    found = rate_rule.of_starts(load(MEASURED))
+    shown = RATES_PAGE.read_text("utf-8").partition("| start |")[2].partition("\n\n")[0]
+    tasks = ["digits", "docstrings", "functions", "reference", "topics"]
+    rows = [line[2:-2].split(" | ") for line in shown.splitlines()[2:]]
+    rows = [[cell.strip() for cell in row] for row in rows]
+    assert rows == [rate_rule.row_of_start(name, of, tasks) for name, of in found.items()]
+    assert len(rows) >= 7
+
+
 def test_the_page_has_the_figures_of_the_rules():
     conditions = rate_rule.as_published(rate_rule.load(), load(MEASURED))
     shown = re.findall(

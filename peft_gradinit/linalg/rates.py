@@ -16,7 +16,9 @@ which for plain LoRA (rows of `A` of length `1 / sqrt(3)`, `B = 0`) is `s sqrt(r
 that moves the weight `m` times as fast gets a rate that is lower by `m^2`. The first power would
 make the first step as long as plain LoRA's, and was 1.4 to 2.4 times too high for LoRA-GA on all
 three tasks. A start with shorter factors moves the weight more slowly at first, but keeps plain
-LoRA's rate: after a few steps its factors are as long as Adam makes them.
+LoRA's rate: after a few steps its factors are as long as Adam makes them. Ranks can differ, and the
+middle one counts: CorDA's longest has 70 % of the sum of squares on a language model, for the
+direction of the largest inputs, and by the sum its rate was 12 times too low there.
 
 **A new linear layer.** Adam's first step of rate `lr` moves an output by `lr` times the sum of its
 inputs' sizes, as far as the signs of the gradient agree. At the rate here that is one: as much as
@@ -37,13 +39,13 @@ USUAL_SCALING = 2.0
 """`lora_alpha = 2 r`, for adapters that have no scaling of their own."""
 
 
-def first_move(A: Float[Tensor, "r in"], B: Float[Tensor, "out r"], scaling: float) -> float:
-    """Root mean square of what Adam's first step of rate 1 adds to `s B A`; `scaling` is `s`."""
-    mean_squares = [
-        torch.linalg.matrix_norm(A.float()).item() ** 2 / A.shape[1],
-        torch.linalg.matrix_norm(B.float()).item() ** 2 / B.shape[0],
-    ]
-    return scaling * math.sqrt(sum(mean_squares))
+def first_moves(
+    A: Float[Tensor, "r in"], B: Float[Tensor, "out r"], scaling: float
+) -> Float[Tensor, " r"]:
+    """Root mean square of what each rank adds to `s B A` in Adam's first step of rate 1."""
+    of_A = A.float().square().sum(dim=1) / A.shape[1]
+    of_B = B.float().square().sum(dim=0) / B.shape[0]
+    return abs(scaling) * (of_A + of_B).sqrt()
 
 
 def lora_rate(in_features: int, r: int, scaling: float) -> float:
@@ -54,9 +56,8 @@ def lora_rate(in_features: int, r: int, scaling: float) -> float:
 def rate_of_start(A: Float[Tensor, "r in"], B: Float[Tensor, "out r"], scaling: float) -> float:
     """Rate to begin with for factors that start at `A` and `B`; `scaling` is `s`, not zero."""
     r, in_features = A.shape
-    scaling = abs(scaling)
-    usual = scaling * ROW_LENGTH * math.sqrt(r / in_features)
-    moved = first_move(A, B, scaling)
+    usual = abs(scaling) * ROW_LENGTH / math.sqrt(in_features)
+    moved = first_moves(A, B, scaling).quantile(0.5).item()
     return lora_rate(in_features, r, scaling) * min(1.0, usual / max(moved, 1e-30)) ** POWER
 
 
