@@ -27,7 +27,6 @@ tells one class from another (`scripts/bench_heads.py`).
 
 import math
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
