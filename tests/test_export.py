@@ -657,7 +657,7 @@ def test_factors_of_a_base_that_was_written_to_are_not_cut(tmp_path):
         with pytest.raises(ExportError, match=rf"{named} has changed the base.*servers load"):
             export_adapter(peft_model, tmp_path / "out", "serving")
     export_adapter(peft_model, tmp_path / "kasa")
-    with pytest.raises(AdapterError, match="is a KaSA adapter, whose update is not a product"):
+    with pytest.raises(AdapterError, match="is a KaSA adapter, whose start has changed the base"):
         read_adapter(tmp_path / "kasa")
 
 
