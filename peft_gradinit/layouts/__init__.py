@@ -9,7 +9,16 @@ from .offloading import (
     offloaded_value,
     onloaded,
 )
-from .sharding import assign, is_sharded, plain_name, resharded, unwrapped, whole, whole_modules
+from .sharding import (
+    assign,
+    is_sharded,
+    plain_name,
+    resharded,
+    uncompiled,
+    unwrapped,
+    whole,
+    whole_modules,
+)
 from .storage import is_hqq, is_packed
 from .tensor_parallel import whole_features
 from .world import Processes, agreed, process_state, processes

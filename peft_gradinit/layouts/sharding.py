@@ -71,6 +71,11 @@ def unwrapped(module: Any) -> Any:
     return module.module if isinstance(module, FullyShardedDataParallel) else module
 
 
+def uncompiled(module: Any) -> Any:
+    """The module inside the wrapper of `torch.compile`; the module itself if it has none."""
+    return getattr(module, "_orig_mod", module)
+
+
 def plain_name(name: str) -> str:
     """The name of a parameter or module without the parts that wrappers add."""
     return name.replace("_fsdp_wrapped_module.", "").replace("_orig_mod.", "")

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from ..records import give_padding_token
 from .chats import with_template
 from .data import encode, kept_rows
 from .labels import Labels, labels_of
@@ -64,8 +65,7 @@ class Reader:
         """
         model: Any = load_model(section, self.labels)
         if self.task == "SEQ_CLS":  # decoders classify the last token that is not padding
-            for config in (model.config, model.config.get_text_config()):
-                config.pad_token_id = self.processor.pad_token_id
+            give_padding_token(model, self.processor.pad_token_id)
         return model
 
     def encode(self, rows: Rows) -> Rows:

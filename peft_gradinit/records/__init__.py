@@ -47,7 +47,15 @@ from .lora_file import (
     scaling,
     unscaled,
 )
-from .names import CARD, PICTURE, PROVENANCE_FILE, base_class, label_count, padding_token
+from .names import (
+    CARD,
+    PICTURE,
+    PROVENANCE_FILE,
+    base_class,
+    give_padding_token,
+    label_count,
+    padding_token,
+)
 from .picture import BLOCK
 from .provenance import EXPORT_FORMAT, facts_of, read_provenance, write_provenance
 from .publishing import attend, check_no_conversion, saved, unsaved, write_card

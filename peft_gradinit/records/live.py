@@ -92,8 +92,9 @@ def told_record(peft_model: Any, adapter_name: str) -> AdapterRecord:
         The record.
     """
     base = peft_model.get_base_model()
-    told = AdapterRecord(classes=class_names(base), padding=padding_token(base))
-    return record_of(peft_model, adapter_name) or told
+    return record_of(peft_model, adapter_name) or AdapterRecord(
+        classes=class_names(base), padding=padding_token(base)
+    )
 
 
 def _holder(model: nn.Module) -> nn.Module | None:

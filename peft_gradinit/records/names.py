@@ -80,6 +80,17 @@ def padding_token(model: Any) -> int | None:
     return getattr(text, "pad_token_id", None)
 
 
+def give_padding_token(model: Any, token: int) -> None:
+    """Set the padding token of a classifier of sequences where Transformers reads it.
+
+    Args:
+        model: of Transformers; its config, and the part of it that is about text, get the token.
+        token: its number.
+    """
+    for config in (model.config, model.config.get_text_config()):
+        config.pad_token_id = token
+
+
 def class_names(model: Any) -> list[str] | None:
     """Names of a classifier's outputs, in their order; none if its config numbers them only.
 

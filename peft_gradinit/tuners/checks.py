@@ -5,6 +5,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
 from ..errors import ConfigError
+from ..layouts import uncompiled
 from ..records import records_of
 
 
@@ -79,7 +80,7 @@ def check_not_compiled(tuner: BaseTuner, model: nn.Module, name: str) -> None:
     Raises:
         ConfigError: if it is one.
     """
-    if not hasattr(model, "_orig_mod"):
+    if uncompiled(model) is model:
         return
     tuner.peft_config.pop(name, None)
     raise ConfigError(

@@ -7,7 +7,7 @@ from torch import nn
 
 from ..calibration import DEFERRED, Calibration, CalibrationResult
 from ..errors import ConfigError
-from ..layouts import is_sharded
+from ..layouts import is_sharded, uncompiled
 from ..records import InitReport
 from ..starts import (
     GradInitConfig,
@@ -43,7 +43,7 @@ def calibrate(model: nn.Module, config: GradInitConfig, data: Any) -> Calibratio
             f"{type(config).__name__} computes its start from the weights alone: there is nothing "
             "to calibrate; pass the config to get_peft_model."
         )
-    model = getattr(model, "_orig_mod", model)  # the wrapper of torch.compile is in names of layers
+    model = uncompiled(model)  # the wrapper is in names of layers
     if isinstance(model, PeftModel):
         model = model.get_base_model()
     config = with_converted_targets(config, model)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from peft_gradinit.errors import AdapterError
 from peft_gradinit.recipes import ModelSection, load_model, model_config, section_of
-from peft_gradinit.records import SavedAdapter, base_class, label_count
+from peft_gradinit.records import SavedAdapter, base_class, give_padding_token, label_count
 from peft_gradinit.starts import base_name, linear_shape, linear_weight
 
 
@@ -101,8 +101,7 @@ def _tell(model: Any, facts: Mapping[str, Any]) -> None:
         model.config.id2label = dict(enumerate(classes))
         model.config.label2id = {name: i for i, name in enumerate(classes)}
     if padding is not None:
-        for config in (model.config, model.config.get_text_config()):
-            config.pad_token_id = padding
+        give_padding_token(model, padding)
 
 
 def _resize(model: Any, name: str, adapter: SavedAdapter) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ...errors import DataError
-from ...layouts import execution_device
+from ...layouts import execution_device, uncompiled
 from ..copying import kept_sample, own_copy
 from ..spec import Calibration
 from .budget import Budget, Step
@@ -223,7 +223,7 @@ def _columns(sample: Any, accepted: Mapping[str, Any]) -> list[str]:
 
 
 def _forward_parameters(model: nn.Module) -> Mapping[str, Any]:
-    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper has no signature
+    model = uncompiled(model)  # torch.compile's wrapper has no signature
     return inspect.signature(model.forward).parameters
 
 

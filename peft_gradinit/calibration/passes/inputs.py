@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import CalibrationError
-from ...layouts import whole_features
+from ...layouts import uncompiled, whole_features
 from ...linalg import Components, explained_share
 from ...statistics import in_groups
 from ..capture import (
@@ -167,7 +167,7 @@ def _needed(model: nn.Module, batch: Any) -> Any:
     """Drop labels, so that no loss is computed, unless the model cannot run without them."""
     if not isinstance(batch, Mapping):
         return batch
-    model = getattr(model, "_orig_mod", model)
+    model = uncompiled(model)
     parameter = inspect.signature(model.forward).parameters.get("labels")
     required = parameter is not None and parameter.default is inspect.Parameter.empty
     if required or is_encoder_decoder(model):
