@@ -76,6 +76,11 @@ class Need:
         del r
         return 0
 
+    def found(self, readouts: Readouts, r: int) -> int:
+        """How many of the triplets of a start of rank `r` the data gave; the rest is rounding."""
+        del readouts
+        return self.size(r)
+
     def options(self) -> dict[str, Any]:
         """Options that shape the measurement. Those of a saved result must be the same."""
         return {}
@@ -147,10 +152,16 @@ class _Triplets(Measured):
     """Needs the leading triplets `U`, `S`, `Vh` of a matrix, `per_rank` of them for each rank."""
 
     allocations = ("uniform", "explained_variance")
+    rounding: ClassVar[float] = 8 * torch.finfo(torch.float32).eps
+    """What rounding leaves of a singular value that is zero, as a share of the largest."""
     per_rank: int = 1
 
     def size(self, r: int) -> int:
         return self.per_rank * r
+
+    def found(self, readouts: Readouts, r: int) -> int:
+        S = readouts["S"][: self.size(r)]
+        return int((self.rounding * S.max() < S).sum())
 
     def shapes(self, shape: Shape, size: int) -> dict[str, tuple[int, ...]]:
         return {"U": (shape[0], size), "S": (size,), "Vh": (size, shape[1])}
@@ -231,6 +242,7 @@ class Inputs(_Triplets):
     statistic = "inputs"
     title = "inputs"
     norm = "std"
+    rounding = _Triplets.rounding**0.5  # `S` is the root of a variance
     centered: bool = True
     use_labels: bool = True
     settle: float | None = None

@@ -63,6 +63,29 @@ def check_failures(
     warn(f"{config.method} gives {len(failures)} targets a plain LoRA start ({_listed(failures)}).")
 
 
+def check_ranks(
+    result: CalibrationResult, targets: Mapping[str, Target], config: GradInitConfig
+) -> None:
+    """Warn if the data have fewer directions than the ranks of a target use.
+
+    A target of full rank is left out: no rows fill the gradient of a router, whose rows sum to zero.
+    """
+    need, short = config.needs(), list[str]()
+    for name, target in targets.items():
+        readouts, used = result.readouts.get(name), need.size(target.r)
+        if not readouts or not used or used == min(target.shape or (0,)):
+            continue
+        if (found := need.found(readouts, target.r)) < used:
+            short.append(f"{name}: {found} of {used}")
+    if short:
+        more = f"; and {len(short) - 3} more" if len(short) > 3 else ""
+        warn(
+            f"the calibration found fewer directions than the ranks of {len(short)} targets use "
+            f"({'; '.join(short[:3])}{more}), and rounding decides on the others; calibrate on more "
+            "rows, or lower r."
+        )
+
+
 def _listed(failures: Mapping[str, str]) -> str:
     return "; ".join(f"{name}: {reason}" for name, reason in failures.items())
 

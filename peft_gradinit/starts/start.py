@@ -17,7 +17,7 @@ from ..records import InitReport, ModuleReport, StepCheck, scaling
 from ..statistics import Fingerprint
 from .allocation import allocated, offered_rank
 from .base import base_hashes
-from .checks import check_complete, check_failures, those_that_train
+from .checks import check_complete, check_failures, check_ranks, those_that_train
 from .config import GradInitConfig
 from .switching import adapters_disabled, check_not_merged
 from .target import Target
@@ -113,6 +113,7 @@ def compute_start(
     check_complete(result, config)
     check_failures(result.failures, targets, config)
     targets = allocated(targets, result, config, model)
+    check_ranks(result, targets, config)
     source = (result.fingerprint, result, result.options or calibration)
     return _start(model, targets, config, source, runner)
 

@@ -131,7 +131,10 @@ OF_IMAGES = {"prepare_model_inputs_fn": None, "prepare_layer_inputs_fn": _all_po
 
 
 def peft_corda(model: PreTrainedModel, task: Task, batches: list[Rows]) -> nn.Module:
-    """PEFT's own CorDA for the data of the new task; it reads one sequence at a time."""
+    """PEFT's own CorDA for the data of the new task.
+
+    It reads one sequence at a time, and takes what is behind a pooler for a sequence of numbers.
+    """
     config = LoraConfig(
         **_with_names(model, task),
         init_lora_weights="corda",
@@ -144,8 +147,19 @@ def peft_corda(model: PreTrainedModel, task: Task, batches: list[Rows]) -> nn.Mo
             for row in torch.arange(size(batch)).split(1):
                 model(**select(batch, row))
 
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    hooks = [layer.register_forward_pre_hook(_with_positions) for layer in layers]
     preprocess_corda(model, config, run_model=run_model)
+    for hook in hooks:
+        hook.remove()
     return get_peft_model(model, config)
+
+
+def _with_positions(layer: nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+    """Inputs as `(batch, positions, features)`; behind a pooler they are `(batch, features)`."""
+    del layer
+    (x,) = args
+    return (x[:, None],) if x.dim() == 2 else args
 
 
 def peft_lora_ga(model: PreTrainedModel, task: Task, batches: list[Rows]) -> nn.Module:
