@@ -17,8 +17,8 @@ that moves the weight `m` times as fast gets a rate that is lower by `m^2`. The 
 make the first step as long as plain LoRA's, and was 1.4 to 2.4 times too high for LoRA-GA on all
 three tasks. A start with shorter factors moves the weight more slowly at first, but keeps plain
 LoRA's rate: after a few steps its factors are as long as Adam makes them. Ranks can differ, and the
-middle one counts: CorDA's longest has 70 % of the sum of squares on a language model, for the
-direction of the largest inputs, and by the sum its rate was 12 times too low there.
+middle one counts, since one long rank need not slow the others. (A start whose longest rank had 70 %
+of the sum of squares on a language model got a rate by the sum that was 12 times too low there.)
 
 **A new linear layer.** Adam's first step of rate `lr` moves an output by `lr` times the sum of its
 inputs' sizes, as far as the signs of the gradient agree. At the rate here that is one: as much as

@@ -85,11 +85,13 @@ def compute_start(
     config: GradInitConfig,
     calibration: Any,
     runner: nn.Module | None = None,
+    *,
+    adapter_name: str | None = None,
 ) -> Start:
     """Measure, or take a saved result, and compute every target's factors.
 
     The model stays as it is. `calibration` is a value of `calibration=` other than `"deferred"`.
-    `runner` is the wrapper of a sharded model.
+    `runner` is the wrapper of a sharded model, `adapter_name` the adapter if the model has it.
 
     Raises:
         ConfigError: if `calibration` is `None`, or an adapter is merged into the base weights.
@@ -109,7 +111,7 @@ def compute_start(
     if all(target.shape is None for target in targets.values()):  # there is nothing to measure
         fingerprint = _fingerprint(model, targets, config, {})
         return _start(model, targets, config, (fingerprint, None, calibration), runner)
-    result = measured(model, targets, config, calibration, runner)
+    result = measured(model, targets, config, calibration, runner, adapter_name=adapter_name)
     check_complete(result, config)
     check_failures(result.failures, targets, config)
     targets = allocated(targets, result, config, model)
@@ -152,6 +154,8 @@ def measured(
     config: GradInitConfig,
     calibration: Calibration,
     runner: nn.Module | None = None,
+    *,
+    adapter_name: str | None = None,
 ) -> CalibrationResult:
     """Run the calibration pass without adapters, or check and return a saved result."""
     saved = calibration.saved_result()
@@ -164,7 +168,7 @@ def measured(
         options = calibration.measurement_options()
         fingerprint = _fingerprint(model, targets, config, options)
     modules = {name: t.measurable for name, t in targets.items() if t.shape is not None}
-    with adapters_disabled(model):
+    with adapters_disabled(model, adapter_name):
         need = cast("Measured", config.needs())
         return measure(runner or model, modules, calibration, fingerprint, need)
 

@@ -22,10 +22,19 @@ def check_not_merged(model: nn.Module) -> None:
 
 
 @contextmanager
-def adapters_disabled(model: nn.Module) -> Iterator[None]:
-    """Run the base model alone; `ConfigError` if an adapter is merged into it."""
+def adapters_disabled(model: nn.Module, adapter_name: str | None = None) -> Iterator[None]:
+    """Run the base model alone; `ConfigError` if an adapter is merged into it.
+
+    With an adapter's name, the copies of modules that it trains in full run in place of the base's:
+    they are what its factors train with.
+    """
     check_not_merged(model)
-    with _attributes(_adapted_layers(model), _disable_adapters=True):
+    layers = _adapted_layers(model)
+    copies = [m for m in layers if _is_copy(m) and adapter_name in _adapters_of(m)]
+    with (
+        _attributes(layers, _disable_adapters=True),
+        _attributes(copies, _disable_adapters=False, _active_adapter=[adapter_name]),
+    ):
         yield
 
 
@@ -49,6 +58,10 @@ def _adapted_layers(model: nn.Module) -> list[Any]:
 def _is_adapted(kind: type) -> bool:
     # Not `issubclass`: for abstract classes, as PEFT's are, it asks all of their children.
     return BaseTunerLayer in kind.__mro__ or AuxiliaryTrainingWrapper in kind.__mro__
+
+
+def _is_copy(layer: nn.Module) -> bool:
+    return AuxiliaryTrainingWrapper in type(layer).__mro__
 
 
 def _adapters_of(layer: Any) -> set[str]:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft.utils import AuxiliaryTrainingWrapper
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from ..errors import ConfigError, DataError
@@ -189,6 +189,6 @@ def _linear_layers(model: nn.Module) -> list[nn.Module]:
     return layers
 
 
-def _wrappers(model: nn.Module) -> list[tuple[str, AuxiliaryTrainingWrapper]]:
+def _wrappers(model: nn.Module) -> list[tuple[str, ModulesToSaveWrapper]]:
     named = model.named_modules()
-    return [(name, m) for name, m in named if isinstance(m, AuxiliaryTrainingWrapper)]
+    return [(name, m) for name, m in named if isinstance(m, ModulesToSaveWrapper)]

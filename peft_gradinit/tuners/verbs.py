@@ -76,7 +76,8 @@ def initialize(peft_model: nn.Module, data: Any, adapter_name: str = "default") 
             "its training; add a new adapter instead."
         )
     targets = live_targets(model, adapter_name)
-    return tuner.fill(adapter_name, compute_start(model, targets, config, data, runner))
+    start = compute_start(model, targets, config, data, runner, adapter_name=adapter_name)
+    return tuner.fill(adapter_name, start)
 
 
 def _deferred(model: nn.Module, adapter_name: str) -> tuple[GradInitModel, GradInitConfig]:

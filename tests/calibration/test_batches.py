@@ -136,6 +136,15 @@ def test_any_object_is_a_batch_for_the_loss_function(model, want):
     assert worst_error(gradients(model, ["0", "1", "2"], loss_fn=loss_fn), want) < FLOAT32
 
 
+def test_columns_that_a_collate_fn_cannot_take_are_named(model):
+    """`raw.map(tokenize)` keeps the text, and `Trainer` drops it before it collates."""
+    rows = [{**row, "text": "a row"} for row in samples()]
+    with pytest.raises(DataError, match=r"given the columns \['text'\].*remove_columns"):
+        gradients(model, rows, collate_fn=DataCollatorForSeq2Seq(tokenizer()), batch_size=5)
+    with pytest.raises(ZeroDivisionError):  # of the function, and no column is to blame
+        gradients(model, samples(), collate_fn=lambda _: 1 // 0, batch_size=5)
+
+
 def test_samples_and_collate_fn_give_batches(model, want):
     texts = [{"input_ids": r.tolist(), "text": "a"} for r in ROWS]
     for data in (texts, datasets.Dataset.from_list(texts), (t for t in texts)):

@@ -53,7 +53,7 @@ def test_a_start_that_moves_faster_gets_a_rate_that_is_lower_by_the_square(facto
 
 @pytest.mark.parametrize("times", [10.0, 1e3])
 def test_one_long_rank_does_not_lower_the_rate_of_all(times):
-    """As CorDA's, for the direction of the largest inputs; half of the ranks do."""
+    """As for a direction of large inputs; half of the ranks do."""
     A, B = plain_start()
     A, B = 2 * A, torch.zeros_like(B)
     A[0] *= times

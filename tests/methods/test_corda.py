@@ -88,6 +88,15 @@ def test_inputs_of_few_tokens_cost_no_accuracy():
 
 
 @both_modes
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_components_row_is_as_long_as_its_column(shape, mode):
+    """Else Adam learns the two at rates that depend on the units of the inputs."""
+    W, C = weight_and_moment(shape)
+    A0, B0 = corda_factors(W, C, r=5, mode=mode, scaling=2.0)
+    torch.testing.assert_close(A0.norm(dim=1), B0.norm(dim=0))
+
+
+@both_modes
 @pytest.mark.parametrize("rank", [0, 2])
 def test_directions_that_the_weight_has_not_have_short_factors(rank, mode):
     W, C = weight_and_moment((30, 20))

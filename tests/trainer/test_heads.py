@@ -225,3 +225,17 @@ def test_an_output_layer_in_full_counts_tokens_with_loss(tmp_path):
     trainer.train()
     (rate,) = rates_of(trainer)[0]
     assert 1e-2 < rate < 1e-1  # 48 inputs of a size near one
+
+
+@pytest.mark.parametrize("rate", [0.3, "suggested"])
+def test_trained_tokens_are_no_head(rate, tmp_path):
+    """Their rows train at the adapter's rate."""
+    config = LoraConfig(**LORA, modules_to_save=["lm_head"], trainable_token_indices=[1, 2])
+    trainer = trainer_of(tmp_path, model=get_peft_model(pico_llama(), config), cls=Trainer)
+    trainer.add_callback(CalibrationCallback(trainer, head_learning_rate=rate))
+    trainer.train()
+    tokens = {p.data_ptr() for n, p in trainer.model.named_parameters() if "token_adapter" in n}
+    assert tokens
+    heads = trainer.optimizer.param_groups[-1]["params"]
+    assert [tuple(p.shape) for p in heads] == [(VOCABULARY, 48)]
+    assert not tokens & {p.data_ptr() for p in heads}

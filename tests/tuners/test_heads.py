@@ -14,7 +14,7 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from peft_gradinit import LoraGAConfig, LoraOneConfig, load_for_training
+from peft_gradinit import LoraGAConfig, LoraOneConfig, initialize, load_for_training
 from peft_gradinit.errors import ConfigError, DataError, TargetError
 from tests.helpers import base_weights, quiet, same_weights
 from tests.methods.rows import config_of, every_method, started
@@ -113,6 +113,34 @@ def test_loading_that_fails_leaves_the_base_as_it_was(method, tmp_path):
     assert base_weights(model).keys() == before.keys()
     assert same_weights(before, base_weights(model))
     assert not any(isinstance(m, ModulesToSaveWrapper) for m in model.modules())
+
+
+def deferred(method):
+    """A deferred adapter of a classifier whose head is not the base's any more."""
+    options = {"task_type": "SEQ_CLS", "target_modules": ["query", "value"]}
+    peft_model = get_peft_model(roberta(), method(**options, calibration="deferred"))
+    head = next(m for m in peft_model.modules() if isinstance(m, ModulesToSaveWrapper))
+    with torch.no_grad():
+        for p in head.modules_to_save["default"].parameters():
+            p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
+    return peft_model
+
+
+@torch.no_grad()
+def loss_of(model):
+    return sum(model(**batch).loss.item() for batch in BY_ROW) / len(BY_ROW)
+
+
+@pytest.mark.parametrize("method", [LoraGAConfig, LoraOneConfig])
+def test_a_deferred_start_is_measured_with_the_adapters_own_head(method):
+    peft_model = deferred(method)
+    before = loss_of(peft_model)
+    report = initialize(peft_model, quiet(BY_ROW))
+    assert abs(before - loss_of(roberta())) > 0.1
+    assert report.facts.loss == pytest.approx(before, rel=1e-5)
+    if report.step is not None:
+        assert report.step.loss_before == pytest.approx(before, rel=1e-5)
+        assert report.step.loss_after == pytest.approx(loss_of(peft_model), rel=1e-5)
 
 
 @every_task

@@ -6,7 +6,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from peft_gradinit import LoraOneConfig, suggest_learning_rate, with_output_layer
+from peft_gradinit import EvaConfig, LoraOneConfig, suggest_learning_rate, with_output_layer
 from peft_gradinit.errors import ConfigError
 from tests.helpers import logits, pico_gpt2, pico_llama, quiet, token_batches
 from tests.moe.models import mixtral
@@ -145,3 +145,13 @@ def test_a_second_adapter_adapts_the_output_layer_as_well():
     model.set_adapter("second")
     alone = get_peft_model(pico_llama(), want)
     assert n_trained(model) == n_trained(alone)
+
+
+def test_a_start_whose_output_is_not_finite_is_told():
+    """PEFT's DoRA divides by the norm of a row of the weight, and padded vocabularies have rows of zeros."""
+    model = pico_llama()
+    with torch.no_grad():
+        model.lm_head.weight[-1] = 0
+    options = {"r": 2, "target_modules": ["lm_head"], "use_dora": True}
+    with pytest.warns(UserWarning, match="with the start of the adapter it is not.*row of zeros"):
+        get_peft_model(model, EvaConfig(**options, calibration=quiet(token_batches())))

@@ -99,6 +99,27 @@ def test_every_option_starts_at_the_base_and_reloads_plain_and_live(options, tmp
     assert torch.equal(logits(again), logits(plain))
 
 
+@pytest.mark.parametrize("name", ["default", "german"])
+def test_named_parameters_are_enough_to_save(name, tmp_path):
+    """Many scripts gather these under ZeRO-3. The anchors are buffers."""
+    peft_model = trained(config=lora_ga(), name=name)
+    entries = {n: p.detach().clone() for n, p in peft_model.named_parameters() if "lora_" in n}
+    peft_model.save_pretrained(tmp_path, state_dict=entries)
+    directory = tmp_path if name == "default" else tmp_path / name
+    loaded = PeftModel.from_pretrained(pico_llama(), directory)
+    assert relative_error(logits(loaded), logits(peft_model)) <= 1e-5
+
+
+def test_trained_factors_without_their_anchors_are_loaded_with_a_warning():
+    peft_model = trained()
+    entries = {n: p.detach().clone() for n, p in peft_model.named_parameters() if p.requires_grad}
+    want = logits(peft_model)
+    train_steps(peft_model)
+    with pytest.warns(UserWarning, match=r"without their anchors.*only if both"):
+        peft_model.load_state_dict(entries, strict=False)
+    assert torch.equal(logits(peft_model), want)
+
+
 @pytest.mark.parametrize("options", [{"lora_bias": True}, {"bias": "lora_only"}], ids=str)
 def test_trained_biases_start_at_the_base_and_reload(options, tmp_path):
     config = lora_ga(target_modules=["c_attn", "c_fc"], **options)

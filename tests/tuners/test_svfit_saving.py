@@ -111,6 +111,16 @@ def test_loading_with_low_cpu_memory_gives_the_same_float32_adapter(options, tmp
     assert torch.equal(logits(live), logits(peft_model))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_compact_adapter_that_was_cast_loads_again(dtype, tmp_path):
+    """As before an evaluation with `bf16_full_eval`; its vectors are rounded, those of the base not."""
+    peft_model = trained(pico_llama(), **COMPACT)
+    want = logits(peft_model)
+    peft_model.to(dtype).save_pretrained(tmp_path)
+    for load in (PeftModel.from_pretrained, load_for_training):
+        assert relative_error(logits(load(pico_llama(), tmp_path)), want) <= 1e-3
+
+
 def test_fresh_adapter_is_saved_and_loaded_too(tmp_path):
     peft_model = svfitted(pico_llama())
     peft_model.save_pretrained(tmp_path)

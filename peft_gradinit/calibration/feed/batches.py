@@ -171,7 +171,28 @@ def _batches_of_samples(calibration: Calibration, model: nn.Module) -> Iterator[
     is_iterable = hasattr(data, "__iter__")  # map-style torch datasets are not
     samples = iter(data) if is_iterable else (data[i] for i in range(len(data)))
     while chunk := [kept_sample(s) for s in islice(samples, calibration.batch_size)]:
-        yield calibration.collate_fn(chunk) if calibration.collate_fn else _pad(chunk, model)
+        yield _collated(chunk, calibration, model) if calibration.collate_fn else _pad(chunk, model)
+
+
+def _collated(samples: list[Any], calibration: Calibration, model: nn.Module) -> Any:
+    """The samples as the user's function makes a batch of them.
+
+    Raises:
+        DataError: if it fails on samples with columns that `Trainer` would have dropped.
+    """
+    try:
+        return calibration.collate_fn(samples)  # pyright: ignore[reportOptionalCall]
+    except Exception as error:
+        sample, accepted = samples[0], _forward_parameters(model)
+        columns = sample if isinstance(sample, Mapping) else ()
+        others = [c for c in columns if c not in accepted and c not in _LABEL_COLUMNS]
+        if not others:
+            raise
+        raise DataError(
+            f"collate_fn failed on the dataset ({error}). It was given the columns {others} as well, "
+            "which the model's forward does not take and Trainer drops; if it needs none of them, "
+            f"pass dataset.remove_columns({others})."
+        ) from error
 
 
 def _pad(samples: list[Any], model: nn.Module) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ...errors import warn
 from ...layouts import assign, unwrapped
 from ...starts import linear_weight
 from .pairs import Pair, n_experts
@@ -44,12 +45,24 @@ class Anchor(nn.Module):
         return side_by_side(trainable, self.anchor.to(trainable), self.dim, self.n)
 
 
+def _note_left_out(_module: nn.Module, state_dict: Any, prefix: str, *_: Any) -> None:
+    """Warn if a state dict has a factor that is trained, and not its anchor."""
+    if f"{prefix}original" in state_dict and f"{prefix}0.anchor" not in state_dict:
+        warn(
+            "the state dict has trained factors of an anchored adapter without their anchors, and the "
+            "live ones stay: the function is right only if both adapters have one start. Load a whole "
+            "state_dict(), or a saved adapter by load_for_training(model, directory)."
+        )
+
+
 def anchor_layer(layer: LoraLayer, adapter_name: str) -> None:
     """Give an injected LoRA layer an anchor of zeros."""
     for linear, dim in ((layer.lora_A[adapter_name], 0), (layer.lora_B[adapter_name], 1)):
         empty = torch.zeros_like(cast("Tensor", linear.weight), dtype=torch.float32)
         anchor = Anchor(empty, dim, n_experts(layer))
         parametrize.register_parametrization(linear, "weight", anchor, unsafe=True)
+        parametrized: Any = linear.parametrizations
+        parametrized.weight.register_load_state_dict_pre_hook(_note_left_out)
 
 
 def fill(pair: Pair, A0: Tensor, B0: Tensor) -> None:

@@ -84,12 +84,18 @@ def drift(model: nn.Module, adapter_name: str, start: Start) -> float | None:
         return None
     with left_as_found(runner, None, calibration.seed), torch.no_grad():
         try:
-            with adapters_disabled(model):
+            with adapters_disabled(model, adapter_name):
                 base = _output(runner, probe, calibration.loss_fn)
             with adapter_alone(model, adapter_name):
                 started = _output(runner, probe, calibration.loss_fn)
         except Exception:  # noqa: BLE001 whatever the user's code may raise on one sequence
             return None  # the drift is a number in the report, no reason to fail
+    if base.isfinite().all() and not started.isfinite().all():
+        warn(
+            "the model's output is finite, and with the start of the adapter it is not; do not train "
+            "it. With use_dora=True a row of zeros in an adapted weight does that, as a padded "
+            "vocabulary has; leave such layers out of the targets."
+        )
     return ((started - base).norm() / base.norm().clamp_min(1e-30)).item()
 
 

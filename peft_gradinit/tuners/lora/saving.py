@@ -47,8 +47,23 @@ def plain_entries(
     model: nn.Module, adapter_name: str, entries: dict[str, Tensor]
 ) -> dict[str, Tensor]:
     """The entries of an anchored adapter as those of a plain LoRA of rank `2r`."""
-    anchored = _anchored(model, adapter_name, prefixed=is_prefixed(entries))
-    return join(entries, {name: n for name, (_, n) in anchored.items()})
+    prefixed = is_prefixed(entries)
+    anchored = _anchored(model, adapter_name, prefixed=prefixed)
+    whole = entries | _anchors_left_out(model, entries, prefixed=prefixed)
+    return join(whole, {name: n for name, (_, n) in anchored.items()})
+
+
+def _anchors_left_out(
+    model: nn.Module, entries: Mapping[str, Tensor], *, prefixed: bool
+) -> dict[str, Tensor]:
+    """The live anchors of factors that are there without, as in entries of parameters alone."""
+    stems = [key.removesuffix(ORIGINAL) for key in entries if key.endswith(ORIGINAL)]
+    missing = {plain_name(stem + ANCHOR): stem + ANCHOR for stem in stems}
+    buffers = (
+        (name_in_file(plain_name(name), prefixed=prefixed), buffer)
+        for name, buffer in model.named_buffers()
+    )
+    return {missing[n]: b for n, b in buffers if n in missing and missing[n] not in entries}
 
 
 def live_entries(

@@ -17,8 +17,9 @@ from .layer import SVFitLinear
 
 _DELTA, _HASH, _PROBE = ".svfit_delta", ".svfit_weight_hash", ".svfit_probe"
 _N_PROBES = 8
-_PROBE_TOLERANCE = 1e-3
-"""Relative error allowed: float32 rounding gives 1e-6, a rotated pair of vectors 1e-1 and more."""
+_PROBE_TOLERANCE = 2e-2
+"""Relative error allowed: float32 rounding gives 1e-6, that of an adapter cast to bfloat16 4e-3, a
+rotated pair of vectors 1e-1 and more."""
 
 Parts = tuple[Tensor, Tensor, Tensor]
 """`U (out, r)`, `delta (r,)`, `Vh (r, in)`."""
