@@ -214,6 +214,7 @@ def test_scalings_are_those_of_pefts_eva_of_the_same_ranks(use_rslora, adjust):
     assert {n: m.scaling["default"] for n, m in eva_layers(ours).items()} == pytest.approx(want)
 
 
+@pytest.mark.filterwarnings("ignore:the calibration found fewer directions")
 def test_a_layer_without_ranks_has_no_adapter_and_another_adapter_may_have_it(tmp_path):
     peft_model = adapted_by_eva(model=narrow(pico_llama()), r=1)
     ranks = peft_model.base_model.init_report["default"].ranks()
@@ -312,9 +313,9 @@ def test_batches_shorter_than_the_rank_add_what_they_have():
 
 
 def test_fewer_tokens_than_the_rank_still_give_a_start_that_trains():
-    peft_model = adapted_by_eva(
-        rho=1.0, use_label_mask=False, calibration=quiet([pad([torch.tensor([5, 6, 7])])])
-    )
+    data = quiet([pad([torch.tensor([5, 6, 7])])])
+    with pytest.warns(UserWarning, match="2 of 4"):  # centred, so one less than tokens
+        peft_model = adapted_by_eva(rho=1.0, use_label_mask=False, calibration=data)
     for name, A in starts_of(peft_model).items():
         torch.testing.assert_close(A @ A.T, torch.eye(4), msg=name)
     assert all(map(math.isfinite, train_steps(peft_model)))
