@@ -28,8 +28,8 @@ on; `mode="kpm"` the last ones, of data whose knowledge is to be kept.
    so that samples count differently. They read 256 samples of up to 2048 tokens.
 4. A component's row of `A0` is as long as its column of `B0`, as in PiSSA. The authors take
    `B0 = U (S / s)^(1/2)` and `A0 = (S / s)^(1/2) V^T C^-1`, whose lengths depend on the units and the
-   number of the activations. Adam learns the two at rates of their own then: with a `C` of mean
-   diagonal 1, CorDA ended 13 % higher on sentences and 18 % on images
+   number of the activations. Adam then learns the two at different speeds: with a `C` of mean
+   diagonal 1 CorDA ended a quarter higher on sentences and on images, each at its best rate
    (`scripts/bench_convergence.py`, `docstrings` and `digits`). The product is the same.
 5. Layers that are given the same inputs share one `C`.
 6. Singular vectors get canonical signs. The product does not depend on them.
