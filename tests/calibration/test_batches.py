@@ -136,6 +136,12 @@ def test_any_object_is_a_batch_for_the_loss_function(model, want):
     assert worst_error(gradients(model, ["0", "1", "2"], loss_fn=loss_fn), want) < FLOAT32
 
 
+def test_a_divisor_of_several_batches_changes_no_weight(model, want):
+    """As that of gradient accumulation; else a batch's labels would count twice."""
+    batches = [{**batch, "num_items_in_batch": torch.tensor(99)} for batch in token_batches(N)]
+    assert worst_error(gradients(model, batches), want) <= FLOAT32
+
+
 def test_columns_that_a_collate_fn_cannot_take_are_named(model):
     """`raw.map(tokenize)` keeps the text, and `Trainer` drops it before it collates."""
     rows = [{**row, "text": "a row"} for row in samples()]

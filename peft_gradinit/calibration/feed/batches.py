@@ -36,7 +36,8 @@ ORIENTATION_GROWTH = 3
 _TOKEN_COLUMNS = ("input_ids", "attention_mask", "labels", "decoder_input_ids", "inputs_embeds")
 _LABEL_COLUMNS = ("label", "label_ids")
 """Columns that the collators of Transformers rename to `labels`."""
-
+_DIVISOR = "num_items_in_batch"
+"""What models of Transformers divide the sum of their loss by, if they are given it."""
 
 PROBE_TOKENS = 16
 """Enough to see whether a start changes the output. A whole sequence of 512 tokens would cost 10 %
@@ -255,7 +256,11 @@ def _pad_column(values: list[Tensor], fill: int) -> Tensor:
 
 
 def _checked(batch: Any) -> Any:
-    """Drop texts, as `Trainer` does; refuse samples that were never collated (`DataError`)."""
+    """Drop texts, as `Trainer` does, and a divisor of the loss: losses here count by their terms.
+
+    Raises:
+        DataError: if the batch holds samples that were never collated.
+    """
     if isinstance(batch, tuple | list | Tensor):
         return batch
     if not isinstance(batch, Mapping):
@@ -276,7 +281,7 @@ def _checked(batch: Any) -> Any:
                 "of sequences is expected: samples that were not collated; give the DataLoader a "
                 "collate_fn (such as DataCollatorForSeq2Seq), or pass the dataset itself."
             )
-    return {k: v for k, v in batch.items() if not _is_text(v)}
+    return {k: v for k, v in batch.items() if k != _DIVISOR and not _is_text(v)}
 
 
 def _is_of_objects(labels: Any) -> bool:
