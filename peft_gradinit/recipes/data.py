@@ -92,10 +92,14 @@ def encode(
     if isinstance(encoded, datasets.Dataset) and _is_empty(encoded):
         raise DataError(
             f"none of the rows of {section.path!r} is left: all are empty, longer than "
-            f"max_length={section.length}, or without a match of completion_keep."
+            f"max_length={section.length} (with their prompts alone, unless drop_longer is set), or "
+            "without a match of completion_keep."
         )
     if not (section.drop_longer or section.completion_keep):
-        _tell_of_empty(every, kept)
+        _tell_of_left_out(every, kept, "are empty")
+    if task == "CAUSAL_LM" and not (section.drop_longer or section.packing):
+        why = f"have no token with loss among the first data.max_length={section.length}"
+        _tell_of_left_out(kept, encoded, why, "; set it higher, or give shorter prompts")
     return encoded
 
 
@@ -141,10 +145,10 @@ def _is_among(places: frozenset[int], _: Any, place: int) -> bool:
     return place in places
 
 
-def _tell_of_empty(every: Rows, kept: Rows) -> None:
+def _tell_of_left_out(every: Rows, kept: Rows, why: str, advice: str = "") -> None:
     before, after = _n_rows(every), _n_rows(kept)
     if before is not None and after is not None and after < before:
-        warn(f"{before - after} of {before} rows of the data are empty and were left out.")
+        warn(f"{before - after} of {before} rows of the data {why} and were left out{advice}.")
 
 
 def _mapped(rows: Rows, encoder: _Encode, columns: list[str]) -> Rows:

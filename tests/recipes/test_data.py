@@ -460,6 +460,15 @@ def test_the_rows_that_are_kept_are_those_of_the_loss(task, packing, is_stream):
     assert [(row["prompt"], row["completion"]) for row in kept] == [("a", "b"), ("a", "c")]
 
 
+def test_rows_whose_prompt_fills_the_length_are_told():
+    rows = [TOO_LONG[0], KEPT, TOO_LONG[1]]
+    said = r"1 of 3 rows .* among the first data\.max_length=8 and were left out; set it higher"
+    with pytest.warns(UserWarning, match=said):
+        assert len(encoded(rows, max_length=8)) == 2
+    with pytest.raises(DataError, match=r"longer than max_length=8 \(with their prompts alone"):
+        encoded(rows[:1], max_length=8)
+
+
 def test_metrics_of_texts_are_of_the_rows_of_the_loss():
     values = ["data.max_length=64", "data.n_eval=16", "calibration.max_tokens=512"]
     recipe, inputs, _ = _inputs(load_recipe(PICO, values))
