@@ -2,7 +2,7 @@
 
 from .guidance import suggest_learning_rate
 from .hosts import adapter_hosts
-from .loading import load_for_training, restore_record, unknown_entries
+from .loading import check_base, load_for_training, restore_record, unknown_entries
 from .lora import WAYS_AROUND, GradInitModel, Pair, deferred_adapters, pairs
 from .registration import register
 from .svfit import SVFitModel

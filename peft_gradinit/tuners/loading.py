@@ -309,6 +309,26 @@ def _restored_config(
     return config
 
 
+def check_base(model: nn.Module, directory: str | os.PathLike[str]) -> None:
+    """Refuse a base model with other weights than those that a saved adapter was made on.
+
+    Args:
+        model: without adapters.
+        directory: of the adapter, or its name on the Hub; without a `gradinit.json` nothing is known.
+
+    Raises:
+        FingerprintError: naming a weight.
+    """
+    directory = adapter_folder(directory)
+    try:
+        content = read_provenance(directory)
+    except DataError:
+        return
+    config = _restored_config(content, directory)
+    weights = _checked_weights(directory, content, config)
+    _check_base(model, config, content["fingerprint"], directory, weights)
+
+
 def _check_base(
     model: nn.Module,
     config: GradInitConfig | SpectralConfig,

@@ -10,6 +10,7 @@ from peft_gradinit.errors import AdapterError
 from peft_gradinit.recipes import ModelSection, load_model, model_config, section_of
 from peft_gradinit.records import SavedAdapter, base_class, give_padding_token, label_count
 from peft_gradinit.starts import base_name, linear_shape, linear_weight
+from peft_gradinit.tuners import check_base
 
 
 def model_section(name: str, adapter: SavedAdapter) -> ModelSection:
@@ -138,6 +139,11 @@ def weights_of(name: str, adapter: SavedAdapter) -> Callable[[str], Tensor]:
 
     Returns:
         `(out, in)`, float32, of a layer by its name.
+
+    Raises:
+        FingerprintError: if the adapter was made on other weights, as far as it tells.
     """
-    modules = dict(load_base(name, adapter).named_modules())
+    model = load_base(name, adapter)
+    check_base(model, adapter.directory)
+    modules = dict(model.named_modules())
     return lambda layer: linear_weight(modules[layer])

@@ -33,6 +33,15 @@ def failed(done, *parts):
         assert part in flat, done.err
 
 
+@pytest.mark.parametrize("command", ["inspect", "compare"])
+def test_a_base_of_the_same_shape_with_other_weights_is_refused(run, workshop, tmp_path, command):
+    pico_llama(seed=3).save_pretrained(tmp_path / "base")
+    done = run(command, workshop / "ga", "--base", tmp_path / "base")
+    failed(done, "was made on another base model", "load that base")
+    done = run(command, workshop / "lora", "--base", tmp_path / "base")  # says nothing of its base
+    assert done.code == 0, done.err
+
+
 @pytest.fixture
 def foreign(tmp_path) -> Path:
     """An adapter of another kind."""
