@@ -104,6 +104,11 @@ class Numbers:
                     f"the label {value!r} in column {self.column!r} is no number, as label_kind="
                     "'number' (or one output) wants; leave it out to learn classes."
                 )
+            if not math.isfinite(value):
+                raise DataError(
+                    f"the label {value!r} in column {self.column!r} is not finite, so no loss would be; "
+                    "filter such rows out first."
+                )
             return float(value)
 
         return read

@@ -131,6 +131,12 @@ def test_floats_are_not_guessed():
     assert encoded([1.0, 2.0], found) == [0, 1]
 
 
+@pytest.mark.parametrize("value", [float("inf"), float("-inf")])
+def test_numbers_that_are_not_finite_are_refused(value):
+    with pytest.raises(DataError, match=r"inf in column 'label' is not finite.* filter such rows"):
+        encoded([0.5, value], labels([0.5, value], label_kind="number"))
+
+
 @pytest.mark.parametrize("options", [{"label_kind": "number"}, {"n_labels": 1}])
 @pytest.mark.parametrize("values", [[0.5, 2.0], [3, 5]])
 def test_numbers_have_one_output(values, options):
