@@ -127,6 +127,10 @@ class TrainingSection(Section):
     fp16: bool = Field(default=False, description="Compute in float16 (autocast).")
     gradient_checkpointing: bool = Field(default=False, description="Less memory, more time.")
     logging_steps: AboveZero = Field(default=10, description="Between two logged losses.")
+    logging_nan_inf_filter: bool = Field(
+        default=False,
+        description="Log losses that are not finite as that of the step before, or 0.",
+    )
     report_to: str | list[str] = Field(
         default="none", description="Where the losses go: `tensorboard`, `wandb`, …"
     )
@@ -143,6 +147,13 @@ class TrainingSection(Section):
     def _known_optimizer(cls, value: str) -> str:
         if value not in _OPTIMIZERS:
             raise ValueError(f"no such optimiser{nearest(value, _OPTIMIZERS)}")
+        return value
+
+    @field_validator("max_steps")
+    @classmethod
+    def _some_steps(cls, value: int) -> int:
+        if value < 1 and value != -1:
+            raise ValueError("should be 1 or more, or -1 for no limit")
         return value
 
     @field_validator("lr_scheduler_type")

@@ -112,6 +112,8 @@ def test_defaults_are_those_that_are_documented():
         ("CAUSAL_LM", "beta=0.3", "training.beta: no such key for CAUSAL_LM; PREFERENCE has it"),
         ("SEQ_CLS", "packing=true", "training.packing: no such key for SEQ_CLS; CAUSAL_LM has it"),
         ("CAUSAL_LM", "max_steps=many", "training.max_steps: Input should be a valid integer"),
+        ("CAUSAL_LM", "max_steps=0", "training.max_steps: should be 1 or more, or -1 for no limit"),
+        ("SEQ_CLS", "max_steps=-2", "training.max_steps: should be 1 or more, or -1 for no limit"),
         ("CAUSAL_LM", "lr_scheduler_type=cosin", "no such schedule, did you mean 'cosine'?"),
         ("CAUSAL_LM", "packing_strategy=bdf", "training.packing_strategy: Input should be 'bfd'"),
         (
