@@ -242,6 +242,30 @@ def _check_vocabulary(name: str, tokenizer: Any) -> None:
         raise ConfigError(_unloadable("tokenizer or image processor of", name, ValueError(reason)))
 
 
+def check_ids(section: ModelSection, tokenizer: Any) -> None:
+    """Refuse the tokenizer of another model if it has more tokens than the embedding has rows.
+
+    That of the model itself may have some that no text has, such as one for images.
+
+    Args:
+        section: which model, and which tokenizer.
+        tokenizer: what was loaded.
+
+    Raises:
+        ConfigError: naming both numbers.
+    """
+    if section.tokenizer in (None, section.name):
+        return
+    embedding: Any = getattr(empty_model(section), "get_input_embeddings", lambda: None)()
+    rows = getattr(embedding, "num_embeddings", None)
+    if rows is not None and len(tokenizer) > rows:
+        raise ConfigError(
+            f"model.tokenizer={section.tokenizer!r} has {len(tokenizer)} tokens, but the embedding of "
+            f"{section.name!r} has {rows} rows; give a tokenizer of this model, or resize its embedding "
+            "and save it first."
+        )
+
+
 def _head(section: ModelSection, labels: Labels | None) -> dict[str, Any]:
     if labels is not None:
         return labels.head()

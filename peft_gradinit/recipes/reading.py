@@ -11,7 +11,7 @@ from .chats import with_template
 from .data import encode, kept_rows
 from .labels import Labels, labels_of
 from .lengths import sequence_length
-from .models import load_model, load_processor, model_config, task_of
+from .models import check_ids, load_model, load_processor, model_config, task_of
 from .rows import Rows
 from .schema import DataSection, ModelSection
 from .sections import CLASSIFIED, Task
@@ -48,6 +48,7 @@ class Reader:
             The reader.
         """
         task, processor = task_of(model), with_template(data, load_processor(model))
+        check_ids(model, processor)
         labels = None
         if task in CLASSIFIED:
             labels = labels_of(rows, data, model_config(model), model.n_labels)

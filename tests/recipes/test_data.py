@@ -33,6 +33,7 @@ from peft_gradinit.recipes.encoding import Encoder
 from peft_gradinit.recipes.evaluation import _answers
 from peft_gradinit.recipes.finetuning import _inputs
 from peft_gradinit.recipes.models import load_model, load_processor
+from peft_gradinit.recipes.reading import Reader
 from tests.recipes.images import image_processor
 
 TEXTS = ["one two three", "four five six seven", "eight"]
@@ -395,6 +396,21 @@ def test_a_tokenizer_without_words_is_refused(tmp_path):
     ).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=r"cannot load the tokenizer.*knows special tokens only"):
         load_processor(ModelSection(name=str(tmp_path), task="CAUSAL_LM"))
+
+
+def test_a_tokenizer_with_more_tokens_than_the_embedding_has_rows_is_refused(tmp_path):
+    for n, refused in ((512, False), (513, True)):
+        inner = Tokenizer(WordLevel({f"t{i}": i for i in range(n)}, unk_token="t0"))
+        made = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="t0", eos_token="t1")
+        made.save_pretrained(tmp_path / str(n))
+        model = ModelSection(name="embedded:pico-llama", tokenizer=str(tmp_path / str(n)))
+        if not refused:
+            assert len(Reader.of(model, section(), load_rows(section())).processor) == n
+            continue
+        with pytest.raises(
+            ConfigError, match=r"has 513 tokens, but the embedding of .* has 512 rows"
+        ):
+            Reader.of(model, section(), load_rows(section()))
 
 
 def test_batches_are_padded_with_what_carries_no_loss():
