@@ -29,6 +29,8 @@ BUILDERS = {
     ".txt": "text",
 }
 """What `datasets` calls the kinds of files, by how their names end."""
+_COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip")
+"""Endings of files that `datasets` would unpack, and read text in as numbers and dates."""
 _ONLY = "train"
 """The split of data without splits, as `datasets` calls it."""
 _OPTIONS: dict[str, dict[str, Any]] = {"text": {"encoding": "utf-8-sig"}}
@@ -106,7 +108,11 @@ def _files_of_text(folder: str, name: str | None) -> dict[Any, list[Path]]:
     """The files of every split of a folder, as `datasets` sorts them; none if some are not ours to read."""
     found: Any = datasets.load_dataset_builder(folder, name).config.data_files or {}
     files = {str(split): [Path(file) for file in some] for split, some in found.items()}
-    kinds = {file.suffix.lower() for some in files.values() for file in some}
+    every = [file for some in files.values() for file in some]
+    for file in every:
+        if file.suffix.lower() in _COMPRESSED and Path(file.stem).suffix.lower() in BUILDERS:
+            _builder_of(file)  # refuses it
+    kinds = {file.suffix.lower() for file in every}
     return files if kinds and kinds <= BUILDERS.keys() - {".parquet"} else {}
 
 
@@ -127,11 +133,7 @@ def _read_files(
 
 def _rows_of(place: Path) -> datasets.Dataset:
     """All rows of a file."""
-    if (builder := BUILDERS.get(place.suffix.lower())) is None:
-        raise DataError(
-            f"the data file {str(place)!r} ends in {place.suffix!r}; expected one of "
-            f"{', '.join(BUILDERS)}."
-        )
+    builder = _builder_of(place)
     if place.stat().st_size == 0:
         raise DataError(f"the data file {str(place)!r} is empty.")
     options = _options_of_csv(place) if builder == "csv" else _OPTIONS.get(builder, {})
@@ -140,6 +142,15 @@ def _rows_of(place: Path) -> datasets.Dataset:
     if builder == "json" and (features := _without_dates(rows.features)) != rows.features:
         rows = _of_json(place, features)
     return rows
+
+
+def _builder_of(place: Path) -> str:
+    if (builder := BUILDERS.get(place.suffix.lower())) is None:
+        raise DataError(
+            f"the data file {str(place)!r} ends in {place.suffix!r}; expected one of "
+            f"{', '.join(BUILDERS)}. Unpack it first if it is compressed."
+        )
+    return builder
 
 
 def _is_written(row: Mapping[str, Any]) -> bool:

@@ -1,5 +1,6 @@
 """What a file holds is what is trained on: no text becomes another by looking like a number or a date."""
 
+import gzip
 import re
 import warnings
 
@@ -107,6 +108,17 @@ def test_labels_with_zeros_in_front_stay_as_they_are(rows_of):
 def test_a_mark_of_the_byte_order_is_no_text(rows_of):
     rows, _ = rows_of("\ufeffone\ntwo\n", "txt")
     assert rows["text"][:] == ["one", "two"]
+
+
+@pytest.mark.parametrize("names", [["train.csv.gz"], ["train.csv", "test.csv.gz"]])
+def test_compressed_files_are_refused_in_a_folder_as_alone(tmp_path, names):
+    for name in names:
+        opened = gzip.open if name.endswith("gz") else open
+        with opened(tmp_path / name, "wt") as file:
+            file.write("text\n007\n")
+    for path in (tmp_path, tmp_path / names[-1]):
+        with pytest.raises(DataError, match=r"ends in '\.gz'; expected one of .* Unpack it first"):
+            load_rows(DataSection(path=str(path)))
 
 
 def test_a_folder_of_files_is_read_as_its_files_are(tmp_path):
