@@ -37,7 +37,7 @@ def check_evaluation(
 
     Raises:
         ConfigError: if there is nothing to evaluate on, a metric is unknown or is not for what
-            the model gives, metrics of a language model are asked for without generation, or the
+            the model gives, metrics are asked for without predictions or generation, or the
             best checkpoint is to be chosen by what is not measured in training.
         DataError: if a row has no answer to compare with.
     """
@@ -53,6 +53,11 @@ def check_evaluation(
         raise ConfigError(
             f"evaluation.metrics={asked.metrics}, but preferences are measured by their loss and "
             "their rewards; leave them out."
+        )
+    if reader.task in CLASSIFIED and asked.metrics and arguments.prediction_loss_only:
+        raise ConfigError(
+            f"evaluation.metrics={asked.metrics} need predictions, but training.prediction_loss_only is "
+            "true; leave one of them out."
         )
     check_metrics(asked.metrics, _kind(reader))
     if in_training != "no":

@@ -544,6 +544,19 @@ def test_images_are_classified(tmp_path):
     assert len(results["losses"]) == 2
 
 
+def test_metrics_without_predictions_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("peft_gradinit.recipes.reading.load_model", None)  # told before
+    save_vit(tmp_path / "model")
+    save_images(tmp_path / "data", "abc")
+    sections = {
+        "method": {"name": "lora"},
+        "evaluation": {"metrics": ["accuracy"]},
+        "training": {"max_steps": 1, "prediction_loss_only": True},
+    }
+    with pytest.raises(ConfigError, match=r"\['accuracy'\] need predictions, but training\.predic"):
+        finetune(small_recipe(tmp_path, {}, **sections))
+
+
 def save_images(folder, classes):
     images = [Image.effect_noise((20, 20), 50) for _ in range(16)]
     rows = [{"image": im, "label": classes[i % len(classes)]} for i, im in enumerate(images)]
