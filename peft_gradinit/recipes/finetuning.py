@@ -67,6 +67,7 @@ def finetune(recipe: Recipe) -> dict[str, Any]:
         check_export(adapted, target, rank)
     trainer.train(resume_from_checkpoint=checkpoint)
     trained: Any = trainer.accelerator.unwrap_model(trainer.model)
+    _check_finite(trained, _peak_rate(trainer))
     if state.is_main_process:
         _forget_earlier(output)
         _write(trained, output / "adapter", inputs.reader.processor)
@@ -267,6 +268,21 @@ def _peak_rate(trainer: Trainer) -> float:
     """The rate that the schedule multiplies; a resumed optimiser has it from its checkpoint."""
     optimizer: Any = trainer.optimizer
     return optimizer.param_groups[0].get("initial_lr", trainer.args.learning_rate)
+
+
+def _check_finite(model: PeftModel, rate: float) -> None:
+    """Refuse what a run has made of an adapter if it diverged, before an earlier adapter is replaced.
+
+    Raises:
+        ConfigError: naming a parameter and the rate.
+    """
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    lost = [name for name, p in trained.items() if not p.isfinite().all()]
+    if lost:
+        raise ConfigError(
+            f"the run diverged: {len(lost)} of {len(trained)} trained parameters are not finite "
+            f"({lost[0]}, …), so no adapter was written; lower training.learning_rate, which was {rate:g}."
+        )
 
 
 def _forget_earlier(output: Path) -> None:

@@ -244,6 +244,20 @@ def test_an_evaluation_that_fails_leaves_no_results_of_a_run_before(tmp_path, mo
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"adapter", "checkpoints"}
 
 
+def test_a_run_that_diverged_writes_no_adapter_over_an_earlier_one(tmp_path, capsys):
+    quick = ("training.max_steps=2", "evaluation.metrics=[]")
+    run(PICO, tmp_path / "out", *quick)
+    kept = {name: (tmp_path / "out" / name).read_bytes() for name in KEPT}
+    diverging = ("method.name=lora", "training.learning_rate=1e30", "training.max_grad_norm=0")
+    with pytest.raises(ConfigError, match=r"diverged: .* lower training\.learning_rate, .* 1e\+30"):
+        run(PICO, tmp_path / "out", *quick, *diverging, "method.options={}")
+    assert {name: (tmp_path / "out" / name).read_bytes() for name in KEPT} == kept
+    assert "step 2 of 2: loss nan" in capsys.readouterr().err
+
+
+KEPT = ("results.json", "adapter/adapter_model.safetensors", "adapter/gradinit.json")
+
+
 @pytest.mark.parametrize("targets", ["[]", "[merged]"])
 def test_an_export_with_files_of_others_is_refused_before_training(targets, tmp_path):
     (tmp_path / "merged").mkdir()
