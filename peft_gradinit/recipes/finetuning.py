@@ -9,7 +9,6 @@ import transformers
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from ..analysis import check_available, draw_losses, is_available
 from ..calibration import DEFERRED
@@ -18,7 +17,7 @@ from ..export import check_export
 from ..files import check_writable, write_json
 from ..layouts import process_state
 from ..methods import METHODS
-from ..records import PROVENANCE_FILE, facts_of, read_provenance, unsaved
+from ..records import unsaved
 from ..tuners import deferred_adapters, load_for_training, restore_record
 from .data import load_rows
 from .evaluation import check_evaluation, evaluate_model
@@ -27,8 +26,9 @@ from .methods import adapter_config, calibration_of
 from .models import untrained_modules
 from .publishing import make_repository, publish
 from .reading import Reader
-from .schema import MethodSection, Recipe
-from .sections import CLASSIFIED, Task
+from .resuming import check_base_of, check_continues, check_optimizer, checkpoint_of
+from .schema import Recipe
+from .sections import CLASSIFIED
 from .trainers import Inputs, arguments_of, preparation_of, trainer_of
 
 RESULTS, PICTURE = "results.json", "loss.png"
@@ -54,7 +54,7 @@ def finetune(recipe: Recipe) -> dict[str, Any]:
     transformers.set_seed(recipe.training.seed)
     baselines = {folder: _baseline(folder) for folder in recipe.baselines}
     recipe, inputs, arguments = _inputs(recipe.model_copy(update={"data": recipe.read_data()}))
-    checkpoint = _checkpoint(recipe, arguments)
+    checkpoint = checkpoint_of(recipe, arguments)
     check_evaluation(recipe, inputs.reader, inputs.evaluation_rows, arguments)
     if recipe.push is not None and state.is_main_process:
         make_repository(recipe.push)
@@ -121,8 +121,11 @@ def _trainer(
     the start is computed in training, from the loss of pairs.
     """
     if checkpoint is not None:
-        _check_continues(model, recipe.method, inputs.reader.task, checkpoint)
+        check_continues(model, recipe.method, inputs.reader.task, checkpoint)
+        check_optimizer(recipe.training, arguments, checkpoint)
     has_start = recipe.method.name in {m.name for m in METHODS}
+    if checkpoint is not None and not has_start:
+        check_base_of(model, checkpoint)
     if inputs.reader.task == "PREFERENCE":
         trainer = trainer_of(model, recipe, inputs, arguments, _preference_config(recipe))
         if checkpoint is not None and has_start:
@@ -141,48 +144,6 @@ def _trainer(
     return trainer_of(get_peft_model(model, config), recipe, inputs, arguments)
 
 
-def _check_continues(model: nn.Module, method: MethodSection, task: Task, checkpoint: str) -> None:
-    """Refuse a checkpoint of another adapter, which would be trained on under this one's name.
-
-    Args:
-        model: the base.
-        method: what the recipe says.
-        task: what the model is for.
-        checkpoint: where it is.
-
-    Raises:
-        ConfigError: naming what differs.
-    """
-    if (Path(checkpoint) / PROVENANCE_FILE).exists():
-        kept = read_provenance(checkpoint)["config"]
-    else:
-        kept = facts_of(PeftConfig.from_pretrained(checkpoint), None)["config"]
-    config = adapter_config(method, task, "unused", untrained_modules(model))
-    wanted = facts_of(config, None)["config"]
-    names = ["r", "lora_alpha", "use_rslora", "use_dora", *method.options]
-    pairs = {name: (kept.get(name), wanted.get(name)) for name in names}
-    if isinstance(method.target_modules, list):  # PEFT shortens long lists
-        before, now = (_layers(model, config["target_modules"]) for config in (kept, wanted))
-        if before != now:
-            pairs["target_modules"] = kept["target_modules"], method.target_modules
-    if kept["peft_type"] != wanted["peft_type"]:
-        pairs = {"name": (kept["peft_type"].lower(), method.name)}
-    changed = [f"{name}={old!r} (now {new!r})" for name, (old, new) in pairs.items() if old != new]
-    if changed:
-        raise ConfigError(
-            f"the checkpoint {checkpoint!r} is of a run with method.{', method.'.join(changed)}; put the "
-            "recipe back to continue it, or give another output to begin."
-        )
-
-
-def _layers(model: nn.Module, targets: Any) -> Any:
-    """The layers that a list of names means."""
-    if isinstance(targets, str) or targets is None:
-        return targets
-    ends = tuple(f".{target}" for target in targets)
-    return {name for name, _ in model.named_modules() if f".{name}".endswith(ends)}
-
-
 def _preference_config(recipe: Recipe) -> PeftConfig:
     if recipe.calibration.sketch_size is not None:
         raise ConfigError(
@@ -190,43 +151,6 @@ def _preference_config(recipe: Recipe) -> PeftConfig:
             "it out."
         )
     return adapter_config(recipe.method, "PREFERENCE", recipe.calibration.result or DEFERRED)
-
-
-def _checkpoint(recipe: Recipe, arguments: TrainingArguments) -> str | None:
-    """Where to continue.
-
-    Args:
-        recipe: whether to.
-        arguments: where checkpoints are.
-
-    Returns:
-        A checkpoint; `None` if the run begins.
-
-    Raises:
-        ConfigError: if there is none to continue from; or if the run begins, and its checkpoints would
-            stand among those of an earlier run, from which a later one might continue.
-    """
-    asked = recipe.training.resume_from_checkpoint
-    folder = Path(arguments.output_dir or "")
-    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    if not asked:
-        if last is not None and arguments.save_strategy != "no":
-            raise ConfigError(
-                f"{str(folder)!r} holds checkpoints of an earlier run, up to {Path(last).name}; set "
-                "training.resume_from_checkpoint to continue it, or give another output, or move "
-                "them away."
-            )
-        return None
-    if isinstance(asked, str):
-        folder, found = Path(asked), asked if Path(asked).is_dir() else None
-    else:
-        found = last
-    if found is None:
-        raise ConfigError(
-            f"training.resume_from_checkpoint={asked}, but {str(folder)!r} holds no checkpoint; leave "
-            "it out to begin, and set training.save_steps to have checkpoints."
-        )
-    return found
 
 
 def _results(

@@ -323,6 +323,44 @@ def test_resuming_another_plain_lora_is_refused(tmp_path):
     assert len(run(PICO, tmp_path / "out", *more, "method.lora_alpha=64")["losses"]) == 2
 
 
+def test_resuming_with_another_optimiser_or_other_numbers_is_refused(tmp_path):
+    """The state that was saved brings them along, so a change would do nothing, or end in a KeyError."""
+    lora = (
+        "method.name=lora",
+        "method.options={}",
+        "evaluation.metrics=[]",
+        "training.save_steps=1",
+    )
+    run(PICO, tmp_path / "out", *lora, "training.max_steps=1", "training.learning_rate=1e-3")
+    more = (*lora, "training.max_steps=2", "training.resume_from_checkpoint=true")
+    changes = {
+        "training.learning_rate=1e-2": r"training\.learning_rate=0\.001 \(now 0\.01\), which",
+        "training.weight_decay=0.1": r"training\.weight_decay=0 \(now 0\.1\)",
+        "training.adam_beta2=0.9": r"training\.adam_beta2=0\.999 \(now 0\.9\)",
+        "training.optim=adafactor": r"another training\.optim: .* 'adafactor' has \['beta1', 'clip",
+    }
+    check_refused(changes, tmp_path / "out", (*more, "training.learning_rate=1e-3"))
+    results = run(PICO, tmp_path / "out", *more, "training.learning_rate=1e-3")
+    assert len(results["losses"]) == 2
+
+
+def test_resuming_plain_lora_on_a_model_of_another_name_is_told(tmp_path):
+    for name in ("one", "two"):
+        load_model(ModelSection(name="embedded:pico-llama")).save_pretrained(tmp_path / name)
+        pico_tokenizer().save_pretrained(tmp_path / name)
+    lora = (
+        "method.name=lora",
+        "method.options={}",
+        "evaluation.metrics=[]",
+        "training.save_steps=1",
+    )
+    before = (*lora, f"model.name={tmp_path / 'one'}", "training.max_steps=1")
+    run(PICO, tmp_path / "out", *before)
+    after = (*lora, f"model.name={tmp_path / 'two'}", "training.max_steps=2")
+    with pytest.warns(UserWarning, match=r"was trained on '.*one', .* model\.name='.*two'"):
+        run(PICO, tmp_path / "out", *after, "training.resume_from_checkpoint=true")
+
+
 def test_resuming_a_long_list_of_layers(tmp_path):
     """PEFT shortens lists of twenty names and more, where no other layer ends like them."""
     recipe = load_recipe(PICO, [])
