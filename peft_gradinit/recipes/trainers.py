@@ -212,7 +212,7 @@ def trainer_of(
         trainer = SFTTrainer(**given)
     else:
         kind = Seq2SeqTrainer if reader.task == "SEQ_2_SEQ_LM" else Trainer
-        given |= {"data_collator": collator(reader.processor)}
+        given |= {"data_collator": collator(reader.processor, model)}
         trainer = kind(**given, compute_metrics=label_metrics(recipe, reader))
     if _suggests_for_pairs(recipe.training):
         rate = suggest_learning_rate(model, optimizer=recipe.training.optim)

@@ -656,7 +656,8 @@ def test_a_new_head_is_trained_and_saved(tmp_path):
             assert model(**batch).loss.item() == pytest.approx(loss, rel=1e-4)
 
 
-def test_encoder_decoders_answer(tmp_path):
+@pytest.mark.parametrize(("method", "smoothing"), [("lora_ga", 0.0), ("lora", 0.1)])
+def test_encoder_decoders_answer(tmp_path, method, smoothing):
     config = T5Config(
         vocab_size=512,
         d_model=32,
@@ -675,8 +676,9 @@ def test_encoder_decoders_answer(tmp_path):
     recipe = small_recipe(
         tmp_path,
         {"prompt": "{sentence}: ", "completion": "{label}", "label_words": {0: "bad", 1: "good"}},
-        method={"name": "lora_ga", "r": 2},
+        method={"name": method, "r": 1},
         evaluation={"metrics": ["exact_match"], "max_new_tokens": 3},
+        training={"learning_rate": 1e-3, "max_steps": 2, "label_smoothing_factor": smoothing},
     )
     results = finetune(recipe)
     assert 0 <= results["metrics"]["exact_match"] <= 1
