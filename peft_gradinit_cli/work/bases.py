@@ -6,7 +6,7 @@ from typing import Any
 import transformers
 from torch import Tensor, nn
 
-from peft_gradinit.errors import AdapterError
+from peft_gradinit.errors import AdapterError, FingerprintError, warn
 from peft_gradinit.recipes import ModelSection, load_model, model_config, section_of
 from peft_gradinit.records import SavedAdapter, base_class, give_padding_token, label_count
 from peft_gradinit.starts import base_name, linear_shape, linear_weight
@@ -133,17 +133,20 @@ def _resize(model: Any, name: str, adapter: SavedAdapter) -> None:
 def weights_of(name: str, adapter: SavedAdapter) -> Callable[[str], Tensor]:
     """Load a base model and give its weights one by one.
 
+    Weights that the adapter was not made on give a warning and no error: they may be those that its
+    base was quantised from.
+
     Args:
         name: Hub name or folder.
         adapter: whose layers will be asked for.
 
     Returns:
         `(out, in)`, float32, of a layer by its name.
-
-    Raises:
-        FingerprintError: if the adapter was made on other weights, as far as it tells.
     """
     model = load_base(name, adapter)
-    check_base(model, adapter.directory)
+    try:
+        check_base(model, adapter.directory)
+    except FingerprintError as error:
+        warn(f"{error} What follows is right only if its base was quantised from {name!r}.")
     modules = dict(model.named_modules())
     return lambda layer: linear_weight(modules[layer])
