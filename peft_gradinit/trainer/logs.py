@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..records import InitReport
+from .optimizers import is_supervised
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -23,7 +24,10 @@ def log_start(trainer: "Trainer", reports: Mapping[str, InitReport], *, report: 
     history: list[Any] = trainer.state.log_history
     for name, start in reports.items():
         prefix = _PREFIX if len(reports) == 1 else f"{_PREFIX}/{name}"
-        entry = {f"{prefix}/{key}": value for key, value in _numbers(start).items()}
+        numbers = _numbers(start)
+        if not is_supervised(trainer):  # for which no rate is suggested
+            numbers.pop("learning_rate", None)
+        entry = {f"{prefix}/{key}": value for key, value in numbers.items()}
         ranks = {f"{prefix}/ranks": start.ranks()}
         if report:
             trainer.log(dict(entry))

@@ -212,6 +212,14 @@ def test_dpo_checks_the_step_of_lora_one_on_its_own_loss(tmp_path):
     assert step.loss_after < step.loss_before
 
 
+@pytest.mark.parametrize(("kind", "logged"), [("sft", True), ("dpo", False)])
+def test_a_rate_is_logged_where_one_is_suggested(kind, logged, tmp_path):
+    trainer = trainer_of(kind, tmp_path, peft_config=config_of("LoRA-GA"))
+    calibrated(trainer)
+    (entry,) = [e for e in trainer.state.log_history if "calibration/loss" in e]
+    assert ("calibration/learning_rate" in entry) == logged
+
+
 @pytest.mark.parametrize("kind", mostly_slow(KINDS, quick=[]))
 def test_a_model_from_a_path_works(kind, tmp_path):
     pico_llama().save_pretrained(tmp_path / "base")
