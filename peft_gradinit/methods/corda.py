@@ -133,8 +133,9 @@ def corda_factors(
         U = truncated_svd(weight @ C, min(weight.shape)).U
         U = U[:, :r] if mode == "ipm" else U[:, -r:]
         rows = U.T @ weight
-        length = torch.linalg.vector_norm(rows, dim=1)
-        rounding = torch.finfo(length.dtype)
+        rounding = torch.finfo(rows.dtype)
+        largest = rows.abs().max() + rounding.tiny  # squares of large weights would overflow
+        length = largest * torch.linalg.vector_norm(rows / largest, dim=1)
         # Where a row is rounding, the floor keeps it short.
         divisor = (scaling * length.clamp_min(rounding.eps * length.max() + rounding.tiny)).sqrt()
         return rows / divisor[:, None], U * (length / scaling).sqrt()

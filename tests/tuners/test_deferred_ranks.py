@@ -95,6 +95,7 @@ def test_a_deferred_start_is_that_of_a_config_with_data(method, setting, tmp_pat
 
 
 @pytest.mark.filterwarnings("ignore:LoRA-One gives .* targets a plain LoRA start")
+@pytest.mark.filterwarnings("ignore:the calibration found fewer directions")
 def test_experts_that_no_token_reaches_can_train_after_their_rank_has_changed():
     options = {"target_parameters": BOTH, "target_modules": ["q_proj", "o_proj"], "r": 2}
     options |= {"rank_allocation": "gradient_energy", "rho": 4, "min_rank": 0}

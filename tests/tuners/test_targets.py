@@ -179,6 +179,7 @@ def test_tied_head_is_started_and_the_embedding_stays(make, target, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:LoRA-GA needs")
+@pytest.mark.filterwarnings("ignore:the calibration found fewer directions")
 def test_patterns_of_lowered_ranks_match_that_layer_only():
     model = nn.ModuleDict({"a": nn.Linear(8, 4), "x": nn.ModuleDict({"a": nn.Linear(40, 40)})})
     model.forward = lambda x: model["x"]["a"](x) + model["a"](x[..., :8]).mean()
