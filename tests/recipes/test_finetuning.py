@@ -66,6 +66,7 @@ def slow_if_real(path):
     return pytest.param(path, id=path.stem, marks=marks)
 
 
+@pytest.mark.filterwarnings("ignore:the calibration found fewer directions")  # it reads little here
 @pytest.mark.parametrize("path", map(slow_if_real, OFFLINE))
 def test_every_offline_recipe_runs(path, tmp_path):
     results = run(path, tmp_path / "out")
