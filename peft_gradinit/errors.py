@@ -8,6 +8,7 @@ was got, and what to do.
 import sys
 import types
 import warnings
+from collections.abc import Sequence
 
 
 class GradInitError(Exception):
@@ -72,6 +73,12 @@ def warn(message: str) -> None:
     while frame.f_back is not None and _package(frame) in _LIBRARIES | {"contextlib"}:
         frame, level = frame.f_back, level + 1
     warnings.warn(message, UserWarning, stacklevel=level)
+
+
+def first_of(names: Sequence[str], separator: str = ", ") -> str:
+    """The first three names, for a message, and how many more there are."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return separator.join(names[:3]) + more
 
 
 def _package(frame: types.FrameType) -> str:

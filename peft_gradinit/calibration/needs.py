@@ -160,8 +160,8 @@ class _Triplets(Measured):
         return self.per_rank * r
 
     def found(self, readouts: Readouts, r: int) -> int:
-        S = readouts["S"][: self.size(r)]
-        return int((self.rounding * S.max() < S).sum())
+        S = readouts["S"]
+        return int((self.rounding * S.max() < S[: self.size(r)]).sum())
 
     def shapes(self, shape: Shape, size: int) -> dict[str, tuple[int, ...]]:
         return {"U": (shape[0], size), "S": (size,), "Vh": (size, shape[1])}
@@ -327,6 +327,9 @@ class SecondMoments(Inputs):
 
     def shapes(self, shape: Shape, size: int) -> dict[str, tuple[int, ...]]:  # noqa: D102
         return {"C": (shape[1], shape[1])}
+
+    def found(self, readouts: Readouts, r: int) -> int:  # noqa: D102
+        return 0
 
     def scores(self, readouts: Readouts, energy: float, allocation: str) -> Tensor:  # noqa: D102
         return Need.scores(self, readouts, energy, allocation)

@@ -15,7 +15,7 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import nn
 
-from ..errors import ExportError
+from ..errors import ExportError, first_of
 from ..linalg import Factors
 from ..records import PREFIX
 from ..starts import linear_shape
@@ -45,10 +45,7 @@ def check_servable(config: LoraConfig, others: Iterable[str]) -> None:
         if (value := getattr(config, name, None)) and value != "none"
     ]
     if keys := sorted(key.removeprefix(PREFIX) for key in others):
-        more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-        reasons.append(
-            f"the entries {', '.join(keys[:3])}{more} (servers load factors of linear layers only)"
-        )
+        reasons.append(f"the entries {first_of(keys)} (servers load factors of linear layers only)")
     if reasons:
         raise ExportError(
             f"target='serving' cannot hold this adapter: {'; '.join(reasons)}. Use "

@@ -129,7 +129,7 @@ def corda_factors(
         nearer to `W` than `W - s B0 A0`, measured as `|(W - W') C|_F` with the damped `C`.
     """
     with exact_products(weight.device):
-        C = _damped(moment / moment.diagonal().mean())
+        C = _damped(moment)
         U = truncated_svd(weight @ C, min(weight.shape)).U
         U = U[:, :r] if mode == "ipm" else U[:, -r:]
         rows = U.T @ weight
@@ -142,11 +142,12 @@ def corda_factors(
 
 
 def _damped(moment: Tensor) -> Tensor:
-    """`C` with as much of the identity added as makes its inverse accurate."""
+    """`C` of mean diagonal 1, with as much of the identity added as makes its inverse accurate."""
+    moment = moment / moment.diagonal().mean()
     identity = torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
     damping = DAMPING
     while True:
-        C = moment + damping * moment.diagonal().mean() * identity
+        C = moment + damping * identity
         if torch.dist(C @ inverse(C), identity) < LARGEST_ERROR or damping > 1:
             return C
         damping *= 2

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from ..errors import ConfigError
+from ..errors import ConfigError, first_of
 from ..layouts import plain_name
 from ..layouts.tensor_parallel import replicas
 from ..layouts.zero3 import is_partitioned
@@ -135,10 +135,8 @@ def groups_of_rest(
     """
     rest = _rest(model, found)
     if rest and lr is None:
-        names = ", ".join(name for name, _ in rest[:3])
-        more = f" and {len(rest) - 3} more" if len(rest) > 3 else ""
         raise ConfigError(
-            f"{optimizer}: {names}{more} train as well and are in no pair; AdamW steps them. Pass "
+            f"{optimizer}: {first_of([name for name, _ in rest])} train as well and are in no pair; AdamW steps them. Pass "
             "head_lr, its rate (1e-2, say; training.head_learning_rate of a recipe), or freeze them."
         )
     vectors = [p for n, p in rest if p.ndim <= 1 or _MAGNITUDE in n]

@@ -120,12 +120,12 @@ def _trainer(
     itself, since one that is there already becomes the reference of TRL, also if it was trained; and
     the start is computed in training, from the loss of pairs.
     """
+    has_start = recipe.method.name in {m.name for m in METHODS}
     if checkpoint is not None:
         check_continues(model, recipe.method, inputs.reader.task, checkpoint)
         check_optimizer(recipe.training, arguments, checkpoint)
-    has_start = recipe.method.name in {m.name for m in METHODS}
-    if checkpoint is not None and not has_start:
-        check_base_of(model, checkpoint)
+        if not has_start:
+            check_base_of(model, checkpoint)
     if inputs.reader.task == "PREFERENCE":
         trainer = trainer_of(model, recipe, inputs, arguments, _preference_config(recipe))
         if checkpoint is not None and has_start:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from ..calibration import CalibrationResult
-from ..errors import CalibrationError, FingerprintError, TargetError, warn
+from ..errors import CalibrationError, FingerprintError, TargetError, first_of, warn
 from .config import GradInitConfig
 from .target import Target
 
@@ -73,15 +73,14 @@ def check_ranks(
     need, short = config.needs(), list[str]()
     for name, target in targets.items():
         readouts, used = result.readouts.get(name), need.size(target.r)
-        if not readouts or not used or used == min(target.shape or (0,)):
+        if not readouts or used == min(target.shape or (0,)):
             continue
         if (found := need.found(readouts, target.r)) < used:
             short.append(f"{name}: {found} of {used}")
     if short:
-        more = f"; and {len(short) - 3} more" if len(short) > 3 else ""
         warn(
             f"the calibration found fewer directions than the ranks of {len(short)} targets use "
-            f"({'; '.join(short[:3])}{more}), and rounding decides on the others; calibrate on more "
+            f"({first_of(short, '; ')}), and rounding decides on the others; calibrate on more "
             "rows, or lower r."
         )
 

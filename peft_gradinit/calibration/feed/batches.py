@@ -8,7 +8,7 @@ the batch size. A batch that is not known to be separable is used whole.
 import copy
 import inspect
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from types import MappingProxyType
 from typing import Any
@@ -168,21 +168,21 @@ def _is_dataset(data: Any) -> bool:
 
 
 def _batches_of_samples(calibration: Calibration, model: nn.Module) -> Iterator[Any]:
-    data = calibration.data
+    data, collate = calibration.data, calibration.collate_fn
     is_iterable = hasattr(data, "__iter__")  # map-style torch datasets are not
     samples = iter(data) if is_iterable else (data[i] for i in range(len(data)))
     while chunk := [kept_sample(s) for s in islice(samples, calibration.batch_size)]:
-        yield _collated(chunk, calibration, model) if calibration.collate_fn else _pad(chunk, model)
+        yield _collated(chunk, collate, model) if collate else _pad(chunk, model)
 
 
-def _collated(samples: list[Any], calibration: Calibration, model: nn.Module) -> Any:
+def _collated(samples: list[Any], collate: Callable[[list[Any]], Any], model: nn.Module) -> Any:
     """The samples as the user's function makes a batch of them.
 
     Raises:
         DataError: if it fails on samples with columns that `Trainer` would have dropped.
     """
     try:
-        return calibration.collate_fn(samples)  # pyright: ignore[reportOptionalCall]
+        return collate(samples)
     except Exception as error:
         sample, accepted = samples[0], _forward_parameters(model)
         columns = sample if isinstance(sample, Mapping) else ()

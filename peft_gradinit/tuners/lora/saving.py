@@ -57,13 +57,13 @@ def _anchors_left_out(
     model: nn.Module, entries: Mapping[str, Tensor], *, prefixed: bool
 ) -> dict[str, Tensor]:
     """The live anchors of factors that are there without, as in entries of parameters alone."""
-    stems = [key.removesuffix(ORIGINAL) for key in entries if key.endswith(ORIGINAL)]
-    missing = {plain_name(stem + ANCHOR): stem + ANCHOR for stem in stems}
+    anchors = [key.removesuffix(ORIGINAL) + ANCHOR for key in entries if key.endswith(ORIGINAL)]
+    missing = {plain_name(key): key for key in anchors if key not in entries}
     buffers = (
         (name_in_file(plain_name(name), prefixed=prefixed), buffer)
         for name, buffer in model.named_buffers()
     )
-    return {missing[n]: b for n, b in buffers if n in missing and missing[n] not in entries}
+    return {missing[name]: buffer for name, buffer in buffers if name in missing}
 
 
 def live_entries(
