@@ -99,8 +99,7 @@ def _no_pairs(optimizer: str, adapter_name: str) -> ConfigError:
 
 def _rates_of_layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[float, int]]:
     for layer in live_layers(model, adapter_name).values():
-        r = layer.r[adapter_name]
-        yield spectral_rate(layer.out_features, layer.in_features, r), r
+        yield spectral_rate(layer.largest[adapter_name]), layer.r[adapter_name]
     has_start = _has_start_of_peft(model, adapter_name)
     for pair in pairs(model, adapter_name):
         if not pair.scaling:

@@ -75,11 +75,6 @@ def test_rates_fall_with_the_root_of_width_and_alpha():
     assert lora_rate(IN, R, -S) == lora_rate(IN, R, S)
 
 
-def test_spectral_rate_moves_the_weight_as_plain_lora_does():
-    generator = torch.Generator().manual_seed(0)
-    U, _ = torch.linalg.qr(torch.randn(OUT, R, generator=generator))
-    V, _ = torch.linalg.qr(torch.randn(IN, R, generator=generator))
-    signs = torch.ones(R).sign()
-    step = spectral_rate(OUT, IN, R) * (U * signs) @ V.T
-    usual = lora_rate(IN, R, 2.0) * first_moves(*plain_start(), 2.0).norm().item()
-    assert step.square().mean().sqrt().item() == pytest.approx(usual, rel=0.05)
+def test_spectral_rate_grows_with_the_weight():
+    assert spectral_rate(10.0) == pytest.approx(10 * spectral_rate(1.0))
+    assert 0 < spectral_rate(1.0) < 0.5  # Adam needs some steps to double a singular value

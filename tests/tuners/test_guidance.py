@@ -1,11 +1,14 @@
 """Which learning rate to begin with."""
 
+import copy
+import dataclasses
 import json
 import math
+import statistics
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from peft_gradinit import (
@@ -23,6 +26,7 @@ from peft_gradinit import (
 )
 from peft_gradinit.errors import ConfigError, NotInitializedError
 from peft_gradinit.linalg import rate_of_start
+from peft_gradinit.linalg.rates import SHARE_OF_LARGEST
 from peft_gradinit.optim import OPTIMIZERS, LoraMuon
 from tests.helpers import adapted, lora_ga, pico_gpt2, pico_llama, quiet, token_batches
 from tests.moe.models import qwen3_moe
@@ -73,10 +77,26 @@ def test_a_start_of_peft_gets_the_rate_of_its_lengths(init, own):
     assert rates[0] == pytest.approx(rates[1], rel=1e-3)
 
 
-def test_svfit_gets_the_rate_of_its_numbers():
-    config = SVFitConfig(r=4, target_modules=["q_proj"])
-    rate = suggest_learning_rate(get_peft_model(pico_llama(), config)).suggested
-    assert rate == pytest.approx(2 / math.sqrt(3) / (4 * math.sqrt(2 * 4)), rel=1e-5)
+def largest_singular_values(model, layer):
+    weights = [p for n, p in model.named_parameters() if n.endswith(f"{layer}.base_layer.weight")]
+    return [torch.linalg.matrix_norm(w.float(), 2).item() for w in weights]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_svfit_gets_a_share_of_the_largest_singular_value(dtype, tmp_path):
+    config = SVFitConfig(r=4, target_modules=["v_proj"])
+    base = pico_llama().to(dtype)
+    peft_model = get_peft_model(copy.deepcopy(base), config)
+    rate = suggest_learning_rate(peft_model).suggested
+    found = largest_singular_values(peft_model, "v_proj")
+    assert rate == pytest.approx(SHARE_OF_LARGEST * statistics.median(found), rel=1e-2)
+    peft_model.add_adapter("other", dataclasses.replace(config))
+    peft_model.set_adapter("other")
+    peft_model.delete_adapter("default")
+    assert suggest_learning_rate(peft_model, "other").suggested == rate
+    peft_model.save_pretrained(str(tmp_path))
+    again = PeftModel.from_pretrained(base, str(tmp_path / "other"))
+    assert suggest_learning_rate(again).suggested == pytest.approx(rate)
 
 
 def test_the_report_says_it_and_keeps_it():

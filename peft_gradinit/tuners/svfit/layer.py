@@ -24,10 +24,11 @@ class SVFitLinear(nn.Module, BaseTunerLayer):
         svfit_U: `(out, r)` by adapter name, float32, frozen.
         svfit_Vh: `(r, in)` by adapter name, float32, frozen.
         weight_hash: `layouts.weight_hash` of the weight that the basis is from.
+        largest: singular value of that weight, by adapter name, which the learning rate depends on.
     """
 
     adapter_layer_names = ("svfit_delta",)
-    other_param_names = ("svfit_U", "svfit_Vh", "weight_hash")
+    other_param_names = ("svfit_U", "svfit_Vh", "weight_hash", "largest")
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
@@ -37,6 +38,7 @@ class SVFitLinear(nn.Module, BaseTunerLayer):
         self.svfit_U = nn.ParameterDict()
         self.svfit_Vh = nn.ParameterDict()
         self.weight_hash: dict[str, str] = {}
+        self.largest: dict[str, float] = {}
         self.merged_adapters = []
         self._active_adapter = []
 

@@ -89,7 +89,11 @@ class SVFitModel(WithReports, RecordedSaves, OffloadedBase, BaseTuner):
         for name, layer in layers.items():
             if source is None:
                 weight = _finite_matrix(name, layer)
-                layer.fill(adapter_name, *config.basis(weight, layer.r[adapter_name], name))
+                U, Vh = config.basis(weight, layer.r[adapter_name], name)
+                layer.fill(adapter_name, U, Vh)
+                layer.largest[adapter_name] = (weight @ Vh[0]).norm().item()
+            else:
+                layer.largest[adapter_name] = layer.largest[source]
             layer.weight_hash[adapter_name] = weight_hash(layer.get_base_layer())
         bases = [layer.get_base_layer() for layer in layers.values()]
         ranks = {name: layer.r[adapter_name] for name, layer in layers.items()}
