@@ -84,7 +84,7 @@ def largest_singular_values(model, layer):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_svfit_gets_a_share_of_the_largest_singular_value(dtype, tmp_path):
-    config = SVFitConfig(r=4, target_modules=["v_proj"])
+    config = SVFitConfig(r=4, target_modules=["v_proj"], save_format="compact")
     base = pico_llama().to(dtype)
     peft_model = get_peft_model(copy.deepcopy(base), config)
     rate = suggest_learning_rate(peft_model).suggested
