@@ -78,13 +78,8 @@ class Encoder:
         length = self.section.length
         prompt = self._asked(self._with_words(row))
         if isinstance(prompt, list):
-            ids = self.processor.apply_chat_template(
-                prompt,
-                tokenize=True,
-                add_generation_prompt=True,
-                return_dict=True,
-                **template_options(row),
-            )["input_ids"]
+            turns = [*prompt, *self._answer(row)[:-1]]
+            ids = self._of_chat(turns, row, asks=True, tokenize=True, return_dict=True)["input_ids"]
         elif self.task == "SEQ_2_SEQ_LM":
             return list(self.processor(prompt, truncation=True, max_length=length)["input_ids"])
         else:
@@ -92,11 +87,36 @@ class Encoder:
         return ids if len(ids) < length else None
 
     def completion(self, row: Mapping[str, Any]) -> str | None:
-        """What the row gives as the answer; `None` if the row is to be dropped."""
+        """What the row gives as the answer, of a chat its last turn; `None` if the row is to be dropped.
+
+        A turn that is more than a text, such as a call of a tool, is as the chat template writes it.
+        """
         text = self._value(self._with_words(row), self.section.completion or "completion")
         if isinstance(text, list):
-            text = as_messages(text)[-1].get("content")
+            text = self._text_of_turn(row)
         return self._kept(str(text))
+
+    def _text_of_turn(self, row: Mapping[str, Any]) -> str:
+        *before, last = self._answer(row)
+        if isinstance(last.get("content"), str) and not last.get("tool_calls"):
+            return last["content"]
+        before = [*self._asked(self._with_words(row)), *before]
+        asked = self._of_chat(before, row, asks=True, tokenize=False)
+        whole = self._of_chat([*before, last], row, asks=False, tokenize=False)
+        ids = self.processor(whole.removeprefix(asked), add_special_tokens=False)["input_ids"]
+        return self.processor.decode(ids, skip_special_tokens=True)
+
+    def _answer(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The turns of a completion that is a chat."""
+        source = self.section.completion or "completion"
+        return self._messages(self._value(self._with_words(row), source))
+
+    def _of_chat(
+        self, turns: list[dict[str, Any]], row: Mapping[str, Any], *, asks: bool, **options: Any
+    ) -> Any:
+        return self.processor.apply_chat_template(
+            turns, add_generation_prompt=asks, **template_options(row), **options
+        )
 
     def _encoder(self) -> Any:
         """Choose how to read a row, from the section or else from the columns.

@@ -114,6 +114,37 @@ def test_tools_reach_the_chat_template(written, tmp_path):
     assert TOKENIZER.decode(encoder.prompt(asked)).startswith("tools weather user")
 
 
+CALLS = (
+    "{% for m in messages %}{{ m.role }} {% for c in m.tool_calls or [] %}call {{ c.function.name }} "
+    "{% endfor %}{{ m.content or '' }} {% endfor %}"
+    "{% if add_generation_prompt %}assistant {% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("last", "answer"),
+    [
+        ({"content": None, "tool_calls": [{"function": {"name": "weather"}}]}, "call weather"),
+        ({"tool_calls": [{"function": {"name": "weather"}}]}, "call weather"),
+        ({"content": "two words", "tool_calls": None}, "two words"),
+    ],
+)
+def test_a_call_of_a_tool_is_compared_as_the_template_writes_it(last, answer, tmp_path):
+    """It was the word None. Turns of the answer that come before belong to what is asked."""
+    template = tmp_path / "chat.jinja"
+    template.write_text(CALLS)
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "search"}}]}
+    before = [call, {"role": "tool", "content": "found"}]
+    row = {
+        "prompt": [{"role": "user", "content": "one"}],
+        "completion": [*before, {"role": "assistant", **last}],
+    }
+    encoder = Encoder(section(chat_template=str(template)), "CAUSAL_LM", TOKENIZER, list(row))
+    assert encoder.completion(row).strip() == answer
+    asked = " ".join(TOKENIZER.decode(encoder.prompt(row)).split())
+    assert asked == "user one assistant call search tool found assistant"
+
+
 def test_images_of_other_kinds(tmp_path):
     """16 bits are scaled to 8; what has no known range, or is a path, is named."""
     ramp = np.linspace(0, 65535, 64).reshape(8, 8)
