@@ -20,6 +20,7 @@ from peft.tuners.lora.config import KasaConfig
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
+    AutoTokenizer,
     CLIPVisionConfig,
     LlamaConfig,
     LlamaForCausalLM,
@@ -34,9 +35,11 @@ from peft_gradinit import SVFitConfig, export_adapter, files, load_for_training
 from peft_gradinit.errors import AdapterError, ExportError, NotInitializedError
 from peft_gradinit.export import check_export
 from peft_gradinit.methods import METHODS
+from peft_gradinit.recipes.embedded import pico_tokenizer
 from peft_gradinit.records import read_adapter
 from tests.exports import EXACT, PATTERNS, config, emptied, peft_lora, read, trained
 from tests.helpers import (
+    adapted,
     base_weights,
     logits,
     pico_gpt2,
@@ -372,6 +375,31 @@ def test_bf16_base_gives_a_bf16_model(tmp_path):
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     # The merged weights are rounded to bf16 once.
     assert relative_error(logits(model).float(), logits(peft_model).float()) <= 2**-5
+
+
+def test_a_merged_model_has_its_tokenizer_and_is_replaced_with_it(tmp_path):
+    """Files that an export says it wrote are its own; others keep a folder from being replaced."""
+    peft_model, tokenizer = adapted(pico_llama()), pico_tokenizer()
+    for _ in range(2):
+        export_adapter(
+            peft_model, tmp_path / "out", "merged", overwrite=True, processing_class=tokenizer
+        )
+    texts = ["one two", "three"]
+    assert (
+        AutoTokenizer.from_pretrained(tmp_path / "out")(texts)["input_ids"]
+        == tokenizer(texts)["input_ids"]
+    )
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    facts = json.loads((tmp_path / "out" / "gradinit.json").read_text())
+    assert {"tokenizer.json", "tokenizer_config.json"} <= set(facts["processing_files"]) < names
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    with pytest.raises(ExportError, match=r"no export writes \(notes.txt\)"):
+        export_adapter(peft_model, tmp_path / "out", "merged", overwrite=True)
+    with pytest.raises(ExportError, match="takes the tokenizer of its base"):
+        export_adapter(peft_model, tmp_path / "peft", processing_class=tokenizer)
+    with pytest.raises(ExportError, match="save_pretrained, got a str"):
+        export_adapter(peft_model, tmp_path / "new", "merged", processing_class="tokenizer")
+    assert not (tmp_path / "new").exists()
 
 
 def test_classifier_is_merged_with_its_head_and_its_card_builds_it(tmp_path):
@@ -733,6 +761,6 @@ def test_the_example_of_the_guide_runs_as_printed(tmp_path, monkeypatch, capsys)
     monkeypatch.chdir(tmp_path)
     page = (Path(__file__).parents[1] / "docs" / "guides" / "export.md").read_text()
     code = page.partition("```python\n")[2].partition("```")[0]
-    exec(code, {"model": trained("lora_ga")})
+    exec(code, {"model": trained("lora_ga"), "tokenizer": pico_tokenizer()})
     assert "peft: 14 layers" in capsys.readouterr().out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["merged", "served", "small"]

@@ -2,19 +2,18 @@
 
 import dataclasses
 import os
-import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from peft import LoraConfig, PeftModel, PeftType
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import ExportError
-from ..files import check_replaceable, check_writable, whole_folder, write_json
+from ..files import whole_folder, write_json
 from ..linalg import Factors
 from ..numbers import as_python, is_integer
 from ..records import (
@@ -22,7 +21,6 @@ from ..records import (
     CARD,
     EXPORT_FORMAT,
     OUT_OF_ATTENTION,
-    PICTURE,
     PREFIX,
     PROVENANCE_FILE,
     as_text,
@@ -43,15 +41,13 @@ from ..records import (
 from ..starts import GradInitConfig, SpectralConfig
 from .checks import check_base, check_truncatable
 from .merging import check_mergeable, merged_model
+from .places import PROCESSING_FILES, is_exported, save_processor
 from .serving import check_servable, completed, served_rank, target_names
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 ExportTarget = Literal["peft", "serving", "merged"]
-
-_FILES = (CONFIG_NAME, PROVENANCE_FILE, CARD, PICTURE, "config.json", "generation_config.json")
-_WEIGHTS = re.compile(r"(adapter_)?model.*\.(safetensors|bin|safetensors\.index\.json)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +122,7 @@ def export_adapter(
     adapter_name: str = "default",
     *,
     overwrite: bool = False,
+    processing_class: Any = None,
 ) -> ExportReport:
     """Write an adapter in the form that its reader needs; the model is only read.
 
@@ -148,6 +145,8 @@ def export_adapter(
         adapter_name: which adapter.
         overwrite: replace an earlier export, as a whole. A directory with other files is never
             replaced.
+        processing_class: tokenizer or processor, saved beside a `"merged"` model, which then loads alone.
+            Default: none.
 
     Returns:
         Ranks and relative errors by layer, also written to `gradinit.json`.
@@ -159,12 +158,19 @@ def export_adapter(
     """
     rank = as_python(rank)
     config = _checked_config(peft_model, target, rank, adapter_name)
-    with whole_folder(directory, overwrite=overwrite, is_ours=_is_ours) as part:
+    if processing_class is not None and target != "merged":
+        raise ExportError(
+            f"target={target!r} writes an adapter, which takes the tokenizer of its base; leave "
+            "processing_class out, or save it yourself."
+        )
+    files: list[str] = []
+    with whole_folder(directory, overwrite=overwrite, is_ours=is_exported(directory)) as part:
         state_dict = _saved_entries(peft_model, adapter_name, embeddings=target != "merged")
         if target == "merged":
             report = ExportReport(target, 0, ())
             merged_model(peft_model.get_base_model(), adapter_name).save_pretrained(part)
             new_card(part)
+            files = [] if processing_class is None else save_processor(processing_class, part)
         elif target == "peft" and rank is None:
             saved_as = _saved_config(peft_model, adapter_name)
             report = _report(target, linear_layers(state_dict, saved_as)[0])
@@ -176,16 +182,10 @@ def export_adapter(
             plain.save_pretrained(str(part), auto_mapping_dict=_auto_mapping(peft_model, plain))
             write_card(peft_model, part)
         facts = facts_of(config, told_record(peft_model, adapter_name))
-        facts["export"] = report.to_dict()
+        facts |= {"export": report.to_dict(), PROCESSING_FILES: files}
         write_json(part / PROVENANCE_FILE, {"format": EXPORT_FORMAT, **facts})
         saved(part)
     return report
-
-
-def check_directory(directory: str | os.PathLike[str], *, overwrite: bool) -> None:
-    """Refuse a directory that `export_adapter` would refuse, before there is an adapter."""
-    check_replaceable(Path(directory), overwrite, _is_ours)
-    check_writable(Path(directory).parent)
 
 
 def check_export(
@@ -339,7 +339,3 @@ def _auto_mapping(peft_model: PeftModel, saved: LoraConfig) -> dict[str, str] | 
         return None
     base = type(peft_model.get_base_model())
     return {"base_model_class": base.__name__, "parent_library": base.__module__}
-
-
-def _is_ours(name: str) -> bool:
-    return name in _FILES or _WEIGHTS.fullmatch(name) is not None

@@ -12,6 +12,7 @@ try:
         empty_model,
         load_model,
         load_processor,
+        location,
         model_config,
         task_of,
         untrained_modules,

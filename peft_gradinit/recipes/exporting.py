@@ -2,7 +2,7 @@
 
 import shutil
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from peft import PeftModel
 
@@ -43,15 +43,24 @@ def remove_exports(output: Path) -> None:
         shutil.rmtree(folder)
 
 
-def write_exports(model: PeftModel, recipe: Recipe) -> None:
-    """Write the exports.
+def write_exports(model: PeftModel, recipe: Recipe, processor: Any) -> None:
+    """Write the exports; a merged model with what reads its data, so that it loads alone.
 
     Args:
         model: the trained model.
         recipe: which exports.
+        processor: tokenizer or image processor, if it is one that can be saved.
     """
+    saved = processor if hasattr(processor, "save_pretrained") else None
     for target, rank in exports_of(recipe):
-        export_adapter(model, Path(recipe.output) / target, target, rank, overwrite=True)
+        export_adapter(
+            model,
+            Path(recipe.output) / target,
+            target,
+            rank,
+            overwrite=True,
+            processing_class=saved if target == "merged" else None,
+        )
 
 
 def _earlier(output: Path) -> list[Path]:

@@ -80,7 +80,7 @@ def finetune(recipe: Recipe) -> dict[str, Any]:
         write_json(output / RESULTS, results)
         if draws:
             draw_losses(_curves(results, baselines), output / PICTURE)
-        write_exports(trained, recipe)
+        write_exports(trained, recipe, inputs.reader.processor)
         if recipe.push is not None:
             publish(trained, recipe.push, output / "adapter")
     state.wait_for_everyone()

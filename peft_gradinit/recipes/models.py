@@ -86,7 +86,7 @@ def model_config(section: ModelSection) -> Any:
     if section.name == embedded.PICO_LLAMA:
         return embedded.pico_llama_config()
     try:
-        return AutoConfig.from_pretrained(_location(section.name), revision=section.revision)
+        return AutoConfig.from_pretrained(location(section.name), revision=section.revision)
     except _FAILURES as error:
         raise ConfigError(_unloadable("model", section.name, error)) from error
 
@@ -122,7 +122,7 @@ def load_model(
         options["quantization_config"] = _quantization(section, dtype)
     try:
         model, info = (_AUTO_CLASSES[task] if task else auto_class).from_pretrained(
-            _location(section.name), output_loading_info=True, **options
+            location(section.name), output_loading_info=True, **options
         )
     except _FAILURES as error:
         raise ConfigError(_unloadable("model", section.name, error)) from error
@@ -214,7 +214,7 @@ def load_processor(section: ModelSection) -> Any:
     auto = AutoImageProcessor if task_of(section) == "IMAGE_CLS" else AutoTokenizer
     revision = section.revision if name == section.name else None
     try:
-        processor = auto.from_pretrained(_location(name), revision=revision)
+        processor = auto.from_pretrained(location(name), revision=revision)
     except _FAILURES as error:
         raise ConfigError(_unloadable("tokenizer or image processor of", name, error)) from error
     if auto is AutoTokenizer:
@@ -281,7 +281,18 @@ def _quantization(section: ModelSection, dtype: Any) -> BitsAndBytesConfig:
     )
 
 
-def _location(name: str) -> str:
+def location(name: str) -> str:
+    """What Transformers loads a model or tokenizer from: an embedded one has a folder.
+
+    Args:
+        name: Hub name, folder or embedded model.
+
+    Returns:
+        Hub name or folder.
+
+    Raises:
+        ConfigError: if there is no such embedded model.
+    """
     if name == embedded.MINILM:
         return str(embedded.minilm_folder())
     if name == embedded.SMOLLM2:

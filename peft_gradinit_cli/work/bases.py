@@ -5,12 +5,17 @@ from typing import Any
 
 import transformers
 from torch import Tensor, nn
+from transformers import AutoProcessor
+from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME
+from transformers.utils.hub import has_file
 
 from peft_gradinit.errors import AdapterError, FingerprintError, warn
-from peft_gradinit.recipes import ModelSection, load_model, model_config, section_of
+from peft_gradinit.recipes import ModelSection, load_model, location, model_config, section_of
 from peft_gradinit.records import SavedAdapter, base_class, give_padding_token, label_count
 from peft_gradinit.starts import base_name, linear_shape, linear_weight
 from peft_gradinit.tuners import check_base
+
+_PROCESSORS = ("tokenizer_config.json", PROCESSOR_NAME, IMAGE_PROCESSOR_NAME)
 
 
 def model_section(name: str, adapter: SavedAdapter) -> ModelSection:
@@ -88,6 +93,21 @@ def load_base(name: str, adapter: SavedAdapter) -> nn.Module:
                 f"the model and {want} in the adapter; give the model that it was trained on."
             )
     return model
+
+
+def load_processor(*names: str) -> Any:
+    """Load the tokenizer or processor of the first place that has one.
+
+    Args:
+        names: Hub names or folders.
+
+    Returns:
+        It; `None` if no place has one.
+    """
+    for where in map(location, names):
+        if any(has_file(where, file) for file in _PROCESSORS):
+            return AutoProcessor.from_pretrained(where)
+    return None
 
 
 def _tell(model: Any, facts: Mapping[str, Any]) -> None:

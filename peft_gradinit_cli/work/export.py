@@ -11,7 +11,7 @@ from peft_gradinit.records import SavedAdapter, read_adapter, read_provenance
 from peft_gradinit.tuners import load_for_training, unknown_entries
 
 from ..output import Column, Listing
-from .bases import load_base
+from .bases import load_base, load_processor
 
 
 def run(
@@ -47,12 +47,14 @@ def run(
     if not name:
         raise ConfigError(f"{adapter!r} does not name its base model; give --base.")
     peft_model = _loaded(saved, name)
+    processor = load_processor(saved.directory, name) if target == "merged" else None
     report = export_adapter(
         peft_model,
         output,
         target,  # pyright: ignore[reportArgumentType] checked above
         rank,
         overwrite=overwrite,
+        processing_class=processor,
     )
     rows = [
         {"layer": x.name, "r": x.r, "exported_r": x.exported_r, "error": x.relative_error}
@@ -65,7 +67,9 @@ def run(
         Column("error", "relative error", ".2e"),
     )
     facts: dict[str, Any] = {"written": str(output), "target": target}
-    if target != "merged":  # which has no factors any more
+    if target == "merged":  # which has no factors any more
+        facts["tokenizer or processor"] = "none found" if processor is None else "written"
+    else:
         facts |= {"rank": report.rank, "largest relative error": report.largest_error}
     Listing("", columns, rows, facts).show(as_json)
 

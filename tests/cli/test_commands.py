@@ -3,13 +3,14 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from peft import PeftModel
-from transformers import LlamaConfig, LlamaForSequenceClassification
+from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 from typer.testing import CliRunner
 
 import peft_gradinit
@@ -404,6 +405,16 @@ def test_export(run, workshop, tmp_path, target, adapter):
     else:
         got = logits_on_fresh_base(tmp_path / "out")
     assert relative_error(got, want) < 2e-5
+
+
+def test_a_merged_model_gets_the_tokenizer_of_its_base(run, workshop, tmp_path):
+    shutil.copytree(workshop / "base", tmp_path / "base")
+    pico_tokenizer().save_pretrained(tmp_path / "base")
+    arguments = ("export", workshop / "lora", tmp_path / "out", "--target", "merged")
+    done = run(*arguments, "--base", tmp_path / "base")
+    assert "tokenizer or processor: written" in done.out, done.err
+    got = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert got("one two")["input_ids"] == pico_tokenizer()("one two")["input_ids"]
 
 
 LOUD = """

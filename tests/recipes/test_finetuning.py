@@ -18,7 +18,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
-from transformers import T5Config, T5ForConditionalGeneration, ViTForImageClassification
+from transformers import (
+    AutoTokenizer,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTForImageClassification,
+)
 
 from peft_gradinit import suggest_learning_rate
 from peft_gradinit.errors import ConfigError, DataError, ExportError, OutputError
@@ -221,7 +226,9 @@ def test_nothing_is_left_of_the_adapter_of_a_run_before(tmp_path):
 
 def test_nothing_is_left_of_the_exports_of_a_run_before(tmp_path):
     quick = ("training.max_steps=1", "evaluation.metrics=[]")
-    run(PICO, tmp_path / "out", *quick, "export.targets=[merged, serving]")
+    for _ in range(2):
+        run(PICO, tmp_path / "out", *quick, "export.targets=[merged, serving]")
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "out" / "merged")) > 0
     (tmp_path / "out" / "peft").mkdir()
     (tmp_path / "out" / "peft" / "notes.txt").write_text("mine")  # not an export
     run(PICO, tmp_path / "out", *quick, "export.targets=[serving]")
