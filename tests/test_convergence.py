@@ -596,6 +596,20 @@ def test_every_seed_has_random_factors_of_its_own(tmp_path, monkeypatch):
     assert len({r["data"] for r in results}) == 1
 
 
+def test_a_run_that_is_evaluated_at_its_end_only_is_the_same_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+    task = TASKS["digits"](load_settings("tiny.yaml"))
+    whole, quick = (
+        run(Key("digits", "lora", 1e-2, 0, 4), task, at_end_only=quick) for quick in (False, True)
+    )
+    assert quick["train_losses"] == whole["train_losses"]
+    assert quick["curve"] == whole["curve"][-1:]
+    assert quick["data"] == whole["data"]
+    assert whole["source_loss"][0] is not None
+    assert quick["source_loss"] == [None, None]
+
+
 @pytest.mark.parametrize(("n_steps", "warmup"), [(6, 0), (80, 5), (48, 4), (320, 20)])
 def test_warmup_of_longer_runs_is_as_long_a_part(n_steps, warmup):
     assert warmup_steps(load_settings("docstrings").training, n_steps) == warmup

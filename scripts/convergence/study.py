@@ -263,4 +263,5 @@ def load_task(name: str, device: str = "cpu") -> Task:
 
 
 def _run(task: str, key: Key, device: str) -> dict:
-    return run(key, load_task(task, device))
+    loaded = load_task(task, device)
+    return run(key, loaded, at_end_only=key.seed in loaded.settings.searched)

@@ -4,7 +4,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import nn
@@ -44,13 +44,21 @@ class Key:
     steps: int
 
 
-def run(key: Key, task: Task, after: Callable[[nn.Module], None] | None = None) -> dict:
+def run(
+    key: Key,
+    task: Task,
+    after: Callable[[nn.Module], None] | None = None,
+    *,
+    at_end_only: bool = False,
+) -> dict:
     """Fine-tune once.
 
     Args:
         key: which run.
         task: that of `key.task`.
         after: gets the trained model, which it may change.
+        at_end_only: evaluate once, on the test rows, which is all that a search for a rate needs. The
+            run is the same.
 
     Returns:
         The key, the curve `[step, test loss, test accuracy]`, training losses, the loss on the
@@ -58,6 +66,10 @@ def run(key: Key, task: Task, after: Callable[[nn.Module], None] | None = None) 
         diverged has infinite losses.
     """
     of_seed = fold(task, key.seed)
+    if at_end_only:
+        settings = of_seed.settings
+        once = {"training": settings.training.model_copy(update={"evaluations": 0})}
+        of_seed = replace(of_seed, settings=settings.model_copy(update=once), source=None)
     model = of_seed.load_model()
     with half_products(model):
         result = _run(key, of_seed, model, after or (lambda trained: None))
@@ -163,9 +175,9 @@ def train(
     training = task.settings.training
     n_steps = len(order)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    every = n_steps / training.evaluations
-    marks = {round(every * i) for i in range(1, training.evaluations + 1)}
-    curve, losses = [[0, *evaluate(model, task.test)]], []
+    parts = range(1, training.evaluations + 1)
+    marks = {n_steps} | {round(n_steps * i / training.evaluations) for i in parts}
+    curve, losses = [[0, *evaluate(model, task.test)]] if parts else [], []
     model.train()
     for step, indices in enumerate(order, start=1):
         loss = model(**select(task.train, indices)).loss
