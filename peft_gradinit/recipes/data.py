@@ -184,7 +184,7 @@ def _read(path: str, name: str | None, split: str, section: DataSection) -> Rows
         reason = str(error.__cause__ or error).strip().splitlines()
         raise DataError(
             f"cannot read the data {path!r} (split {split!r}): "
-            f"{reason[0] if reason else repr(error)} Give a Hub name, a folder, or a file ending "
+            f"{(reason[0] if reason else repr(error)).rstrip('.')}. Give a Hub name, a folder, or a file ending "
             f"in {', '.join(BUILDERS)}."
         ) from error
     if _n_rows(rows) == 0:

@@ -29,6 +29,7 @@ BUILDERS = {
     ".txt": "text",
 }
 """What `datasets` calls the kinds of files, by how their names end."""
+_CHUNK = 1 << 20
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip")
 """Endings of files that `datasets` would unpack, and read text in as numbers and dates."""
 _ONLY = "train"
@@ -136,6 +137,8 @@ def _rows_of(place: Path) -> datasets.Dataset:
     builder = _builder_of(place)
     if place.stat().st_size == 0:
         raise DataError(f"the data file {str(place)!r} is empty.")
+    if builder != "parquet":
+        _check_encoding(place)
     options = _options_of_csv(place) if builder == "csv" else _OPTIONS.get(builder, {})
     files = glob.escape(str(place))  # `datasets` takes it for a pattern
     rows: Any = datasets.load_dataset(builder, data_files=files, split=_ONLY, **options)
@@ -151,6 +154,19 @@ def _builder_of(place: Path) -> str:
             f"{', '.join(BUILDERS)}. Unpack it first if it is compressed."
         )
     return builder
+
+
+def _check_encoding(place: Path) -> None:
+    """Refuse a file that is not in UTF-8; of JSON, `datasets` would make texts that cannot be read."""
+    try:
+        with place.open(encoding="utf-8") as file:
+            while file.read(_CHUNK):
+                pass
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"the data file {str(place)!r} is not in UTF-8 ({error.reason}: "
+            f"{error.object[error.start]:#x}); save it as UTF-8, which spreadsheets call 'CSV UTF-8'."
+        ) from error
 
 
 def _is_written(row: Mapping[str, Any]) -> bool:
@@ -176,7 +192,13 @@ def _options_of_csv(place: Path) -> dict[str, Any]:
             f"{len(first.columns)}: {list(first.columns)}; put quotes around a cell that holds a "
             f"{options['sep']!r}, or give the header a name for each."
         )
-    features = datasets.Features({str(name): datasets.Value("string") for name in first.columns})
+    names = [str(name) for name in first.columns]
+    if len(names) == 1 and (other := next((s for s in ";\t|" if s in names[0]), None)):
+        warn(
+            f"{str(place)!r} is read as a single column, {names[0]!r}, since its cells are separated by "
+            f"{options['sep']!r}; if {other!r} separates them, save it with commas, or with tabs as .tsv."
+        )
+    features = datasets.Features({name: datasets.Value("string") for name in names})
     return {**options, "features": features}
 
 

@@ -424,3 +424,20 @@ def test_a_revision_of_the_model_is_not_one_of_another_tokenizer(monkeypatch):
     for tokenizer in (None, "other/tokenizer"):
         load_processor(ModelSection(**model, tokenizer=tokenizer))
     assert asked == {"me/model": "abc123", "other/tokenizer": None}
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl", "txt"])
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+def test_files_in_other_encodings_are_refused_by_name(ending, encoding, tmp_path):
+    line = {"csv": "text\nhéllo\n", "jsonl": '{"text": "héllo"}\n', "txt": "héllo\n"}[ending]
+    (tmp_path / f"a.{ending}").write_text(line, encoding=encoding)
+    with pytest.raises(DataError, match=r"a\.\w+' is not in UTF-8 \(invalid .*: 0x"):
+        load_rows(DataSection(path=str(tmp_path / f"a.{ending}")))
+
+
+@pytest.mark.parametrize(("ending", "written"), [("csv", ";"), ("csv", "\t"), ("tsv", "|")])
+def test_a_table_with_other_separators_is_told(ending, written, tmp_path):
+    (tmp_path / f"a.{ending}").write_text(f"text{written}label\none{written}x\n")
+    with pytest.warns(UserWarning, match="read as a single column, .*save it with commas"):
+        rows = load_rows(DataSection(path=str(tmp_path / f"a.{ending}")))
+    assert rows.column_names == [f"text{written}label"]
