@@ -1,5 +1,6 @@
 """One run of a recipe: data, model, start, training, evaluation, export, push."""
 
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
@@ -70,6 +71,7 @@ def finetune(recipe: Recipe) -> dict[str, Any]:
     _check_finite(trained, _peak_rate(trainer))
     if state.is_main_process:
         _forget_earlier(output)
+        _remove_if_empty(Path(str(trainer.args.output_dir)))
         _write(trained, output / "adapter", inputs.reader.processor)
     state.wait_for_everyone()
     metrics = {}
@@ -221,6 +223,12 @@ def _write(model: PeftModel, folder: Path, processor: Any) -> None:
     model.save_pretrained(str(folder))
     if hasattr(processor, "save_pretrained"):
         processor.save_pretrained(str(folder))
+
+
+def _remove_if_empty(folder: Path) -> None:
+    """Remove the folder of the checkpoints, which the trainer makes, if there are none."""
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def _draws(recipe: Recipe) -> bool:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from ..errors import ConfigError
 from .schema import Recipe
@@ -86,27 +87,29 @@ def _described(fault: Mapping[str, Any]) -> str:
     location = fault["loc"]
     where = ".".join(str(part) for part in location)
     if fault["type"] == "extra_forbidden":
-        known = _keys_at(location[:-1])
+        known = list(_fields_at(location[:-1]))
         return f"{where}: no such key{nearest(str(location[-1]), known)}"
     if fault["type"] == UNKNOWN:
         return f"{where}: {fault['msg']}"
     if fault["type"] == "missing":
-        return f"{where}: missing"
+        field = _fields_at(location[:-1]).get(str(location[-1]))
+        told = field.description if field else None
+        return f"{where}: missing" + (f". {told}" if told else "")
     message = fault["msg"].removeprefix("Value error, ")
     if not where:  # of several sections together
         return message
     return f"{where}: {message} (got {fault['input']!r})"
 
 
-def _keys_at(location: tuple[Any, ...]) -> list[str]:
+def _fields_at(location: tuple[Any, ...]) -> Mapping[str, FieldInfo]:
     section: type[BaseModel] = Recipe
     for part in location:
         field = section.model_fields.get(str(part))
         nested = None if field is None else _section_of(field.annotation)
         if nested is None:
-            return []
+            return {}
         section = nested
-    return list(section.model_fields)
+    return section.model_fields
 
 
 def _section_of(annotation: Any) -> type[BaseModel] | None:

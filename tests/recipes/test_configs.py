@@ -144,7 +144,10 @@ def test_missing_keys_and_methods_are_named(tmp_path):
     ):
         load_recipe(broken(tmp_path, method__name="lora_gaa"))
     (tmp_path / "short.yaml").write_text("version: 1\n")
-    with pytest.raises(GradInitError, match="model: missing"):
+    with pytest.raises(GradInitError, match=r"model: missing"):
+        load_recipe(tmp_path / "short.yaml")
+    (tmp_path / "short.yaml").write_text("title: one\n")
+    with pytest.raises(GradInitError, match=r"version: missing\. Version of this schema: 1\."):
         load_recipe(tmp_path / "short.yaml")
 
 

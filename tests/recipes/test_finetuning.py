@@ -229,6 +229,7 @@ def test_nothing_is_left_of_the_exports_of_a_run_before(tmp_path):
     for _ in range(2):
         run(PICO, tmp_path / "out", *quick, "export.targets=[merged, serving]")
     assert len(AutoTokenizer.from_pretrained(tmp_path / "out" / "merged")) > 0
+    assert not (tmp_path / "out" / "checkpoints").exists()  # none was asked for
     (tmp_path / "out" / "peft").mkdir()
     (tmp_path / "out" / "peft" / "notes.txt").write_text("mine")  # not an export
     run(PICO, tmp_path / "out", *quick, "export.targets=[serving]")
@@ -249,7 +250,7 @@ def test_an_evaluation_that_fails_leaves_no_results_of_a_run_before(tmp_path, mo
     monkeypatch.setattr("peft_gradinit.recipes.finetuning.evaluate_model", fails)
     with pytest.raises(MemoryError, match="on long answers"):
         run(PICO, tmp_path / "out", *quick, "training.learning_rate=0.1")
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"adapter", "checkpoints"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"adapter"}
 
 
 def test_a_run_that_diverged_writes_no_adapter_over_an_earlier_one(tmp_path, capsys):
