@@ -3,7 +3,7 @@
 import os
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,7 +39,7 @@ def load_recipe(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> 
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
-        faults += [_described(dict(fault)) for fault in error.errors(include_url=False)]
+        faults += _faults_of(error, values)
         recipe = None
     if recipe is None or faults:
         listed = "\n".join(f"  - {fault}" for fault in faults)
@@ -83,22 +83,47 @@ def _override(values: dict[str, Any], text: str) -> str | None:
     return None
 
 
-def _described(fault: Mapping[str, Any]) -> str:
+def _faults_of(error: ValidationError, values: Mapping[str, Any]) -> list[str]:
+    """Every fault in words; that a value is none of several kinds is one fault."""
+    messages: dict[str, list[str]] = {}
+    endings: dict[str, str] = {}
+    for fault in error.errors(include_url=False):
+        where, message, ending = _described(dict(fault), values)
+        messages.setdefault(where, []).append(message)
+        endings[where] = ending
+    return [
+        (f"{where}: " if where else "") + ", or ".join(dict.fromkeys(of)) + endings[where]
+        for where, of in messages.items()
+    ]
+
+
+def _described(fault: Mapping[str, Any], values: Mapping[str, Any]) -> tuple[str, str, str]:
+    """Where a fault is, what it is, and what follows that."""
     location = fault["loc"]
     where = ".".join(str(part) for part in location)
     if fault["type"] == "extra_forbidden":
         known = list(_fields_at(location[:-1]))
-        return f"{where}: no such key{nearest(str(location[-1]), known)}"
+        return where, f"no such key{nearest(str(location[-1]), known)}", ""
     if fault["type"] == UNKNOWN:
-        return f"{where}: {fault['msg']}"
+        return where, fault["msg"], ""
     if fault["type"] == "missing":
         field = _fields_at(location[:-1]).get(str(location[-1]))
         told = field.description if field else None
-        return f"{where}: missing" + (f". {told}" if told else "")
+        return where, "missing" + (f". {told}" if told else ""), ""
     message = fault["msg"].removeprefix("Value error, ")
     if not where:  # of several sections together
-        return message
-    return f"{where}: {message} (got {fault['input']!r})"
+        return where, message, ""
+    return ".".join(_keys_of(location, values)), message, f" (got {fault['input']!r})"
+
+
+def _keys_of(location: tuple[Any, ...], values: Any) -> Iterator[str]:
+    """The keys of a place in the file. What follows them is the name of a kind that its value may have."""
+    for part in location:
+        try:
+            values = values[part]
+        except (KeyError, IndexError, TypeError):
+            return
+        yield str(part)
 
 
 def _fields_at(location: tuple[Any, ...]) -> Mapping[str, FieldInfo]:
@@ -135,5 +160,4 @@ def section_of(section: type[SectionT], **values: Any) -> SectionT:
     try:
         return section(**values)
     except ValidationError as error:
-        faults = [_described(dict(fault)) for fault in error.errors(include_url=False)]
-        raise ConfigError("; ".join(faults)) from error
+        raise ConfigError("; ".join(_faults_of(error, values))) from error

@@ -138,6 +138,23 @@ def test_all_faults_are_shown_at_once_with_the_nearest_key(tmp_path):
         assert part in message, part
 
 
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        (
+            "method.r=-1",
+            "method.r: Input should be greater than or equal to 1, or Input should be 'full'",
+        ),
+        ("method.rank_pattern.q_proj: Input should be a valid integer",),
+        ("export.targets=[peft, a]", "export.targets.1: Input should be 'peft'"),
+    ],
+)
+def test_a_value_that_is_none_of_several_kinds_is_one_fault(override, told, tmp_path):
+    with pytest.raises(ConfigError, match="has 1 fault:") as caught:
+        load_recipe(broken(tmp_path), [override])
+    assert told in str(caught.value)
+
+
 def test_missing_keys_and_methods_are_named(tmp_path):
     with pytest.raises(
         GradInitError, match=r"method\.name: no such method, did you mean 'lora_ga'"
