@@ -145,7 +145,6 @@ def test_all_faults_are_shown_at_once_with_the_nearest_key(tmp_path):
             "method.r=-1",
             "method.r: Input should be greater than or equal to 1, or Input should be 'full'",
         ),
-        ("method.rank_pattern.q_proj: Input should be a valid integer",),
         ("export.targets=[peft, a]", "export.targets.1: Input should be 'peft'"),
     ],
 )
