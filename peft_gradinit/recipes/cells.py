@@ -8,6 +8,13 @@ from ..errors import DataError
 from .sections import nearest
 
 
+class _OfColumns(Formatter):
+    """A field is the name of a column, also with dots and brackets in it."""
+
+    def get_field(self, field_name: str, args: Any, kwargs: Mapping[str, Any]) -> Any:
+        return kwargs[field_name], field_name
+
+
 def value_of(row: Mapping[str, Any], source: str, columns: list[str]) -> Any:
     """What a row holds in a column, or a template filled with its columns.
 
@@ -44,7 +51,7 @@ def value_of(row: Mapping[str, Any], source: str, columns: list[str]) -> Any:
     for field in fields:
         as_text(row[field], field)
     try:
-        return source.format_map(dict(row))
+        return _OfColumns().vformat(source, (), row)
     except (ValueError, TypeError) as error:
         raise DataError(_unfilled(source, error)) from error
 

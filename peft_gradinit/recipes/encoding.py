@@ -75,8 +75,8 @@ class Encoder:
         Returns:
             Token ids; `None` if the prompt alone is so long that training has no answer behind it.
         """
-        length = self.section.length
-        prompt = self._asked(self._with_words(row))
+        length, row = self.section.length, self._with_words(row)
+        prompt = self._asked(row)
         if isinstance(prompt, list):
             turns = [*prompt, *self._answer(row)[:-1]]
             ids = self._of_chat(turns, row, asks=True, tokenize=True, return_dict=True)["input_ids"]
@@ -91,25 +91,36 @@ class Encoder:
 
         A turn that is more than a text, such as a call of a tool, is as the chat template writes it.
         """
-        text = self._value(self._with_words(row), self.section.completion or "completion")
-        if isinstance(text, list):
-            text = self._text_of_turn(row)
-        return self._kept(str(text))
+        row = self._with_words(row)
+        text = self._value(row, self.section.completion or "completion")
+        if not isinstance(text, list):
+            return self._kept(str(text))
+        turns = self._kept_turns(self._answer(row))
+        return None if turns is None else self._text_of_last(turns, row)
 
-    def _text_of_turn(self, row: Mapping[str, Any]) -> str:
-        *before, last = self._answer(row)
+    def _text_of_last(self, turns: list[dict[str, Any]], row: Mapping[str, Any]) -> str:
+        *before, last = turns
         if isinstance(last.get("content"), str) and not last.get("tool_calls"):
             return last["content"]
-        before = [*self._asked(self._with_words(row)), *before]
+        before = [*self._asked(row), *before]
         asked = self._of_chat(before, row, asks=True, tokenize=False)
         whole = self._of_chat([*before, last], row, asks=False, tokenize=False)
         ids = self.processor(whole.removeprefix(asked), add_special_tokens=False)["input_ids"]
         return self.processor.decode(ids, skip_special_tokens=True)
 
     def _answer(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """The turns of a completion that is a chat."""
-        source = self.section.completion or "completion"
-        return self._messages(self._value(self._with_words(row), source))
+        """The turns of a completion that is a chat.
+
+        Raises:
+            DataError: if the last one is not the assistant's.
+        """
+        turns = self._messages(self._value(row, self.section.completion or "completion"))
+        if (role := turns[-1]["role"]) != "assistant":
+            raise DataError(
+                f"a completion is a chat that ends with a turn of {role!r}, not of the assistant, whose "
+                "answer is learned; leave that turn out."
+            )
+        return turns
 
     def _of_chat(
         self, turns: list[dict[str, Any]], row: Mapping[str, Any], *, asks: bool, **options: Any
@@ -199,7 +210,7 @@ class Encoder:
     def _prompted(self, row: Mapping[str, Any]) -> dict[str, Any]:
         prompt, source = self._asked(row), self.section.completion or "completion"
         if isinstance(prompt, list):
-            answer = self._kept_turns(self._messages(self._value(row, source)))
+            answer = self._kept_turns(self._answer(row))
             return {"prompt": prompt, "completion": answer, **of_chat(row)}
         kept, start = self._kept(self._written(row, source)), prompt.rstrip(" ")
         gap = prompt[len(start) :]  # tokenizers make it the beginning of the next word
@@ -309,7 +320,8 @@ class Encoder:
         """A completion that is a chat: what is kept of its last turn."""
         if self.section.completion_keep is None:
             return turns
-        kept = self._kept(str(turns[-1].get("content")))
+        content = turns[-1].get("content")
+        kept = None if content is None else self._kept(as_text(content, "content"))
         return None if kept is None else [*turns[:-1], {**turns[-1], "content": kept}]
 
     def _ids(self, text: str) -> list[int]:

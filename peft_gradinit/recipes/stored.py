@@ -141,7 +141,12 @@ def _rows_of(place: Path) -> datasets.Dataset:
         _check_encoding(place)
     options = _options_of_csv(place) if builder == "csv" else _OPTIONS.get(builder, {})
     files = glob.escape(str(place))  # `datasets` takes it for a pattern
-    rows: Any = datasets.load_dataset(builder, data_files=files, split=_ONLY, **options)
+    try:
+        rows: Any = datasets.load_dataset(builder, data_files=files, split=_ONLY, **options)
+    except ValueError as error:
+        if "corresponds to no data" not in str(error):
+            raise
+        raise DataError(f"the data file {str(place)!r} has no row.") from error
     if builder == "json" and (features := _without_dates(rows.features)) != rows.features:
         rows = _of_json(place, features)
     return rows

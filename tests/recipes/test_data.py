@@ -27,7 +27,7 @@ from peft_gradinit.recipes import (
     load_rows,
     section_of,
 )
-from peft_gradinit.recipes.cells import in_colours
+from peft_gradinit.recipes.cells import in_colours, value_of
 from peft_gradinit.recipes.collation import collator
 from peft_gradinit.recipes.data import kept_rows
 from peft_gradinit.recipes.embedded import MODULES, pico_tokenizer
@@ -143,6 +143,43 @@ def test_a_call_of_a_tool_is_compared_as_the_template_writes_it(last, answer, tm
     assert encoder.completion(row).strip() == answer
     asked = " ".join(TOKENIZER.decode(encoder.prompt(row)).split())
     assert asked == "user one assistant call search tool found assistant"
+
+
+def of_chat(tmp_path, last, **options):
+    template = tmp_path / "chat.jinja"
+    template.write_text(CALLS)
+    row = {"prompt": [{"role": "user", "content": "one"}], "completion": [last]}
+    keys = {"chat_template": str(template), **options}
+    return Encoder(section(**keys), "CAUSAL_LM", TOKENIZER, list(row)), row
+
+
+def test_what_is_kept_of_a_turn_is_of_its_text(tmp_path):
+    """A call of a tool was trained as the word None, parts as Python writes a list."""
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add"}}]}
+    encoder, row = of_chat(tmp_path, call, completion_keep="(.+)")
+    assert encoder(row)["completion"] is None
+    assert encoder.completion(row) is None
+    parts = {"role": "assistant", "content": [{"type": "text", "text": "two. three"}]}
+    encoder, row = of_chat(tmp_path, parts, completion_keep="(.+)")
+    with pytest.raises(DataError, match="'content' is read as text, but holds list"):
+        encoder(row)
+
+
+def test_a_completion_that_ends_with_the_user_is_refused(tmp_path):
+    """The user's words were learned, and answers were compared with them."""
+    encoder, row = of_chat(tmp_path, {"role": "user", "content": "thanks"})
+    for read in (encoder, encoder.prompt, encoder.completion):
+        with pytest.raises(DataError, match="ends with a turn of 'user', not of the assistant"):
+            read(row)
+
+
+@pytest.mark.parametrize("column", ["meta.title", "a[0]", "of:us", "x!r"])
+def test_templates_name_columns_with_dots_and_brackets(column):
+    row = {column: "one", "text": "two"}
+    if column in ("of:us", "x!r"):  # which a template cannot name
+        assert value_of(row, column, list(row)) == "one"
+    else:
+        assert value_of(row, "{" + column + "}: {text}", list(row)) == "one: two"
 
 
 def test_images_of_other_kinds(tmp_path):

@@ -441,3 +441,12 @@ def test_a_table_with_other_separators_is_told(ending, written, tmp_path):
     with pytest.warns(UserWarning, match="read as a single column, .*save it with commas"):
         rows = load_rows(DataSection(path=str(tmp_path / f"a.{ending}")))
     assert rows.column_names == [f"text{written}label"]
+
+
+@pytest.mark.parametrize(
+    ("ending", "text"), [("csv", "text,label\n"), ("json", "[]"), ("jsonl", "\n")]
+)
+def test_files_without_rows_are_named(ending, text, tmp_path):
+    (tmp_path / f"a.{ending}").write_text(text)
+    with pytest.raises(DataError, match=r"a\.\w+' has no row|have no row"):
+        load_rows(DataSection(path=str(tmp_path / f"a.{ending}")))
