@@ -39,7 +39,7 @@ def load_recipe(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> 
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
-        faults += _faults_of(error, values)
+        faults += _faults_of(error, values, Recipe)
         recipe = None
     if recipe is None or faults:
         listed = "\n".join(f"  - {fault}" for fault in faults)
@@ -83,12 +83,14 @@ def _override(values: dict[str, Any], text: str) -> str | None:
     return None
 
 
-def _faults_of(error: ValidationError, values: Mapping[str, Any]) -> list[str]:
+def _faults_of(
+    error: ValidationError, values: Mapping[str, Any], section: type[BaseModel]
+) -> list[str]:
     """Every fault in words; that a value is none of several kinds is one fault."""
     messages: dict[str, list[str]] = {}
     endings: dict[str, str] = {}
     for fault in error.errors(include_url=False):
-        where, message, ending = _described(dict(fault), values)
+        where, message, ending = _described(dict(fault), values, section)
         messages.setdefault(where, []).append(message)
         endings[where] = ending
     return [
@@ -97,37 +99,40 @@ def _faults_of(error: ValidationError, values: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _described(fault: Mapping[str, Any], values: Mapping[str, Any]) -> tuple[str, str, str]:
+def _described(
+    fault: Mapping[str, Any], values: Mapping[str, Any], section: type[BaseModel]
+) -> tuple[str, str, str]:
     """Where a fault is, what it is, and what follows that."""
     location = fault["loc"]
     where = ".".join(str(part) for part in location)
     if fault["type"] == "extra_forbidden":
-        known = list(_fields_at(location[:-1]))
+        known = list(_fields_at(location[:-1], section))
         return where, f"no such key{nearest(str(location[-1]), known)}", ""
     if fault["type"] == UNKNOWN:
         return where, fault["msg"], ""
     if fault["type"] == "missing":
-        field = _fields_at(location[:-1]).get(str(location[-1]))
+        field = _fields_at(location[:-1], section).get(str(location[-1]))
         told = field.description if field else None
         return where, "missing" + (f". {told}" if told else ""), ""
     message = fault["msg"].removeprefix("Value error, ")
     if not where:  # of several sections together
         return where, message, ""
-    return ".".join(_keys_of(location, values)), message, f" (got {fault['input']!r})"
+    return ".".join(_keys_of(location, values, section)), message, f" (got {fault['input']!r})"
 
 
-def _keys_of(location: tuple[Any, ...], values: Any) -> Iterator[str]:
+def _keys_of(location: tuple[Any, ...], values: Any, section: type[BaseModel]) -> Iterator[str]:
     """The keys of a place in the file. What follows them is the name of a kind that its value may have."""
-    for part in location:
+    for i, part in enumerate(location):
         try:
             values = values[part]
         except (KeyError, IndexError, TypeError):
-            return
+            if part not in _fields_at(location[:i], section):
+                return
+            values = None  # a default
         yield str(part)
 
 
-def _fields_at(location: tuple[Any, ...]) -> Mapping[str, FieldInfo]:
-    section: type[BaseModel] = Recipe
+def _fields_at(location: tuple[Any, ...], section: type[BaseModel]) -> Mapping[str, FieldInfo]:
     for part in location:
         field = section.model_fields.get(str(part))
         nested = None if field is None else _section_of(field.annotation)
@@ -160,4 +165,4 @@ def section_of(section: type[SectionT], **values: Any) -> SectionT:
     try:
         return section(**values)
     except ValidationError as error:
-        raise ConfigError("; ".join(_faults_of(error, values))) from error
+        raise ConfigError("; ".join(_faults_of(error, values, section))) from error
