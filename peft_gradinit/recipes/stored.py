@@ -138,7 +138,7 @@ def _rows_of(place: Path) -> datasets.Dataset:
     if place.stat().st_size == 0:
         raise DataError(f"the data file {str(place)!r} is empty.")
     if builder != "parquet":
-        _check_encoding(place)
+        _check_text(place)
     options = _options_of_csv(place) if builder == "csv" else _OPTIONS.get(builder, {})
     files = glob.escape(str(place))  # `datasets` takes it for a pattern
     try:
@@ -161,17 +161,20 @@ def _builder_of(place: Path) -> str:
     return builder
 
 
-def _check_encoding(place: Path) -> None:
-    """Refuse a file that is not in UTF-8; of JSON, `datasets` would make texts that cannot be read."""
+def _check_text(place: Path) -> None:
+    """Refuse a blank file, and one not in UTF-8: of JSON, `datasets` would make texts that cannot be read."""
+    is_blank = True
     try:
         with place.open(encoding="utf-8") as file:
-            while file.read(_CHUNK):
-                pass
+            while part := file.read(_CHUNK):
+                is_blank = is_blank and not part.strip()
     except UnicodeDecodeError as error:
         raise DataError(
             f"the data file {str(place)!r} is not in UTF-8 ({error.reason}: "
             f"{error.object[error.start]:#x}); save it as UTF-8, which spreadsheets call 'CSV UTF-8'."
         ) from error
+    if is_blank:
+        raise DataError(f"the data file {str(place)!r} is empty.")
 
 
 def _is_written(row: Mapping[str, Any]) -> bool:
