@@ -87,15 +87,13 @@ def _faults_of(
     error: ValidationError, values: Mapping[str, Any], section: type[BaseModel]
 ) -> list[str]:
     """Every fault in words; that a value is none of several kinds is one fault."""
-    messages: dict[str, list[str]] = {}
-    endings: dict[str, str] = {}
+    found: dict[tuple[str, str], list[str]] = {}
     for fault in error.errors(include_url=False):
         where, message, ending = _described(dict(fault), values, section)
-        messages.setdefault(where, []).append(message)
-        endings[where] = ending
+        found.setdefault((where, ending), []).append(message)
     return [
-        (f"{where}: " if where else "") + ", or ".join(dict.fromkeys(of)) + endings[where]
-        for where, of in messages.items()
+        (f"{where}: " if where else "") + ", or ".join(dict.fromkeys(messages)) + ending
+        for (where, ending), messages in found.items()
     ]
 
 

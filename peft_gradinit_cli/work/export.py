@@ -67,9 +67,9 @@ def run(
         Column("error", "relative error", ".2e"),
     )
     facts: dict[str, Any] = {"written": str(output), "target": target}
-    if target == "merged":  # which has no factors any more
+    if target == "merged":
         facts["tokenizer or processor"] = "none found" if processor is None else "written"
-    else:
+    else:  # a merged model has no factors any more
         facts |= {"rank": report.rank, "largest relative error": report.largest_error}
     Listing("", columns, rows, facts).show(as_json)
 
