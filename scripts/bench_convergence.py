@@ -33,7 +33,7 @@ from convergence.further import differs_in_seeds
 from convergence.levers import LEVERS
 from convergence.methods import METHODS
 from convergence.pair_levers import PAIR_LEVERS
-from convergence.report import beside, longer, overview, without_sweep, write_report
+from convergence.report import at_a_glance, beside, longer, overview, without_sweep, write_report
 from convergence.settings import FOLDER, Settings, load_settings
 from convergence.study import PARTS, Study, carry_out, load_task, prepare_process
 from convergence.summary import TaskSummary, load, save, summarise_task
@@ -123,6 +123,7 @@ def _publish() -> None:
 def shown(tasks: list[TaskSummary]) -> dict[str, str]:
     """The tables that the page has."""
     return {
+        "at a glance": at_a_glance(tasks),
         "equal numbers": overview(tasks),
         "without a sweep": without_sweep(tasks),
         "longer runs": longer(tasks),

@@ -41,7 +41,7 @@ from convergence.plan import (  # noqa: E402
     steps_to,
     usable_range,
 )
-from convergence.report import COLUMNS, beside, interval, longer, markdown  # noqa: E402
+from convergence.report import COLUMNS, at_a_glance, beside, interval, longer, markdown  # noqa: E402
 from convergence.settings import load_settings  # noqa: E402
 from convergence.study import Study, carry_out, load_task  # noqa: E402
 from convergence.summary import Summary, TaskSummary, load, save, summarise_task  # noqa: E402
@@ -450,6 +450,19 @@ def test_longer_runs_begin_at_a_published_rate_and_join_what_is_published(tmp_pa
     assert together.methods["lora_ga"] == published
     header, _, row = longer([together]).splitlines()
     assert (header, row) == ("| | digits |", "| LoRA | 3.000 |")
+
+
+def test_a_glance_says_percents_of_loras_loss_and_which_of_them_are_certain():
+    losses = {"lora": [1.0, 1.1, 0.9], "dora": [0.9, 0.99, 0.81], "full": [0.8, 1.3, 0.81]}
+    whole = {m: summary_of(search={}, losses=of) for m, of in losses.items()}
+    tasks = [TaskSummary("digits", "", 10, whole)]
+    tasks.append(TaskSummary("topics", "", 10, {m: whole[m] for m in ("lora", "dora")}))
+    assert at_a_glance(tasks).splitlines() == [
+        "| | digits | topics |",
+        "|---|---|---|",
+        "| full fine-tuning | -3.0% |  |",
+        "| DoRA | **-10.0%** | **-10.0%** |",
+    ]
 
 
 def summary_of(**known):

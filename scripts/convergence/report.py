@@ -166,36 +166,72 @@ def _short_cells(task: TaskSummary, summary: Summary) -> list[str]:
     ]
 
 
+def at_a_glance(tasks: list[TaskSummary]) -> str:
+    """By how much methods end above or below LoRA, in percent of its loss: bold if the interval lacks zero.
+
+    Args:
+        tasks: the summaries.
+
+    Returns:
+        A Markdown table: a row a method, a column a task.
+    """
+    return _by_task(tasks, _percent_of_baseline)
+
+
+def _percent_of_baseline(task: TaskSummary, method: str) -> str:
+    summary = task.in_order().get(method)
+    if summary is None or method == BASELINE:
+        return ""
+    pairs = zip(summary.losses, task.methods[BASELINE].losses, strict=True)
+    differences = [loss - other for loss, other in pairs]
+    mean, half = statistics.mean(differences), half_interval(differences)
+    percent = f"{mean / task.aim:+.1%}"
+    return f"**{percent}**" if abs(mean) > half else percent
+
+
 def without_sweep(tasks: list[TaskSummary]) -> str:
     """Losses at the suggested rates, next to LoRA's at its own, as a Markdown table."""
-    return _by_task(tasks, lambda summary: summary.suggested_losses)
+    return _by_task(tasks, _next_to_baseline(lambda summary: summary.suggested_losses))
 
 
 def longer(tasks: list[TaskSummary]) -> str:
     """Losses of runs that are four times as long, next to LoRA's, as a Markdown table."""
-    return _by_task(tasks, lambda summary: summary.long_losses)
+    return _by_task(tasks, _next_to_baseline(lambda summary: summary.long_losses))
 
 
-def _by_task(tasks: list[TaskSummary], losses: Callable[[Summary], list[float]]) -> str:
-    """Losses of some kind of run, next to LoRA's of that kind: a row a method, a column a task."""
+def _by_task(tasks: list[TaskSummary], cell: Callable[[TaskSummary, str], str]) -> str:
+    """A row a method, a column a task, without the rows that are empty.
+
+    Args:
+        tasks: the summaries.
+        cell: what a method has on a task, from the task and the method's name.
+
+    Returns:
+        A Markdown table.
+    """
     lines = ["| | " + " | ".join(t.task for t in tasks) + " |", "|---" * (len(tasks) + 1) + "|"]
     for method in METHODS:
-        cells = [_next_to_baseline(task, method, losses) for task in tasks]
+        cells = [cell(task, method) for task in tasks]
         if any(cells):
             lines.append(f"| {name_of(method)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def _next_to_baseline(
-    task: TaskSummary, method: str, losses: Callable[[Summary], list[float]]
-) -> str:
-    summary, of_baseline = task.in_order().get(method), losses(task.methods[BASELINE])
-    if summary is None or not losses(summary):
-        return ""
-    loss = f"{statistics.mean(losses(summary)):.3f}"
-    if method == BASELINE or not of_baseline:
-        return loss
-    return f"{loss} ({difference(losses(summary), of_baseline)})"
+    losses: Callable[[Summary], list[float]],
+) -> Callable[[TaskSummary, str], str]:
+    """A cell with the losses of some kind of run, next to LoRA's of that kind."""
+
+    def cell(task: TaskSummary, method: str) -> str:
+        summary, of_baseline = task.in_order().get(method), losses(task.methods[BASELINE])
+        if summary is None or not losses(summary):
+            return ""
+        loss = f"{statistics.mean(losses(summary)):.3f}"
+        if method == BASELINE or not of_baseline:
+            return loss
+        return f"{loss} ({difference(losses(summary), of_baseline)})"
+
+    return cell
 
 
 BESIDE_COLUMNS = ("start", "step", "memory", "old data", "intruders", "size of the change")
