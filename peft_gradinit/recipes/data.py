@@ -4,6 +4,7 @@ import functools
 import re
 import warnings
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, cast
 
 import datasets
@@ -184,12 +185,19 @@ def _read(path: str, name: str | None, split: str, section: DataSection) -> Rows
         reason = str(error.__cause__ or error).strip().splitlines()
         raise DataError(
             f"cannot read the data {path!r} (split {split!r}): "
-            f"{(reason[0] if reason else repr(error)).rstrip('.')}. Give a Hub name, a folder, or a file ending "
-            f"in {', '.join(BUILDERS)}."
+            f"{(reason[0] if reason else repr(error)).rstrip('.')}. {_advice(path)}"
         ) from error
     if _n_rows(rows) == 0:
         raise DataError(f"the data {path!r} have no row in the split {split!r}; give another one.")
     return rows
+
+
+def _advice(path: str) -> str:
+    """What to do about data that could not be read: a file of a known kind is at fault itself."""
+    place = Path(path).expanduser()
+    if place.is_file() and place.suffix.lower() in BUILDERS:
+        return "Mend the file, or give another one."
+    return f"Give a Hub name, a folder, or a file ending in {', '.join(BUILDERS)}."
 
 
 def _chosen(rows: Rows, section: DataSection) -> Rows:

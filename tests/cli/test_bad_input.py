@@ -171,7 +171,7 @@ def test_a_model_in_place_of_data(run, workshop, tmp_path):
     ("content", "options", "part"),
     [
         ("", (), "is empty"),
-        ("{not json", (), "cannot read the data"),
+        ("{not json", (), "Mend the file, or give another one."),
         ('{"question": "a"}', (), "do not tell what to read"),
         ('{"text": "a"}', ("--text", "txet"), "did you mean 'text'"),
         ('{"text": "a"}', ("--text", "{textt}!"), "asks for the column 'textt'"),
