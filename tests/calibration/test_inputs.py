@@ -14,6 +14,7 @@ from transformers import (
 )
 
 from peft_gradinit.calibration import CalibrationResult
+from peft_gradinit.calibration.capture import ArgumentWatch
 from peft_gradinit.errors import CalibrationError, DataError
 from tests.calibration.input_passes import (
     RANK,
@@ -48,6 +49,54 @@ def test_tokens_that_carry_loss_are_those_before_kept_labels():
     # Selecting the labelled tokens themselves, as PEFT does, is something else.
     with pytest.raises(AssertionError):
         assert agree(result, exact(model, batches, lambda b: b["labels"] != -100))
+
+
+@pytest.mark.parametrize("prefix", ["completion_", "sentence_0_"])
+def test_padding_does_not_count_whatever_the_batch_calls_its_mask(prefix):
+    model, batches = pico_llama(), token_batches()
+    renamed = [{prefix + name: value for name, value in b.items()} for b in batches]
+
+    def loss_fn(model, batch):
+        names = ("input_ids", "attention_mask")
+        return model(**{name: batch[prefix + name] for name in names}).logits.mean()
+
+    result = measure(model, renamed, use_labels=False, loss_fn=loss_fn)
+    assert agree(result, exact(model, batches, unpadded))
+
+
+class Sentences(nn.Module):
+    """Encodes dicts of texts side by side, as Sentence Transformers do; the model is a part of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.auto_model = pico_llama()
+
+    def forward(self, left, right):
+        return sum(self.auto_model(**side).logits.mean() for side in (left, right))
+
+
+def test_texts_in_dicts_side_by_side_count_by_their_own_masks():
+    batches, model = token_batches(), Sentences()
+    sides = [{k: b[k] for k in ("input_ids", "attention_mask")} for b in batches]
+    shorter = {name: tensor[:, :-2] for name, tensor in sides[1].items()}
+    pairs = [{"left": sides[0], "right": shorter}]
+
+    modules = linears(model.auto_model)
+    result = measure(model, pairs, modules, use_labels=False)
+    assert agree(result, exact(model.auto_model, [sides[0], shorter], unpadded))
+
+
+def test_a_forward_inside_another_is_not_asked_and_an_error_ends_none():
+    model, batches, told = pico_llama(), token_batches(), []
+    watch = ArgumentWatch(model, told.append)
+    with watch.watching():
+        model(batches[0]["input_ids"], attention_mask=batches[0]["attention_mask"], labels=None)
+        with pytest.raises(ValueError, match="exactly one"):
+            model()
+        model.model(batches[0]["input_ids"])
+    model(batches[0]["input_ids"])
+
+    assert [sorted(given) for given in told] == [["attention_mask", "input_ids"], [], ["input_ids"]]
 
 
 def test_neither_labels_nor_a_loss_are_needed_or_computed(monkeypatch):

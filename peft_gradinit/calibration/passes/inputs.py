@@ -14,6 +14,7 @@ from ...layouts import uncompiled, whole_features
 from ...linalg import Components, explained_share
 from ...statistics import in_groups
 from ..capture import (
+    ArgumentWatch,
     EncoderWatch,
     ExpertWeight,
     Measurable,
@@ -36,6 +37,8 @@ class InputRecorder(Recorder):
     _encoder = EncoderWatch(None)
     _rows: Rows | None = None
     """The selection of the tokens that count; `None`: none do."""
+    _batch: Any = None
+    """The batch that runs, if it counts."""
     _before: Mapping[str, Tensor] = {}
     """Components at the previous orientation, by layer."""
 
@@ -47,7 +50,8 @@ class InputRecorder(Recorder):
         two_parts = is_encoder_decoder(self.model)
         self._encoder = EncoderWatch(encoder_of(model_inside(self.model)) if two_parts else None)
         of_experts = watched(experts, self._see, lambda: self._rows)
-        with torch.no_grad(), self._encoder.watching(), inputs, of_experts:
+        arguments = ArgumentWatch(self.model, self._select_of_forward).watching()
+        with torch.no_grad(), self._encoder.watching(), arguments, inputs, of_experts:
             yield
 
     def add(self, step: Step) -> None:  # noqa: D102
@@ -56,8 +60,8 @@ class InputRecorder(Recorder):
         if not counts and not self.runs_all:
             return
         self._keep_probe(step.batch)
-        rows = functools.partial(selection.rows, of_encoder=self._encoder.owns)
-        self._rows = rows if counts else None
+        self._batch = step.batch if counts else None
+        self._rows = self._rows_of(selection) if counts else None
         try:
             self._forward(step.batch)
             self.memory.sample()
@@ -72,6 +76,17 @@ class InputRecorder(Recorder):
         finally:
             self.layers.forget()
         self.weight += selection.n_tokens if counts else 0
+
+    def _select_of_forward(self, given: Mapping[str, Any]) -> None:
+        """Select by what a model is given: the batch may call the masks otherwise, or lack them."""
+        if self._batch is None:
+            return
+        known = self._batch if isinstance(self._batch, Mapping) else {}
+        selection = TokenSelection(self.model, {**known, **given}, use_labels=self.need.use_labels)
+        self._rows = self._rows_of(selection) if selection.n_tokens else None
+
+    def _rows_of(self, selection: TokenSelection) -> Rows:
+        return functools.partial(selection.rows, of_encoder=self._encoder.owns)
 
     def nothing_counted(self, n_sequences: int) -> str:  # noqa: D102
         return (
