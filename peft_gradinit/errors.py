@@ -39,6 +39,13 @@ class FingerprintError(GradInitError, ValueError):
     """A saved calibration belongs to another model, other targets or other options."""
 
 
+OTHER_DTYPE = (
+    "A float16 copy of a base counts as another one, as its rounding differs; float32 and bfloat16 "
+    "copies count as one."
+)
+"""What errors say about hashes of weights that differ."""
+
+
 class NotInitializedError(GradInitError, RuntimeError):
     """A deferred adapter was trained or saved before it was initialised."""
 

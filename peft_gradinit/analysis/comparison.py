@@ -8,7 +8,14 @@ import torch
 
 from ..calibration import CalibrationResult
 from ..errors import AdapterError
-from ..linalg import TruncatedSVD, effective_rank, inner_product, principal_angles
+from ..linalg import (
+    Factors,
+    TruncatedSVD,
+    effective_rank,
+    inner_product,
+    principal_angles,
+    rounding_of,
+)
 from ..records import SavedAdapter, same_layers
 
 _NEGLIGIBLE = 1e-6
@@ -25,7 +32,8 @@ class LayerComparison:
         input_angles: principal angles of the row spaces, radians, ascending.
         output_angles: those of the column spaces; empty if one of the two has none.
         cosine: cosine of the two updates as vectors; `None` for calibrations.
-        distance: `|first - second| / |first|`, Frobenius; `None` for calibrations.
+        distance: `|first - second| / |first|`, Frobenius, infinite if the first alone is zero; `None`
+            for calibrations.
     """
 
     name: str
@@ -58,14 +66,32 @@ def compare_adapters(first: SavedAdapter, second: SavedAdapter) -> Comparison:
     lines = []
     for name in same_layers(first, second):
         one, other = first.layers[name], second.layers[name]
-        norms = inner_product(one, one), inner_product(other, other)
-        product = inner_product(one, other)
-        cosine = product / math.sqrt(norms[0] * norms[1]) if min(norms) > 0 else 0.0
-        squared = max(0.0, norms[0] + norms[1] - 2 * product)
-        distance = math.sqrt(squared / norms[0]) if norms[0] > 0 else math.inf
-        line = _angles(name, one.svd(), other.svd())
+        cosine, distance = _cosine_and_distance(one, other)
+        line = _angles(name, _directions(one), _directions(other))
         lines.append(dataclasses.replace(line, cosine=cosine, distance=distance))
     return Comparison(lines, *_of_one(first.layers, second.layers))
+
+
+def _cosine_and_distance(one: Factors, other: Factors) -> tuple[float, float]:
+    """Of two updates; those that are zero but for rounding have cosine 0, and distance 0 from each other."""
+    norms = [0.0 if _is_zero(update) else inner_product(update, update) for update in (one, other)]
+    if not norms[0]:
+        return 0.0, math.inf if norms[1] else 0.0
+    if not norms[1]:
+        return 0.0, 1.0
+    product = inner_product(one, other)
+    squared = max(0.0, norms[0] + norms[1] - 2 * product)
+    return product / math.sqrt(norms[0] * norms[1]), math.sqrt(squared / norms[0])
+
+
+def _directions(update: Factors) -> TruncatedSVD:
+    """The triplets of an update; none if it is zero but for rounding."""
+    svd = update.svd()
+    return svd.truncate(0) if _is_zero(update) else svd
+
+
+def _is_zero(update: Factors) -> bool:
+    return math.sqrt(max(0.0, inner_product(update, update))) <= rounding_of(update)
 
 
 def compare_calibrations(first: CalibrationResult, second: CalibrationResult) -> Comparison:

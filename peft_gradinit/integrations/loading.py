@@ -1,5 +1,6 @@
 """An adapter that is there already, as a framework loads it."""
 
+import inspect
 from typing import Any
 
 from peft import PeftModel
@@ -16,11 +17,14 @@ def continued(model: nn.Module, folder: str, *, is_trainable: bool, **more: Any)
         model: the base model.
         folder: of the adapter, or its name on the Hub.
         is_trainable: whether training goes on.
-        more: passed on to `PeftModel.from_pretrained`.
+        more: options of `PeftModel.from_pretrained`; where training goes on, those that
+            `load_for_training` has count (`adapter_name`, `revision`, `autocast_adapter_dtype`, …).
 
     Returns:
         The model with the adapter.
     """
-    if is_trainable and ((found := adapter_folder(folder)) / PROVENANCE_FILE).exists():
-        return load_for_training(model, found)
+    place = {n: more[n] for n in ("subfolder", "revision", "token") if n in more}
+    if is_trainable and (adapter_folder(folder, **place) / PROVENANCE_FILE).exists():
+        known = inspect.signature(load_for_training).parameters
+        return load_for_training(model, folder, **{n: v for n, v in more.items() if n in known})
     return PeftModel.from_pretrained(model, folder, is_trainable=is_trainable, **more)

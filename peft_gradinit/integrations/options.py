@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sized
 from typing import Any
 
 from peft import PeftConfig
@@ -30,7 +30,7 @@ def deferred_config(
 
     Args:
         method: name of the method.
-        of_framework: the framework's own options for LoRA; empty ones count as not given.
+        of_framework: the framework's own options for LoRA; `None`, empty ones and defaults count as not given.
         options: further fields of the method's config, and options of `CalibrationCallback`.
 
     Returns:
@@ -44,7 +44,8 @@ def deferred_config(
         raise ConfigError(f"method must be one of {list(METHOD_CONFIGS)}, got {method!r}.")
     fields = {field.name for field in dataclasses.fields(kind) if field.init}
     _check_known(kind.__name__, options, fields | _OF_CALLBACK)
-    given = {name: value for name, value in of_framework.items() if value}
+    default = kind()
+    given = {n: value for n, value in of_framework.items() if _is_given(value, n, default)}
     # SVFit has no scaling, but frameworks always have a `lora_alpha`.
     if lost := sorted(given.keys() - fields - {"lora_alpha"}):
         raise ConfigError(f"{kind.__name__} has no {', '.join(lost)}; leave it out.")
@@ -70,6 +71,13 @@ def callback_of(trainer: Any, options: Mapping[str, Any]) -> CalibrationCallback
     if not sets_rates and not deferred_adapters(model):
         return None
     return CalibrationCallback(trainer, **own)
+
+
+def _is_given(value: Any, name: str, default: PeftConfig) -> bool:
+    """Whether a framework's value says something: 0 and `False` do, where the default is another."""
+    if value is None or (isinstance(value, Sized) and not len(value)):
+        return False
+    return bool(value) or value != getattr(default, name, value)
 
 
 def _check_known(name: str, options: Mapping[str, Any], known: Iterable[str]) -> None:

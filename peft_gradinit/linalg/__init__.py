@@ -1,6 +1,6 @@
 """Pure torch linear algebra: matrices in, matrices out."""
 
-from .factors import Factors, inner_product, joined, negated
+from .factors import Factors, inner_product, joined, negated, rounding_of
 from .gram import gram_svd
 from .nystrom import Components, eigenpairs, explained_share, nystrom
 from .precision import double, eigh, exact_products, inverse, qr, singular_values, svd

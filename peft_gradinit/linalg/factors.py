@@ -1,5 +1,6 @@
 """Low-rank updates of a weight, each known as the product of two thin factors."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -9,6 +10,9 @@ from torch import Tensor
 from .precision import double
 from .product import pad_rank, truncate_product
 from .svd import TruncatedSVD, svd_of_product
+
+_ROUNDING = 1e-9
+"""Products below this share of their factors' norms are rounding errors of a start that is zero."""
 
 
 class Factors(NamedTuple):
@@ -53,6 +57,12 @@ def joined(*updates: Factors) -> Factors:
 def negated(update: Factors) -> Factors:
     """The update with the other sign."""
     return Factors(update.A, -update.B)
+
+
+def rounding_of(update: Factors) -> float:
+    """The Frobenius norm that rounding alone may leave of an update that is zero, from float32 factors."""
+    sizes = (torch.linalg.vector_norm(factor.float()).item() for factor in (update.A, update.B))
+    return _ROUNDING * math.prod(sizes)
 
 
 def inner_product(one: Factors, other: Factors) -> float:

@@ -35,6 +35,7 @@ from .lora_file import (
     PREFIX,
     alpha_growth,
     alpha_of,
+    depends_on_order,
     doubled,
     entries,
     is_prefixed,

@@ -153,6 +153,12 @@ def _from_patterns(values: Mapping[str, Any] | None, name: str, default: Any) ->
     return values.get(get_pattern_key(list(values), name), default)
 
 
+def depends_on_order(pattern: Mapping[str, Any] | None, names: Collection[str]) -> bool:
+    """Whether some layer's value changes when the keys are sorted, as files have them: PEFT takes the first match."""
+    in_file = dict(sorted((pattern or {}).items()))
+    return any(_from_patterns(pattern, n, None) != _from_patterns(in_file, n, None) for n in names)
+
+
 def _key(name: str, names: Collection[str]) -> str:
     """A key that matches `name` and no other; without `^`, unknown to PEFT < 0.15, if possible."""
     others = (other for other in names if other != name)

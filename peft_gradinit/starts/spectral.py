@@ -178,10 +178,12 @@ class SpectralConfig(PaperSettings, PeftConfig, abc.ABC):
         return unscaled(self, record.ranks, fan_in_fan_out=record.fan_in_fan_out)
 
     def to_dict(self) -> dict[str, Any]:
-        """The options; those of the plain LoRA file once the config describes a live adapter."""
+        """The options; those of the adapter's file once the config describes a live adapter."""
         record = attached_record(self)
-        if record is None or not self.saves_lora:
+        if record is None:
             return super().to_dict()
+        if not self.saves_lora:
+            return super().to_dict() | record.resolved
         return self.saved_config(record).to_dict()
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:

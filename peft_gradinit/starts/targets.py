@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, TargetError, warn
 from ..layouts import is_offloaded
-from ..records import alpha_growth, alpha_of, patterns, rank_of, targets_asked
+from ..records import alpha_growth, alpha_of, depends_on_order, patterns, rank_of, targets_asked
 from .base import check_no_head, ends_as_head, is_trained_in_full
 from .config import GradInitConfig
 from .experts import expert_shape, expert_weights
@@ -154,19 +154,22 @@ def adapted_by_peft(
 
 
 def write_patterns(targets: Mapping[str, Target], config: GradInitConfig) -> dict[str, int]:
-    """Write new patterns into `config` if a rank has changed; the old dicts stay as they are.
+    """Write new patterns into `config` if a rank has changed, or if files would change what they mean.
+
+    The old dicts stay as they are.
 
     Returns:
         The rank that was asked for, by name of the module or parameter, where it has changed.
     """
     lowered = [t for t in targets.values() if t.r and t.r != t.requested_r]
-    if not lowered:
+    adapted = {t.adapted: t for t in targets.values() if t.r}
+    of_config = (config.rank_pattern, config.alpha_pattern)
+    if not lowered and not any(depends_on_order(pattern, adapted) for pattern in of_config):
         return {}
     # One pattern for each target and no other: PEFT takes the first match, and sorts on saving.
-    adapted = {t.adapted: t for t in targets.values() if t.r}
     config.rank_pattern = patterns({n: t.r for n, t in adapted.items()}, config.r)
     config.alpha_pattern = patterns({n: t.alpha for n, t in adapted.items()}, config.lora_alpha)
-    if not config.allocates_ranks:
+    if lowered and not config.allocates_ranks:
         ranks = {t.adapted: f"{t.adapted} ({t.r} of {t.requested_r})" for t in lowered}
         warn(
             f"{config.method} needs {max(config.r, config.needs().size(config.r))} singular "

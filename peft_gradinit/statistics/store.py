@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..errors import FingerprintError
+from ..errors import OTHER_DTYPE, FingerprintError
 from ..files import check_is_file, whole_file
 
 FORMAT = "peft_gradinit.calibration/2"
@@ -257,7 +257,8 @@ def _compare(what: str, stored: Mapping[str, Any], expected: Mapping[str, Any], 
     for name in sorted(stored.keys() | expected.keys()):
         got, want = stored.get(name), expected.get(name)
         if got != want:
+            dtype = f" {OTHER_DTYPE}" if unit == "hash" and got and want else ""
             raise FingerprintError(
                 f"the calibration is of another {what}: {name} has {unit} {got} in the "
-                f"calibration and {want} here; recalibrate on this model with these targets."
+                f"calibration and {want} here; recalibrate on this model with these targets.{dtype}"
             )

@@ -7,6 +7,7 @@ from torch import nn
 from ..errors import ConfigError
 from ..layouts import uncompiled
 from ..records import records_of
+from ..starts import GradInitConfig, SpectralConfig
 
 
 def check_adapter_name(name: str, prefix: str) -> None:
@@ -88,3 +89,30 @@ def check_not_compiled(tuner: BaseTuner, model: nn.Module, name: str) -> None:
         "pass the model itself and compile it afterwards: model = torch.compile(get_peft_model(model, "
         "config))."
     )
+
+
+def check_host(
+    model: nn.Module, config: GradInitConfig | SpectralConfig, adapter_name: str
+) -> None:
+    """Refuse a model that takes no such adapter beside those that it has.
+
+    Args:
+        model: the one to load into.
+        config: of the adapter.
+        adapter_name: the name that it is to have.
+
+    Raises:
+        ConfigError: if the name is taken, or if the model's adapters are of another type.
+    """
+    if not isinstance(model, PeftModel):
+        return
+    if adapter_name in model.peft_config:
+        raise ConfigError(
+            f"the model has an adapter {adapter_name!r} already; pass another adapter_name, or "
+            f"delete_adapter({adapter_name!r}) before."
+        )
+    if model.peft_type != config.peft_type:
+        raise ConfigError(
+            f"a model of {model.peft_type} adapters takes no {config.method} adapter beside them; load both "
+            "with PeftModel.from_pretrained and load_adapter, or this one alone."
+        )

@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ..calibration import RESTORED
-from ..errors import AdapterError, DataError, FingerprintError, GradInitError
+from ..errors import OTHER_DTYPE, AdapterError, DataError, FingerprintError, GradInitError
 from ..files import check_is_file
 from ..records import (
     InitReport,
@@ -39,6 +39,7 @@ from ..records import (
 )
 from ..starts import GradInitConfig, SpectralConfig, base_fingerprint
 from ..statistics import Fingerprint
+from .checks import check_host
 from .lora import adapted_layers, is_deferred
 from .rollback import all_or_nothing, remove_adapter
 
@@ -118,6 +119,7 @@ def _with_adapter(
     directory: str | os.PathLike[str],
     autocast: bool,
 ) -> PeftModel:
+    check_host(model, config, adapter_name)
     try:
         if not isinstance(model, PeftModel):
             return get_peft_model(model, config, adapter_name, autocast_adapter_dtype=autocast)
@@ -344,5 +346,5 @@ def _check_base(
             raise FingerprintError(
                 f"the adapter in {str(directory)!r} was made on another base model: {name} has "
                 f"hash {want} there and {got} here; load that base. In Python, load_for_training(..., "
-                "allow_mismatch=True) loads it onto this one."
+                f"allow_mismatch=True) loads it onto this one. {OTHER_DTYPE}"
             )

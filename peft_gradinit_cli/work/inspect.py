@@ -5,13 +5,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from peft_gradinit.analysis import draw_drift, draw_rank_map, draw_spectra, suggested_ranks
 from peft_gradinit.calibration import CalibrationResult
 from peft_gradinit.errors import ConfigError, GradInitError
 from peft_gradinit.files import check_writable
-from peft_gradinit.linalg import Factors, effective_rank
+from peft_gradinit.linalg import effective_rank, rounding_of
 from peft_gradinit.records import SavedAdapter, read_adapter, read_provenance, relative_norm
 
 from ..output import Column, Listing, Said, layers_told
@@ -21,9 +19,6 @@ from .page import write_page
 
 _FULL, _EMPTY = 0.8, 0.3
 """Effective rank over `r` above which a layer could use more, and below which less would do."""
-
-_ROUNDING = 1e-9
-"""Products below this share of their factors' norms are rounding errors of a start that is zero."""
 
 
 def run(
@@ -154,7 +149,7 @@ def _of_adapter(adapter: SavedAdapter, base: str | None, plot: Path | None) -> L
             "r": update.r,
             "scaling": adapter.scaling(name),
             "norm": norm,
-            "effective_rank": effective_rank(S) if norm > _rounding(update) else 0.0,
+            "effective_rank": effective_rank(S) if norm > rounding_of(update) else 0.0,
             "captured": captured.get(name),
             "singular_values": S.tolist(),
         }
@@ -179,11 +174,6 @@ def _of_adapter(adapter: SavedAdapter, base: str | None, plot: Path | None) -> L
     columns += [Column("drift", "|sBA| / |W|", ".2%")] if weight is not None else []
     columns += [Column("captured", "captured at start", ".1%")] if captured else []
     return Listing("", columns, rows, {k: v for k, v in facts.items() if v})
-
-
-def _rounding(update: Factors) -> float:
-    sizes = (torch.linalg.vector_norm(factor.float()).item() for factor in (update.A, update.B))
-    return _ROUNDING * math.prod(sizes)
 
 
 def _facts_of_adapter(

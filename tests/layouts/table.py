@@ -195,6 +195,13 @@ ROWS = (
     Layout("vision", "images", "ViT", "yes", _MODELS),
     Layout("two_towers", "two towers, own loss", "CLIP", "yes, with `loss_fn`", _MODELS),
     Layout(
+        "sentences",
+        "Sentence Transformers",
+        "`SentenceTransformerTrainer` with the callback",
+        "yes",
+        "tests/trainer/test_sentences.py::test_padding_beside_longer_texts_does_not_change_the_start",
+    ),
+    Layout(
         "vision_language",
         "vision and language",
         "Llava",

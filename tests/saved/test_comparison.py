@@ -31,6 +31,19 @@ def test_an_adapter_is_the_same_as_itself(tmp_path):
         assert line.effective_ranks[0] == line.effective_ranks[1]
 
 
+def test_an_update_that_is_zero_but_for_rounding_has_no_directions(tmp_path):
+    start = get_peft_model(pico_llama(), lora_ga())
+    start.save_pretrained(tmp_path / "start")
+    trained = read_adapter(saved_lora(tmp_path / "lora"))
+    started = read_adapter(tmp_path / "start")
+    for line in compare_adapters(started, started).layers:
+        assert (line.cosine, line.distance, line.effective_ranks) == (0, 0, (0, 0))
+        assert not line.input_angles + line.output_angles
+    assert {line.distance for line in compare_adapters(started, trained).layers} == {math.inf}
+    assert {line.distance for line in compare_adapters(trained, started).layers} == {1}
+    assert summary(compare_adapters(started, started).layers)["median cosine of the updates"] == 0
+
+
 def test_known_angles_are_found(tmp_path):
     adapter = read_adapter(saved_lora(tmp_path / "lora"))
     layers = {}

@@ -6,7 +6,16 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 
-from peft_gradinit import calibrate, initialize, load_for_training
+from peft_gradinit import (
+    EvaConfig,
+    LoraGAConfig,
+    LoraOneConfig,
+    PiSSAConfig,
+    calibrate,
+    init_report,
+    initialize,
+    load_for_training,
+)
 from peft_gradinit.errors import (
     CalibrationError,
     ConfigError,
@@ -112,6 +121,19 @@ def test_adapter_made_in_inference_mode_is_trainable():
         peft_model = adapted(model)
     losses = train_steps(peft_model, n=6)
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("config_class", [LoraGAConfig, LoraOneConfig, EvaConfig, PiSSAConfig])
+def test_an_adapter_for_inference_is_started_and_frozen_not_plain_lora(config_class):
+    options = {"r": 4, "target_modules": ["q_proj"], "inference_mode": True}
+    if config_class is not PiSSAConfig:
+        with pytest.raises(ConfigError, match="has no calibration"):
+            get_peft_model(pico_llama(), config_class(**options))
+        options["calibration"] = quiet(token_batches())
+    peft_model = get_peft_model(pico_llama(), config_class(**options))
+    assert isinstance(peft_model.peft_config["default"], config_class)
+    assert init_report(peft_model).method == config_class.method
+    assert not any(p.requires_grad for n, p in peft_model.named_parameters() if "lora_" in n)
 
 
 def test_low_cpu_mem_usage_is_refused_since_a_start_needs_memory():

@@ -15,11 +15,12 @@ from peft_gradinit import (
     EvaConfig,
     LoraOneConfig,
     SVFitConfig,
+    calibrate,
     init_report,
     load_for_training,
     pairs,
 )
-from peft_gradinit.errors import AdapterError, DataError, FingerprintError, ShapeError
+from peft_gradinit.errors import AdapterError, ConfigError, DataError, FingerprintError, ShapeError
 from peft_gradinit.records import read_adapter
 from tests.helpers import (
     adapted,
@@ -108,6 +109,26 @@ def test_wrong_base_is_refused_by_the_name_of_the_tensor(tmp_path):
 def test_adapter_made_in_float32_is_accepted_on_the_bfloat16_copy_of_its_base(tmp_path):
     trained().save_pretrained(tmp_path)
     load_for_training(pico_llama().to(torch.bfloat16), tmp_path)
+
+
+def test_a_model_that_takes_no_such_adapter_is_named_not_the_file(tmp_path):
+    peft_model = trained()
+    peft_model.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="has an adapter 'default' already; pass another"):
+        load_for_training(peft_model, tmp_path)
+    plain = get_peft_model(pico_llama(), LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ConfigError, match="takes no LoRA-GA adapter beside them"):
+        load_for_training(plain, tmp_path, "second")
+    assert list(plain.peft_config) == ["default"]
+
+
+def test_a_float16_copy_is_another_base_and_the_error_says_so(tmp_path):
+    trained().save_pretrained(tmp_path / "adapter")
+    with pytest.raises(FingerprintError, match="A float16 copy of a base counts as another one"):
+        load_for_training(pico_llama().to(torch.float16), tmp_path / "adapter")
+    calibrate(pico_llama(), lora_ga(), quiet(token_batches())).save(tmp_path / "calibration")
+    with pytest.raises(FingerprintError, match="A float16 copy of a base counts as another one"):
+        adapted(pico_llama().to(torch.float16), lora_ga(calibration=tmp_path / "calibration"))
 
 
 @pytest.mark.parametrize("autocast", [True, False])

@@ -66,8 +66,16 @@ def test_saved_config_is_a_plain_lora_config_of_twice_the_rank(use_rslora, tmp_p
     assert config.rank_pattern == PATTERNS["rank_pattern"]
 
 
+ORDERED = {
+    "rank_pattern": {"q_proj": 3, ".*_proj": 2},
+    "alpha_pattern": {"q_proj": 32, "layers.0.self_attn.q_proj": 4, ".*_proj": 6},
+}
+"""The first key that matches counts. Files have them sorted, and then others come first."""
+
 OPTIONS = {
     "plain": {},
+    "ordered": ORDERED,
+    "rslora-ordered": {"use_rslora": True, **ORDERED},
     "rslora": {"use_rslora": True},
     "patterns": PATTERNS,
     "rslora-patterns": {"use_rslora": True, **PATTERNS},

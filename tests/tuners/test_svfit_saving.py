@@ -105,6 +105,8 @@ def test_loading_with_low_cpu_memory_gives_the_same_float32_adapter(options, tmp
     live = svfitted(pico_llama().bfloat16(), **options)
     live.load_adapter(tmp_path, "default", is_trainable=True, low_cpu_mem_usage=True)
     assert same_adapters(live, peft_model)
+    whole = PeftModel.from_pretrained(pico_llama().bfloat16(), tmp_path, low_cpu_mem_usage=True)
+    assert relative_error(logits(whole).float(), logits(peft_model).float()) < 1e-2
     assert {n for n, p in live.named_parameters() if p.requires_grad} == {
         n for n, p in peft_model.named_parameters() if p.requires_grad
     }
@@ -371,3 +373,21 @@ def test_a_narrow_layer_whose_name_ends_anothers_keeps_its_rank(save_format, tmp
     loaded = load_for_training(make(), tmp_path)
     ranks = {name: layer.r["default"] for name, layer in layers_of(loaded.get_base_model()).items()}
     assert ranks == {"0.0": 8, "0.2": 8, "2": 4}
+
+
+@pytest.mark.parametrize("save_format", ["lora", "compact"])
+def test_patterns_of_which_the_first_counts_are_saved_by_layer(save_format, tmp_path):
+    pattern = {"q_proj": 3, "layers.0.mlp.up_proj": "full", ".*_proj": 5}
+    model = trained(pico_llama(), save_format=save_format, rank_pattern=pattern)
+    model.save_pretrained(tmp_path)
+    ranks = {name: layer.r["default"] for name, layer in layers_of(model).items()}
+    assert set(ranks.values()) == {3, 5, 48}
+
+    for loaded in (
+        load_for_training(pico_llama(), tmp_path),
+        PeftModel.from_pretrained(pico_llama(), tmp_path),
+    ):
+        assert relative_error(logits(loaded), logits(model)) < EXPORT
+    again = load_for_training(pico_llama(), tmp_path)
+    assert {name: layer.r["default"] for name, layer in layers_of(again).items()} == ranks
+    assert model.peft_config["default"].rank_pattern == pattern

@@ -83,7 +83,8 @@ class GradInitModel(WithReports, RecordedSaves, OffloadedBase, LoraModel):
             adapters, kind = self._combining
             proposed = cast("LoraConfig", self.peft_config[adapter_name])
             self.peft_config[adapter_name] = combined_config(model, adapters, kind, proposed)
-        if (config := self.peft_config[adapter_name]).inference_mode:
+        config = self.peft_config[adapter_name]
+        if config.inference_mode and (state_dict is not None or attached_record(config)):
             # Transformers loads a state dict with the config of the live adapter in this way.
             self.peft_config[adapter_name] = config = _as_saved(config)
         if not isinstance(config, GradInitConfig):

@@ -53,9 +53,9 @@ class SVFitLinear(nn.Module, BaseTunerLayer):
         shapes = {"svfit_U": (self.out_features, r), "svfit_Vh": (r, self.in_features)}
         for name, shape in shapes.items():
             value = torch.zeros(shape, dtype=torch.float32, device=device)
-            getattr(self, name)[adapter_name] = nn.Parameter(value, requires_grad=False)
+            _put(getattr(self, name), adapter_name, nn.Parameter(value, requires_grad=False))
         delta = torch.zeros(r, dtype=torch.float32, device=device)
-        self.svfit_delta[adapter_name] = nn.Parameter(delta)
+        _put(self.svfit_delta, adapter_name, nn.Parameter(delta))
 
     @torch.no_grad()
     def fill(self, adapter_name: str, U: Tensor, Vh: Tensor) -> None:
@@ -166,3 +166,13 @@ def checked_shape(name: str, module: nn.Module) -> tuple[int, int]:
             f"{type(module).__name__}; add it to exclude_modules."
         )
     return shape
+
+
+def _put(parameters: nn.ParameterDict, adapter_name: str, value: nn.Parameter) -> None:
+    """Add a parameter with its values, though Accelerate's `init_empty_weights` would drop them.
+
+    PEFT builds a whole model under it for `low_cpu_mem_usage`; a basis cannot be computed there.
+    """
+    parameters[adapter_name] = value
+    if parameters[adapter_name].is_meta and not value.is_meta:
+        parameters._parameters[adapter_name] = value

@@ -1,6 +1,7 @@
 """The SVFit tuner: wraps linear layers, computes their bases, and saves and loads both forms."""
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -83,7 +84,7 @@ class SVFitModel(WithReports, RecordedSaves, OffloadedBase, BaseTuner):
         super().inject_adapter(model, adapter_name, *options)
         layers = live_layers(model, adapter_name)
         warn_of_idle(model, layers)
-        lowered = _lowered_ranks(config, layers, adapter_name)
+        _warn_of_lowered(config, layers, adapter_name)
         if source is not None:
             copy_adapter(model, source, adapter_name)
         for name, layer in layers.items():
@@ -102,7 +103,7 @@ class SVFitModel(WithReports, RecordedSaves, OffloadedBase, BaseTuner):
             config=config,
             asked=asked,
             resolved={"target_modules": config.target_modules}
-            | ({"rank_pattern": {**lowered, **config.rank_pattern}} if lowered else {}),
+            | _rank_pattern(config, layers, ranks),
             ranks=ranks,
             fan_in_fan_out=any(isinstance(base, Conv1D) for base in bases),
             fingerprint=Fingerprint(
@@ -241,20 +242,32 @@ def _finite_matrix(name: str, layer: SVFitLinear) -> Tensor:
     return weight
 
 
-def _lowered_ranks(
+def _warn_of_lowered(
     config: SpectralConfig, layers: dict[str, SVFitLinear], adapter_name: str
-) -> dict[str, int]:
-    """A `rank_pattern` for the layers with fewer directions than asked for; warns of them."""
-    lowered: dict[str, int | None] = dict.fromkeys(layers)  # of all, whose names no key may match
+) -> None:
+    """Name the layers with fewer directions than asked for."""
     notes = []
     for name, layer in layers.items():
         shape, r = (layer.out_features, layer.in_features), layer.r[adapter_name]
         if r < (requested := config.requested_rank(name, shape)):
-            lowered[name] = r
             notes.append(f"{name} ({r} of {requested})")
     if notes:
         warn(
             "these layers have fewer singular directions than asked for and get a lower rank: "
             f"{', '.join(notes)}."
         )
-    return patterns(lowered, None)
+
+
+def _rank_pattern(
+    config: SpectralConfig, layers: Mapping[str, SVFitLinear], ranks: Mapping[str, int]
+) -> dict[str, Any]:
+    """A `rank_pattern` with a key for each layer, if the user's would say something else in a file.
+
+    Files have the keys sorted, and PEFT takes the first match.
+    """
+    in_file = copy.copy(config)
+    in_file.rank_pattern = dict(sorted(config.rank_pattern.items()))
+    asked = {
+        n: in_file.requested_rank(n, (x.out_features, x.in_features)) for n, x in layers.items()
+    }
+    return {} if asked == ranks else {"rank_pattern": patterns(ranks, config.r)}

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from ...errors import FingerprintError, ShapeError, TargetError
+from ...errors import OTHER_DTYPE, FingerprintError, ShapeError, TargetError
 from ...records import A_KEY, B_KEY, PREFIX
 from ...starts import SpectralConfig
 from .layer import SVFitLinear
@@ -145,7 +145,8 @@ def _from_compact(
     if digest != here:
         raise FingerprintError(
             f"the compact adapter belongs to another base model: {name} has hash {digest} there "
-            f"and {here} here; load that base, from whose weights the bases are computed."
+            f"and {here} here; load that base, from whose weights the bases are computed. "
+            f"{OTHER_DTYPE}"
         )
     want, got = state_dict[stem + _PROBE].to(U.device), _probe((U, delta, Vh))
     if (got - want).norm() > _PROBE_TOLERANCE * delta.float().norm() * len(want) ** 0.5:
