@@ -290,3 +290,6 @@ class _TargetRecorder(LoraModel):
 
     def set_adapter(self, *args: Any, **kwargs: Any) -> None:
         raise _Recorded
+
+
+_TargetRecorder.__name__ = LoraModel.__name__  # PEFT's errors begin with it

@@ -5,12 +5,14 @@ import dataclasses
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from torch import nn
 
 from peft_gradinit import (
     EvaConfig,
     LoraGAConfig,
     LoraOneConfig,
     PiSSAConfig,
+    SVFitConfig,
     calibrate,
     init_report,
     initialize,
@@ -134,6 +136,31 @@ def test_an_adapter_for_inference_is_started_and_frozen_not_plain_lora(config_cl
     assert isinstance(peft_model.peft_config["default"], config_class)
     assert init_report(peft_model).method == config_class.method
     assert not any(p.requires_grad for n, p in peft_model.named_parameters() if "lora_" in n)
+
+
+class WithOut(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner, self.out = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.out(self.inner(x))
+
+
+@pytest.mark.parametrize("config_class", [LoraGAConfig, SVFitConfig])
+def test_a_name_that_ends_a_part_of_pefts_layers_is_refused_before_data_are_read(config_class):
+    config = config_class(target_modules=["inner"], modules_to_save=["out"])
+    if config_class is LoraGAConfig:
+        config.calibration = failing_calibration(AssertionError("was read"), 1)
+    with pytest.raises(ConfigError, match="'out', which also ends 'lora_dropout'"):
+        get_peft_model(WithOut(), config)
+
+
+def test_an_error_of_peft_names_no_class_of_ours():
+    peft_model = adapted(pico_llama(), lora_ga(bias="all"))
+    with pytest.raises(ValueError, match="^LoraModel supports only 1 adapter with bias"):
+        peft_model.add_adapter("second", lora_ga(bias="all"))
+    assert list(peft_model.peft_config) == ["default"]
 
 
 def test_low_cpu_mem_usage_is_refused_since_a_start_needs_memory():
