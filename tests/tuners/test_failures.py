@@ -158,7 +158,7 @@ def test_a_name_that_ends_a_part_of_pefts_layers_is_refused_before_data_are_read
 
 def test_an_error_of_peft_names_no_class_of_ours():
     peft_model = adapted(pico_llama(), lora_ga(bias="all"))
-    with pytest.raises(ValueError, match="^LoraModel supports only 1 adapter with bias"):
+    with pytest.raises(ValueError, match=r"^LoraModel supports only 1 adapter with bias"):
         peft_model.add_adapter("second", lora_ga(bias="all"))
     assert list(peft_model.peft_config) == ["default"]
 
