@@ -112,7 +112,7 @@ def test_example_of_a_calibration_runs_as_printed():
     names = {"data": token_batches()}
     code = blocks("docs/guides/calibration.md")[0]
     exec(code.replace("\nCalibration(\n", "\nspec = Calibration(\n"), names)
-    assert names["spec"].max_tokens == 65_536
+    assert (names["spec"].max_tokens, names["spec"].token_budget) == (None, 65_536)
 
 
 def test_example_of_a_learning_rate_runs_as_printed():

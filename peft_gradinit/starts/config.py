@@ -64,7 +64,7 @@ class GradInitConfig(PaperSettings, AllocationOptions, LoraConfig, abc.ABC):
     Args:
         calibration: the data, a `Calibration(data, …)`, a `CalibrationResult` or the path of a
             saved one, or `"deferred"` to call `initialize(peft_model, data)` later or to train with
-            a `CalibrationCallback`. There is no default: without it an adapter is plain LoRA.
+            a `CalibrationCallback`. There is no default: without it `get_peft_model` raises an error, as the adapter would be plain LoRA.
         uncalibrated: what happens to targets that the method cannot serve (embeddings,
             convolutions) or that the data do not reach: `"error"` (default), or `"lora"` for a
             plain LoRA start with a warning that names them. Single experts of `target_parameters`
