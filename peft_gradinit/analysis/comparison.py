@@ -66,32 +66,31 @@ def compare_adapters(first: SavedAdapter, second: SavedAdapter) -> Comparison:
     lines = []
     for name in same_layers(first, second):
         one, other = first.layers[name], second.layers[name]
-        cosine, distance = _cosine_and_distance(one, other)
-        line = _angles(name, _directions(one), _directions(other))
+        norms = _norm(one), _norm(other)
+        cosine, distance = _cosine_and_distance(inner_product(one, other), *norms)
+        svds = (
+            u.svd() if norm else u.svd().truncate(0)
+            for u, norm in zip((one, other), norms, strict=True)
+        )
+        line = _angles(name, *svds)
         lines.append(dataclasses.replace(line, cosine=cosine, distance=distance))
     return Comparison(lines, *_of_one(first.layers, second.layers))
 
 
-def _cosine_and_distance(one: Factors, other: Factors) -> tuple[float, float]:
-    """Of two updates; those that are zero but for rounding have cosine 0, and distance 0 from each other."""
-    norms = [0.0 if _is_zero(update) else inner_product(update, update) for update in (one, other)]
-    if not norms[0]:
-        return 0.0, math.inf if norms[1] else 0.0
-    if not norms[1]:
+def _norm(update: Factors) -> float:
+    """The Frobenius norm of an update; 0 if that is no more than rounding."""
+    norm = math.sqrt(max(0.0, inner_product(update, update)))
+    return norm if norm > rounding_of(update) else 0.0
+
+
+def _cosine_and_distance(product: float, first: float, second: float) -> tuple[float, float]:
+    """Of two updates, from their inner product and norms; two that are zero are not apart."""
+    if not first:
+        return 0.0, math.inf if second else 0.0
+    if not second:
         return 0.0, 1.0
-    product = inner_product(one, other)
-    squared = max(0.0, norms[0] + norms[1] - 2 * product)
-    return product / math.sqrt(norms[0] * norms[1]), math.sqrt(squared / norms[0])
-
-
-def _directions(update: Factors) -> TruncatedSVD:
-    """The triplets of an update; none if it is zero but for rounding."""
-    svd = update.svd()
-    return svd.truncate(0) if _is_zero(update) else svd
-
-
-def _is_zero(update: Factors) -> bool:
-    return math.sqrt(max(0.0, inner_product(update, update))) <= rounding_of(update)
+    squared = max(0.0, first**2 + second**2 - 2 * product)
+    return product / (first * second), math.sqrt(squared) / first
 
 
 def compare_calibrations(first: CalibrationResult, second: CalibrationResult) -> Comparison:

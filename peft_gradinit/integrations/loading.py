@@ -23,8 +23,10 @@ def continued(model: nn.Module, folder: str, *, is_trainable: bool, **more: Any)
     Returns:
         The model with the adapter.
     """
+    if not is_trainable:
+        return PeftModel.from_pretrained(model, folder, **more)
     place = {n: more[n] for n in ("subfolder", "revision", "token") if n in more}
-    if is_trainable and (adapter_folder(folder, **place) / PROVENANCE_FILE).exists():
-        known = inspect.signature(load_for_training).parameters
-        return load_for_training(model, folder, **{n: v for n, v in more.items() if n in known})
-    return PeftModel.from_pretrained(model, folder, is_trainable=is_trainable, **more)
+    if ((found := adapter_folder(folder, **place)) / PROVENANCE_FILE).exists():
+        known = inspect.signature(load_for_training).parameters.keys() - place.keys()
+        return load_for_training(model, found, **{n: v for n, v in more.items() if n in known})
+    return PeftModel.from_pretrained(model, folder, is_trainable=True, **more)

@@ -1,13 +1,19 @@
 """Checks that the tuners of all types make before data are read."""
 
+from typing import Any
+
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
-from ..errors import ConfigError
-from ..layouts import uncompiled
+from ..errors import ConfigError, TargetError
+from ..layouts import is_offloaded, uncompiled
 from ..records import records_of
-from ..starts import GradInitConfig, SpectralConfig
+from ..starts import GradInitConfig, SpectralConfig, is_trained_in_full
+
+_PARTS_OF_LAYERS = (*LoraLayer.adapter_layer_names, "lora_dropout")
+"""Names of what PEFT keeps by adapter in a layer."""
 
 
 def check_adapter_name(name: str, prefix: str) -> None:
@@ -116,3 +122,28 @@ def check_host(
             f"a model of {model.peft_type} adapters takes no {config.method} adapter beside them; load both "
             "with PeftModel.from_pretrained and load_adapter, or this one alone."
         )
+
+
+def check_modules_to_save(model: nn.Module, config: Any) -> None:
+    """Refuse what cannot be trained in full, before any data are read.
+
+    Args:
+        model: the base model.
+        config: of the adapter.
+
+    Raises:
+        ConfigError: if a name also ends that of a part of PEFT's layers, which PEFT would take.
+        TargetError: if a module is offloaded.
+    """
+    for word in config.modules_to_save or ():
+        if own := next((name for name in _PARTS_OF_LAYERS if name.endswith(word)), None):
+            raise ConfigError(
+                f"modules_to_save has {word!r}, which also ends {own!r}, a part of every adapted layer, and "
+                "PEFT goes by the ends of names; write more of the module's name, or rename it."
+            )
+    for name, module in model.named_modules():
+        if is_trained_in_full(name, config) and any(map(is_offloaded, module.modules())):
+            raise TargetError(
+                f"modules_to_save has {name}, which is offloaded: its copy would be dropped after "
+                "each forward, and so never train; give it a place on the device in device_map."
+            )

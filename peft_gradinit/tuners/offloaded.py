@@ -8,14 +8,11 @@ a time, and the adapter stays on the device on which the layer runs.
 from contextlib import suppress
 from typing import Any
 
-from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from ..errors import ConfigError, TargetError
 from ..layouts import has_offloaded, is_offloaded, offloaded_value, onloaded
-from ..starts import is_trained_in_full
 
 
 class OffloadedBase:
@@ -66,35 +63,6 @@ class OffloadedBase:
         if hasattr(self.model, "peft_config"):
             del self.model.peft_config
         return self.model
-
-
-_PARTS_OF_LAYERS = (*LoraLayer.adapter_layer_names, "lora_dropout")
-"""Names of what PEFT keeps by adapter in a layer."""
-
-
-def check_modules_to_save(model: nn.Module, config: Any) -> None:
-    """Refuse what cannot be trained in full, before any data are read.
-
-    Args:
-        model: the base model.
-        config: of the adapter.
-
-    Raises:
-        ConfigError: if a name also ends that of a part of PEFT's layers, which PEFT would take.
-        TargetError: if a module is offloaded.
-    """
-    for word in config.modules_to_save or ():
-        if own := next((name for name in _PARTS_OF_LAYERS if name.endswith(word)), None):
-            raise ConfigError(
-                f"modules_to_save has {word!r}, which also ends {own!r}, a part of every adapted layer, and "
-                "PEFT goes by the ends of names; write more of the module's name, or rename it."
-            )
-    for name, module in model.named_modules():
-        if is_trained_in_full(name, config) and any(map(is_offloaded, module.modules())):
-            raise TargetError(
-                f"modules_to_save has {name}, which is offloaded: its copy would be dropped after "
-                "each forward, and so never train; give it a place on the device in device_map."
-            )
 
 
 def _offloaded_embeddings(model: nn.Module, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:

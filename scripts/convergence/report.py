@@ -47,8 +47,11 @@ def interval(values: list[float], digits: int = 3, *, signed: bool = False) -> s
 
 def difference(losses: list[float], others: list[float]) -> str:
     """Mean of the differences by seed, and half of its interval."""
-    pairs = zip(losses, others, strict=True)
-    return interval([loss - other for loss, other in pairs], signed=True)
+    return interval(_by_seed(losses, others), signed=True)
+
+
+def _by_seed(losses: list[float], others: list[float]) -> list[float]:
+    return [loss - other for loss, other in zip(losses, others, strict=True)]
 
 
 def table(task: TaskSummary) -> str:
@@ -182,8 +185,7 @@ def _percent_of_baseline(task: TaskSummary, method: str) -> str:
     summary = task.in_order().get(method)
     if summary is None or method == BASELINE:
         return ""
-    pairs = zip(summary.losses, task.methods[BASELINE].losses, strict=True)
-    differences = [loss - other for loss, other in pairs]
+    differences = _by_seed(summary.losses, task.methods[BASELINE].losses)
     mean, half = statistics.mean(differences), half_interval(differences)
     percent = f"{mean / task.aim:+.1%}"
     return f"**{percent}**" if abs(mean) > half else percent

@@ -37,8 +37,8 @@ class InputRecorder(Recorder):
     _encoder = EncoderWatch(None)
     _rows: Rows | None = None
     """The selection of the tokens that count; `None`: none do."""
-    _batch: Any = None
-    """The batch that runs, if it counts."""
+    _of_batch: tuple[Mapping[str, Any], Rows] | None = None
+    """What the batch that runs has by name, and its selection; `None` if it does not count."""
     _before: Mapping[str, Tensor] = {}
     """Components at the previous orientation, by layer."""
 
@@ -60,7 +60,8 @@ class InputRecorder(Recorder):
         if not counts and not self.runs_all:
             return
         self._keep_probe(step.batch)
-        self._batch = step.batch if counts else None
+        known = step.batch if isinstance(step.batch, Mapping) else {}
+        self._of_batch = (known, self._rows_of(selection)) if counts else None
         self._rows = self._rows_of(selection) if counts else None
         try:
             self._forward(step.batch)
@@ -79,9 +80,12 @@ class InputRecorder(Recorder):
 
     def _select_of_forward(self, given: Mapping[str, Any]) -> None:
         """Select by what a model is given: the batch may call the masks otherwise, or lack them."""
-        if self._batch is None:
+        if self._of_batch is None:
             return
-        known = self._batch if isinstance(self._batch, Mapping) else {}
+        known, self._rows = self._of_batch
+        tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
+        if all(known.get(name) is value for name, value in tensors.items()):
+            return  # as nearly always: the device is not asked again
         selection = TokenSelection(self.model, {**known, **given}, use_labels=self.need.use_labels)
         self._rows = self._rows_of(selection) if selection.n_tokens else None
 

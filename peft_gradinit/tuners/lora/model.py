@@ -40,9 +40,14 @@ from ...starts import (
     without_empty,
     write_patterns,
 )
-from ..checks import check_adapter_name, check_injected_once, check_not_compiled
+from ..checks import (
+    check_adapter_name,
+    check_injected_once,
+    check_modules_to_save,
+    check_not_compiled,
+)
 from ..copying import copied_from, copy_adapter
-from ..offloaded import OffloadedBase, check_modules_to_save
+from ..offloaded import OffloadedBase
 from ..rollback import all_or_nothing, remove_adapter
 from ..saving import RecordedSaves
 from .anchored import anchor_layer, fill, renew_magnitude

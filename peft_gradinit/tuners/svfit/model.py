@@ -35,9 +35,14 @@ from ...starts import (
     warn_of_idle,
 )
 from ...statistics import Fingerprint
-from ..checks import check_adapter_name, check_injected_once, check_not_compiled
+from ..checks import (
+    check_adapter_name,
+    check_injected_once,
+    check_modules_to_save,
+    check_not_compiled,
+)
 from ..copying import copied_from, copy_adapter
-from ..offloaded import OffloadedBase, check_modules_to_save
+from ..offloaded import OffloadedBase
 from ..rollback import all_or_nothing, remove_adapter
 from ..saving import RecordedSaves
 from .layer import SVFitLinear, checked_shape
