@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..errors import ExportError
 from ..files import whole_folder, write_json
+from ..layouts import uncompiled
 from ..linalg import Factors
 from ..numbers import as_python, is_integer
 from ..records import (
@@ -137,7 +138,7 @@ def export_adapter(
     The directory is written whole or not at all, and after an error it is as before.
 
     Args:
-        peft_model: a model with a LoRA adapter, of this package or of PEFT.
+        peft_model: a model with a LoRA adapter, of this package or of PEFT; also a compiled one.
         directory: where to write; new or empty, unless `overwrite`.
         target: the form.
         rank: truncate every layer to this rank, by the singular value decomposition of its
@@ -156,7 +157,7 @@ def export_adapter(
             says what to do instead.
         OutputError: if the disk is full, or the directory cannot be written to.
     """
-    rank = as_python(rank)
+    rank, peft_model = as_python(rank), uncompiled(peft_model)
     config = _checked_config(peft_model, target, rank, adapter_name)
     if processing_class is not None and target != "merged":
         raise ExportError(
@@ -195,6 +196,7 @@ def check_export(
     adapter_name: str = "default",
 ) -> None:
     """Refuse what `export_adapter` would refuse, before an adapter is trained; arguments as there."""
+    peft_model = uncompiled(peft_model)
     _checked_config(peft_model, target, rank, adapter_name)
     if target == "merged":
         check_mergeable(peft_model.get_base_model(), adapter_name)

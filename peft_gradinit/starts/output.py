@@ -8,6 +8,7 @@ from peft import LoraConfig, PeftModel
 from torch import nn
 
 from ..errors import ConfigError
+from ..layouts import uncompiled
 from ..records import alpha_growth, rank_of
 from .base import is_trained_in_full
 from .options import is_automatic
@@ -41,11 +42,12 @@ def with_output_layer(model: nn.Module, config: ConfigT) -> ConfigT:
         A config of the same type. `target_modules` are names.
 
     Raises:
-        ConfigError: if the model has no linear output layer, the config adapts it already, excludes
-            it or gives it to `modules_to_save`, ranks differ by layer or are chosen by a calibration, or no
-            rank is left for the other layers.
+        ConfigError: if the config is of another type, the model has no linear output layer, the config
+            adapts it already, excludes it or gives it to `modules_to_save`, ranks differ by layer or are
+            chosen by a calibration, or no rank is left for the other layers.
     """
     _check(config)
+    model = uncompiled(model)
     model = model.get_base_model() if isinstance(model, PeftModel) else model
     found = output_layer(model)
     if not found:
@@ -82,6 +84,11 @@ def with_output_layer(model: nn.Module, config: ConfigT) -> ConfigT:
 
 
 def _check(config: LoraConfig) -> None:
+    if not isinstance(config, LoraConfig):
+        raise ConfigError(
+            "with_output_layer(model, config) expects a LoraConfig, or a config of this package that has ranks, "
+            f"got {type(config).__name__}."
+        )
     allocation = getattr(config, "rank_allocation", "uniform")
     if is_automatic(config.target_modules) or allocation != "uniform":
         raise ConfigError(

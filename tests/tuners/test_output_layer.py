@@ -2,11 +2,17 @@
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from peft_gradinit import EvaConfig, LoraOneConfig, suggest_learning_rate, with_output_layer
+from peft_gradinit import (
+    EvaConfig,
+    LoraOneConfig,
+    SVFitConfig,
+    suggest_learning_rate,
+    with_output_layer,
+)
 from peft_gradinit.errors import ConfigError
 from tests.helpers import logits, pico_gpt2, pico_llama, quiet, token_batches
 from tests.moe.models import mixtral
@@ -111,6 +117,14 @@ def test_what_it_cannot_share_out_is_refused(options, words):
 def test_ranks_of_a_calibration_are_refused(options):
     config = LoraOneConfig(**{**PLAIN, **options}, calibration=quiet(token_batches()))
     with pytest.raises(ConfigError, match="target_modules='auto\\+output'"):
+        with_output_layer(pico_llama(), config)
+
+
+@pytest.mark.parametrize(
+    "config", [SVFitConfig(), IA3Config(), pico_llama()], ids=lambda c: type(c).__name__
+)
+def test_a_config_without_ranks_is_refused(config):
+    with pytest.raises(ConfigError, match=f"expects a LoraConfig.*got {type(config).__name__}"):
         with_output_layer(pico_llama(), config)
 
 

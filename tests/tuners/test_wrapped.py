@@ -1,11 +1,15 @@
 """Models that are wrapped, compiled or sharded when PEFT is asked for an adapter or its tensors."""
 
+from typing import get_args
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
+from safetensors.torch import load_file
 
-from peft_gradinit import calibrate, pairs
+from peft_gradinit import calibrate, export_adapter, pairs, with_output_layer
 from peft_gradinit.errors import ConfigError
+from peft_gradinit.export.adapter import ExportTarget, check_export
 from peft_gradinit.records import records_of
 from tests.helpers import logits, pico_llama, quiet, token_batches, train_steps
 from tests.methods.rows import INFO, config_of, every_method, started
@@ -99,3 +103,27 @@ def test_what_is_left_of_a_factor_in_one_process_is_not_saved(method, shape, tmp
         ConfigError, match=r"where a matrix is expected.*accelerator\.get_state_dict"
     ):
         model.save_pretrained(tmp_path, state_dict=state_dict)
+
+
+@pytest.mark.parametrize("target", get_args(ExportTarget))
+def test_an_export_of_a_compiled_model_is_that_of_the_model(target, tmp_path):
+    model = started("lora_one")
+    train_steps(model)
+    compiled = torch.compile(model, backend="eager")
+    check_export(compiled, target)
+    want = export_adapter(model, tmp_path / "plain", target)
+    assert export_adapter(compiled, tmp_path / "compiled", target) == want
+    files = {path.relative_to(tmp_path / "plain") for path in (tmp_path / "plain").rglob("*")}
+    assert {
+        p.relative_to(tmp_path / "compiled") for p in (tmp_path / "compiled").rglob("*")
+    } == files
+    (weights,) = (name for name in files if name.suffix == ".safetensors")
+    one, other = (load_file(tmp_path / name / weights) for name in ("plain", "compiled"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_the_output_layer_of_a_compiled_model_is_that_of_the_model():
+    model, config = pico_llama(), LoraConfig(r=8, target_modules=["q_proj", "v_proj"])
+    want = with_output_layer(model, config)
+    assert with_output_layer(torch.compile(model, backend="eager"), config) == want
