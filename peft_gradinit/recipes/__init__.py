@@ -2,6 +2,7 @@
 
 try:
     from .data import encode, load_rows
+    from .data_section import DataSection
     from .estimate import Estimate, estimate
     from .finetuning import finetune
     from .labels import Labels, labels_of
@@ -18,7 +19,7 @@ try:
         untrained_modules,
     )
     from .reading import Reader
-    from .schema import CalibrationSection, DataSection, MethodSection, ModelSection
+    from .schema import CalibrationSection, MethodSection, ModelSection
     from .values import read_yaml
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(

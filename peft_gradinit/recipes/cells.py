@@ -52,6 +52,8 @@ def value_of(row: Mapping[str, Any], source: str, columns: list[str]) -> Any:
         as_text(row[field], field)
     try:
         return _OfColumns().vformat(source, (), row)
+    except KeyError as error:  # of an empty field, or of one in a format
+        raise DataError(_unfilled(source, f"there is no column {error}")) from error
     except (ValueError, TypeError) as error:
         raise DataError(_unfilled(source, error)) from error
 
@@ -87,7 +89,7 @@ def _check_filled(row: Mapping[str, Any], columns: list[str]) -> None:
             )
 
 
-def _unfilled(source: str, error: Exception) -> str:
+def _unfilled(source: str, error: Exception | str) -> str:
     return (
         f"the template {source!r} cannot be filled: {error}. A column stands in braces, as {{text}}; "
         "braces that are to stay are written twice: {{ and }}."

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, DataError
-from .schema import DataSection
+from .data_section import DataSection
 
 _READ_BY_TEMPLATES: Mapping[str, Any] = {"tools": None, "chat_template_kwargs": {}}
 """Columns that TRL gives to the chat template, and what stands for an empty one."""

@@ -13,11 +13,11 @@ from datasets.exceptions import DatasetGenerationError
 from ..errors import ConfigError, DataError, warn
 from . import embedded
 from .chats import with_template
+from .data_section import DataSection
 from .encoding import Encoder
 from .labels import Labels
 from .preparation import prepare
 from .rows import Rows, columns_of
-from .schema import DataSection
 from .sections import Task, nearest
 from .stored import BUILDERS, check_apart, read_stored
 

@@ -15,7 +15,7 @@ from .chats import (
     turns_before,
     with_template,
 )
-from .schema import DataSection
+from .data_section import DataSection, unread_keys
 from .sections import CLASSIFIED, Task
 
 _NO_LOSS = -100
@@ -51,7 +51,7 @@ class Encoder:
         read_label: Callable[[Any], int | float] | None = None,
     ) -> None:
         self.section = section
-        self.task = task
+        self.task: Task = task
         self.columns = columns
         if task in CLASSIFIED and read_label is None:
             raise ConfigError(
@@ -146,6 +146,11 @@ class Encoder:
             "PREFERENCE": self._preferred,
         }
         encode = by_task.get(self.task) or self._of_causal()
+        if unread := unread_keys(self.section, self.task):
+            raise ConfigError(
+                f"data.{', data.'.join(unread)} cannot be heeded for {self.task}, which reads other columns; leave "
+                "it out, or set model.task."
+            )
         if self.section.completion_keep and encode not in (self._pair_of_texts, self._prompted):
             raise ConfigError(
                 "data.completion_keep is for prompts and completions, and these rows are read as others "

@@ -10,6 +10,7 @@ from transformers import EvalPrediction, Trainer, TrainingArguments
 
 from ..errors import ConfigError, DataError, warn
 from ..layouts import process_state
+from .data_section import DataSection
 from .encoding import Encoder
 from .labels import Numbers
 from .lengths import table_length
@@ -17,9 +18,11 @@ from .metrics import check_metrics, compute, names_given
 from .models import empty_model
 from .reading import Reader
 from .rows import Rows, columns_of
-from .schema import DataSection, Recipe
+from .schema import Recipe
 from .sections import CLASSIFIED, Task, nearest
 
+_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+"""Commas of thousands: `1,000` and `1,234,567`, not `(1,2)`."""
 _SPEEDS = ("runtime", "samples_per_second", "steps_per_second")
 """What evaluations of every trainer give besides."""
 
@@ -217,7 +220,7 @@ def answer_of(text: str, pattern: str | None) -> str:
     if not found:
         return ""
     last = found[-1] if isinstance(found[-1], str) else found[-1][0]
-    return last.replace(",", "").strip()
+    return _THOUSANDS.sub("", last).strip()
 
 
 def _answers(

@@ -1,13 +1,16 @@
-"""What a run writes beside its adapter: further forms, in the place of those of an earlier run."""
+"""What a run writes: its adapter and further forms of it, in the place of those of an earlier run."""
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
 
 from peft import PeftModel
 
 from ..export import ExportTarget, check_directory, export_adapter
-from ..records import PROVENANCE_FILE
+from ..files import whole_folder
+from ..records import CARD, PROVENANCE_FILE, unsaved
 from .schema import Recipe
 
 
@@ -30,6 +33,29 @@ def check_places(recipe: Recipe) -> None:
     output = Path(recipe.output)
     for folder in {*(output / target for target, _ in exports_of(recipe)), *_earlier(output)}:
         check_directory(folder, overwrite=True)
+
+
+@contextmanager
+def written_adapter(model: PeftModel, folder: Path, processor: Any) -> Iterator[None]:
+    """Save an adapter with its tokenizer or processor; put it in place when the block ends without an error.
+
+    The folder is replaced as a whole, so nothing of an earlier adapter is left but what people wrote into
+    its card.
+
+    Args:
+        model: the trained model.
+        folder: where the adapter goes.
+        processor: what reads its data; saved if it can be.
+    """
+    with whole_folder(folder, overwrite=True, is_ours=lambda _: True) as new:
+        for name in (CARD, PROVENANCE_FILE):
+            if (folder / name).is_file():
+                shutil.copy(folder / name, new)
+        unsaved(new)
+        model.save_pretrained(str(new))
+        if hasattr(processor, "save_pretrained"):
+            processor.save_pretrained(str(new))
+        yield
 
 
 def remove_exports(output: Path) -> None:

@@ -18,11 +18,16 @@ from ..export import check_export
 from ..files import check_writable, write_json
 from ..layouts import process_state
 from ..methods import METHODS
-from ..records import unsaved
 from ..tuners import deferred_adapters, load_for_training, restore_record
 from .data import load_rows
 from .evaluation import check_evaluation, evaluate_model
-from .exporting import check_places, exports_of, remove_exports, write_exports
+from .exporting import (
+    check_places,
+    exports_of,
+    remove_exports,
+    write_exports,
+    written_adapter,
+)
 from .methods import adapter_config, calibration_of
 from .models import untrained_modules
 from .publishing import make_repository, publish
@@ -30,7 +35,7 @@ from .reading import Reader
 from .resuming import check_base_of, check_continues, check_optimizer, checkpoint_of
 from .schema import Recipe
 from .sections import CLASSIFIED
-from .trainers import Inputs, arguments_of, preparation_of, trainer_of
+from .trainers import Inputs, arguments_of, check_has_end, preparation_of, trainer_of
 
 RESULTS, PICTURE = "results.json", "loss.png"
 
@@ -69,22 +74,23 @@ def finetune(recipe: Recipe) -> dict[str, Any]:
     trainer.train(resume_from_checkpoint=checkpoint)
     trained: Any = trainer.accelerator.unwrap_model(trainer.model)
     _check_finite(trained, _peak_rate(trainer))
+    results = _results(trainer, recipe, inputs.reader)
     if state.is_main_process:
-        _forget_earlier(output)
+        with written_adapter(trained, output / "adapter", inputs.reader.processor):
+            _forget_earlier(output)
         _remove_if_empty(Path(str(trainer.args.output_dir)))
-        _write(trained, output / "adapter", inputs.reader.processor)
+        write_json(output / RESULTS, results)
     state.wait_for_everyone()
-    metrics = {}
     if inputs.evaluation_rows is not None:
         metrics = evaluate_model(trainer, recipe, inputs.reader, inputs.evaluation_rows)
-    results = _results(trainer, recipe, inputs.reader, metrics)
+        results |= {"metrics": metrics, "eval_losses": _eval_losses(trainer)}
     if state.is_main_process:
         write_json(output / RESULTS, results)
         if draws:
             draw_losses(_curves(results, baselines), output / PICTURE)
         write_exports(trained, recipe, inputs.reader.processor)
         if recipe.push is not None:
-            publish(trained, recipe.push, output / "adapter")
+            publish(trained, inputs.reader.processor, recipe.push, output / "adapter")
     state.wait_for_everyone()
     return results
 
@@ -101,6 +107,7 @@ def _inputs(recipe: Recipe) -> tuple[Recipe, Inputs, TrainingArguments]:
     arguments = arguments_of(recipe, reader.task, evaluates=held_out is not None)
     packing = getattr(arguments, "eval_packing", None)
     of_evaluation = reader.packed(reader.section.packing if packing is None else packing)
+    check_has_end(rows, arguments)
     with process_state().main_process_first():
         train = reader.encode(rows)
         evaluation = None if held_out is None else of_evaluation.encode(held_out)
@@ -155,9 +162,8 @@ def _preference_config(recipe: Recipe) -> PeftConfig:
     return adapter_config(recipe.method, "PREFERENCE", recipe.calibration.result or DEFERRED)
 
 
-def _results(
-    trainer: Trainer, recipe: Recipe, reader: Reader, metrics: dict[str, float]
-) -> dict[str, Any]:
+def _results(trainer: Trainer, recipe: Recipe, reader: Reader) -> dict[str, Any]:
+    """What is known of a run before it is evaluated."""
     history = trainer.state.log_history
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
     reports = getattr(model.base_model, "init_report", None) or {}
@@ -168,7 +174,7 @@ def _results(
         "recipe": recipe.model_dump(mode="json"),
         "losses": [[entry["step"], entry["loss"]] for entry in history if "loss" in entry],
         "eval_losses": _eval_losses(trainer),
-        "metrics": metrics,
+        "metrics": {},
         "labels": reader.labels and list(reader.labels.head()["id2label"].values()),
         "learning_rate": _peak_rate(trainer),
         "processes": trainer.args.world_size,
@@ -216,13 +222,6 @@ def _forget_earlier(output: Path) -> None:
     for name in (RESULTS, PICTURE):
         (output / name).unlink(missing_ok=True)
     remove_exports(output)
-
-
-def _write(model: PeftModel, folder: Path, processor: Any) -> None:
-    unsaved(folder)
-    model.save_pretrained(str(folder))
-    if hasattr(processor, "save_pretrained"):
-        processor.save_pretrained(str(folder))
 
 
 def _remove_if_empty(folder: Path) -> None:
@@ -276,7 +275,8 @@ def _curves(
         evaluated = [(step, loss) for step, loss in results["eval_losses"]]
         curves[f"{results['method']}, evaluation"] = evaluated
     for folder, (name, points) in baselines.items():
-        curves[name if name not in curves else f"{name} ({Path(folder).name})"] = points
+        known = (name, f"{name} ({Path(folder).name})", f"{name} ({folder})")
+        curves[next((label for label in known if label not in curves), known[-1])] = points
     return curves
 
 

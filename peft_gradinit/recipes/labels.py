@@ -8,8 +8,8 @@ from typing import Any, Protocol
 import datasets
 
 from ..errors import ConfigError, DataError
+from .data_section import DataSection
 from .rows import Rows, columns_of
-from .schema import DataSection
 from .sections import nearest
 
 _N_SHOWN = 10

@@ -7,8 +7,9 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import ConfigError, warn
+from .data_section import DEFAULT_LENGTH, DataSection
 from .models import empty_model
-from .schema import DEFAULT_LENGTH, DataSection, ModelSection
+from .schema import ModelSection
 
 _NO_LIMIT = 10**9
 """Tokenizers without a limit say 1e30."""

@@ -18,6 +18,8 @@ from .shipped import recipe_path
 from .training import UNKNOWN
 from .values import read_yaml
 
+_NOTHING = ("", "~", "null", "Null", "NULL")
+"""What YAML reads as no value."""
 SectionT = TypeVar("SectionT", bound=Section)
 
 
@@ -76,11 +78,33 @@ def _override(values: dict[str, Any], text: str) -> str | None:
         place = place[section]
         if not isinstance(place, dict):
             return f"{text!r}: {section} is a value, not a section"
+    field = _fields_at(tuple(sections), Recipe).get(last)
+    if field is not None and _is_text(field.annotation) and not _is_marked(value):
+        place[last] = value.strip()
+        return None
     try:
         place[last] = read_yaml(value)
     except yaml.YAMLError as error:
         return f"{text!r}: the value is not YAML: {error}"
+    if place[last] is None and value.strip() not in _NOTHING:
+        return f"{text!r}: the value is a comment of YAML; put it into quotes of its own: {key}='\"…\"'"
     return None
+
+
+def _is_text(annotation: Any) -> bool:
+    """Whether a field takes text and nothing else, but for `None`."""
+    if typing.get_origin(annotation) is typing.Annotated:
+        return _is_text(typing.get_args(annotation)[0])
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        options = [o for o in typing.get_args(annotation) if o is not types.NoneType]
+        return all(map(_is_text, options))
+    return annotation is str
+
+
+def _is_marked(value: str) -> bool:
+    """Whether text is in quotes, or stands for nothing."""
+    stripped = value.strip()
+    return stripped in _NOTHING or (len(stripped) > 1 and stripped[0] == stripped[-1] in "'\"")
 
 
 def _faults_of(

@@ -10,8 +10,8 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from ..errors import DataError
+from .data_section import DataSection
 from .rows import Rows
-from .schema import DataSection
 
 
 def prepare(

@@ -1,6 +1,7 @@
 """The upload at the end of a run: checked before training, and never at the cost of the adapter."""
 
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import create_repo
 from peft import PeftModel
@@ -27,11 +28,12 @@ def make_repository(push: PushSection) -> None:
         ) from error
 
 
-def publish(model: PeftModel, push: PushSection, folder: Path) -> None:
-    """Upload the adapter.
+def publish(model: PeftModel, processor: Any, push: PushSection, folder: Path) -> None:
+    """Upload the adapter, and what reads its data.
 
     Args:
         model: the trained model.
+        processor: tokenizer or image processor, if it is one that can be uploaded.
         push: where the adapter goes.
         folder: where it was saved to, for the message.
 
@@ -39,7 +41,9 @@ def publish(model: PeftModel, push: PushSection, folder: Path) -> None:
         OutputError: if the upload fails; it says where the adapter lies and how to upload it.
     """
     try:
-        model.push_to_hub(push.repo, private=push.private)
+        for part in (model, processor):
+            if hasattr(part, "push_to_hub"):
+                part.push_to_hub(push.repo, private=push.private)
     except Exception as error:
         raise OutputError(
             f"the run is complete and its adapter is in {str(folder)!r}, but uploading it to "

@@ -9,11 +9,12 @@ from torch import nn
 from ..records import give_padding_token
 from .chats import with_template
 from .data import encode, kept_rows
+from .data_section import DataSection
 from .labels import Labels, labels_of
 from .lengths import sequence_length
 from .models import check_ids, load_model, load_processor, model_config, task_of
 from .rows import Rows
-from .schema import DataSection, ModelSection
+from .schema import ModelSection
 from .sections import CLASSIFIED, Task
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig
+from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
@@ -79,6 +80,10 @@ def check_continues(model: nn.Module, method: MethodSection, task: Task, checkpo
         kept = facts_of(PeftConfig.from_pretrained(checkpoint), None)["config"]
     config = adapter_config(method, task, "unused", untrained_modules(model))
     wanted = facts_of(config, None)["config"]
+    if task == "SEQ_CLS":  # PEFT has added its heads to the checkpoint's list
+        for config in (kept, wanted):
+            modules = {*(config.get("modules_to_save") or ()), *SEQ_CLS_HEAD_NAMES}
+            config["modules_to_save"] = sorted(modules)
     names = ["r", "lora_alpha", "use_rslora", "use_dora", *method.options]
     pairs = {name: (kept.get(name), wanted.get(name)) for name in names}
     if isinstance(method.target_modules, list):  # PEFT shortens long lists

@@ -17,8 +17,8 @@ import pandas as pd
 import pyarrow as pa
 
 from ..errors import DataError, warn
+from .data_section import DataSection, is_written
 from .rows import Rows
-from .schema import DataSection
 
 BUILDERS = {
     ".jsonl": "json",
@@ -222,17 +222,18 @@ def _with_labels(
         cells = [c for split in having for c in stored[split].data.column(column).chunks]
         if not cells:
             continue
-        kind = datasets.Value(_kind_of(pa.chunked_array(cells), section))
+        text = section.label is None and is_written(section, column)
+        kind = datasets.Value("string" if text else _kind_of(pa.chunked_array(cells), section))
         changed |= {split: changed[split].cast_column(column, kind) for split in having}
     return changed
 
 
 def _kind_of(cells: pa.ChunkedArray, section: DataSection) -> str:
-    """What labels are read as: text, too, if a number would lose the zeros that one begins with."""
-    padded = any(re.match(r"[+-]?0\d", cell or "") for cell in cells.unique().to_pylist())
-    if padded and section.label_kind != "number":
+    """What labels are read as: text, too, if a number would lose zeros or letters that one begins with."""
+    changed = any(re.match(r"[+-]?0[\dxX]", cell or "") for cell in cells.unique().to_pylist())
+    if changed and section.label_kind != "number":
         return "string"
-    for kind in ("int64", "float64", "bool"):
+    for kind in ("int64", "float64"):
         with contextlib.suppress(pa.ArrowInvalid):
             cells.cast(kind)
             return kind

@@ -8,6 +8,7 @@ from typing import Any
 
 import datasets
 import torch
+from accelerate.utils import parse_flag_from_env
 from peft import PeftConfig
 from torch import nn
 from transformers import Seq2SeqTrainer, Trainer, TrainingArguments
@@ -82,7 +83,7 @@ def arguments_of(recipe: Recipe, task: Task, *, evaluates: bool) -> TrainingArgu
 
     Raises:
         ConfigError: if the class has no such field, or refuses a value; if the optimiser has no
-            such option, or lacks a rate.
+            such option, or lacks a rate; if the model would be sharded.
     """
     training = recipe.training
     if faults := check_training(training, task):
@@ -93,15 +94,45 @@ def arguments_of(recipe: Recipe, task: Task, *, evaluates: bool) -> TrainingArgu
     values |= {name: value for name, value in said.items() if name not in _NOT_FIELDS}
     if task == "CAUSAL_LM":
         values |= _of_prepared_rows(recipe)
+    if training.said().get("fsdp") or parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        _refuse_sharding("FSDP")  # before transformers tells all later trainers of this process
     try:
         arguments = ARGUMENTS[task](**values)
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
         raise ConfigError(f"training: {error}") from error
+    if getattr(arguments.deepspeed_plugin, "zero_stage", None) == 3:
+        _refuse_sharding("ZeRO-3")
     _check_reports(arguments)
     _, options = _optimizer(training, rate=1.0) or (None, {})  # refuses options that it has not
     if options and "head_lr" not in options:
         _check_all_in_pairs(recipe, task)
     return arguments
+
+
+def _refuse_sharding(kind: str) -> None:
+    """Refuse to shard the model: what is saved, evaluated and exported here is a whole one."""
+    raise ConfigError(
+        f"a recipe trains a whole model on every device, and {kind}, which training or the launcher asks for, "
+        "shards it; leave that out (model.quantization makes the base smaller), or train in a script with "
+        "Trainer, where sharded models are supported."
+    )
+
+
+def check_has_end(rows: Rows, arguments: TrainingArguments) -> None:
+    """Refuse to train on a stream without a number of steps, before anything is computed.
+
+    Args:
+        rows: to train on.
+        arguments: of the trainer.
+
+    Raises:
+        ConfigError: if there is no number.
+    """
+    if isinstance(rows, datasets.IterableDataset) and arguments.max_steps <= 0:
+        raise ConfigError(
+            "data.streaming reads rows whose number is not known, so training.max_steps has to say how long "
+            "to train; give it, or leave data.streaming out."
+        )
 
 
 def _check_all_in_pairs(recipe: Recipe, task: Task) -> None:

@@ -80,6 +80,9 @@ def test_answers_are_found_in_both_forms(name):
     assert answer_of("It is 1,234.\n#### 1,234", pattern) == "1234"
     assert answer_of("The answer is $-3.5.", pattern) == "-3.5"
     assert answer_of("nothing", pattern) == ""
+    for answer in ("(1,2)", "1,23", "1,2345", "a, b"):
+        assert answer_of(f"<{answer}>", "<(.*)>") == answer
+    assert answer_of("<1,234,567.5>", "<(.*)>") == "1234567.5"
 
 
 def broken(tmp_path, **changes):
@@ -216,6 +219,30 @@ def test_an_override_cannot_make_a_section_of_a_value():
     ],
 )
 def test_options_that_do_not_go_with_the_method(overrides, message):
-    recipe = load_recipe(ROOT / "configs/offline/minilm_docstrings.yaml", overrides)
     with pytest.raises(GradInitError, match=message):
-        adapter_config(recipe.method, "SEQ_CLS", calibration="unused")
+        load_recipe(ROOT / "configs/offline/minilm_docstrings.yaml", overrides)
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("evaluation.answer=#### (-?[0-9,]+)", "#### (-?[0-9,]+)"),
+        ("evaluation.answer='#### (.)'", "#### (.)"),
+        ("evaluation.answer=null", None),
+        ("data.completion=A # {answer}", "A # {answer}"),
+        ("data.prompt={question}", "{question}"),
+        ("data.revision=0123456", "0123456"),
+        ("title=yes", "yes"),
+        ("output=2024", "2024"),
+    ],
+)
+def test_text_on_the_command_line_is_the_text_that_was_typed(override, value):
+    recipe = load_recipe(ROOT / "configs/offline/minilm_docstrings.yaml", [override])
+    for key in override.partition("=")[0].split("."):
+        recipe = getattr(recipe, key)
+    assert recipe == value
+
+
+def test_a_comment_on_the_command_line_is_no_value():
+    with pytest.raises(GradInitError, match=r"is a comment of YAML; put it into quotes"):
+        load_recipe(ROOT / "configs/offline/minilm_docstrings.yaml", ["training.run_name=#3"])

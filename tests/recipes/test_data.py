@@ -1,6 +1,7 @@
 """Rows of every kind of file and form, as tokens with the right loss."""
 
 import copy
+import functools
 import json
 import re
 import warnings
@@ -288,6 +289,39 @@ def test_empty_columns_are_refused_alone_and_in_templates():
     for prompt in ("context", "Q: {q} {context}"):
         with pytest.raises(DataError, match="the column 'context' is empty in a row"):
             encoded(rows, prompt=prompt, completion="q")
+
+
+@pytest.mark.parametrize("template", ["Write {} for {q}", "{q:{w}}", "{q} {0}"])
+def test_a_template_with_a_field_that_is_no_column_is_refused(template):
+    with pytest.raises(DataError, match=r"cannot be filled.*no column|asks for the column '0'"):
+        encoded([{"q": "a"}], text=template)
+
+
+READS = {
+    "CAUSAL_LM": {"text", "prompt", "completion", "messages"},
+    "PREFERENCE": {"prompt", "chosen", "rejected"},
+    "SEQ_2_SEQ_LM": {"prompt", "completion"},
+    "SEQ_CLS": {"text", "pair", "label"},
+    "IMAGE_CLS": {"image", "label"},
+}
+
+
+@pytest.mark.parametrize("key", sorted(set().union(*READS.values())))
+@pytest.mark.parametrize("task", READS)
+def test_columns_that_a_task_does_not_read_are_refused(task, key):
+    columns = ["text", "prompt", "completion", "chosen", "rejected", "image", "label", "c"]
+    made = functools.partial(Encoder, section(**{key: "c"}), task, TOKENIZER, columns, int)
+    if key in READS[task]:
+        made()
+    else:
+        with pytest.raises(ConfigError, match=rf"data\.{key} cannot be heeded for {task}"):
+            made()
+
+
+def test_words_of_classes_name_their_column_in_every_task():
+    options = {"label": "kind", "label_words": {0: "bad", 1: "good"}}
+    (row,) = encoded([{"q": "a", "kind": 1}], prompt="{q}=", completion="{kind}", **options)
+    assert decoded(row["labels"]) == "good</s>"
 
 
 def test_empty_columns_match_no_pattern(tmp_path):

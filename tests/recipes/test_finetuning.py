@@ -1,5 +1,7 @@
 """Every offline recipe runs; runs resume, export, and say what they were."""
 
+import errno
+import functools
 import json
 import os
 import re
@@ -20,6 +22,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import (
     AutoTokenizer,
+    PreTrainedTokenizerBase,
     T5Config,
     T5ForConditionalGeneration,
     ViTForImageClassification,
@@ -33,11 +36,13 @@ from peft_gradinit.recipes import (
     load_model,
     load_processor,
     load_recipe,
+    load_rows,
+    trainers,
 )
 from peft_gradinit.recipes.collation import collator
 from peft_gradinit.recipes.embedded import pico_tokenizer
 from peft_gradinit.recipes.evaluation import _generated
-from peft_gradinit.recipes.finetuning import _inputs
+from peft_gradinit.recipes.finetuning import _curves, _inputs
 from peft_gradinit.recipes.metrics import compute
 from peft_gradinit.recipes.progress import Losses
 from peft_gradinit.recipes.shipped import shipped
@@ -45,6 +50,7 @@ from peft_gradinit.recipes.trainers import parsed_arguments
 from peft_gradinit.recipes.training import PAIR_OPTIMIZERS
 from peft_gradinit.records import InitReport
 from peft_gradinit.records.adapters import read_adapter
+from tests.recipes.classifiers import save_classifier
 from tests.recipes.images import save_vit
 from tests.smollm2.marks import needs_smollm2
 from tests.trainer.runs import mostly_slow
@@ -237,6 +243,35 @@ def test_nothing_is_left_of_the_exports_of_a_run_before(tmp_path):
     assert names & {"peft", "serving", "merged"} == {"serving", "peft"}
 
 
+def test_a_full_disk_leaves_the_run_before(tmp_path, monkeypatch):
+    quick = ("training.max_steps=1", "evaluation.metrics=[]", "export.targets=[serving]")
+    run(PICO, tmp_path / "out", *quick)
+    kept = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+
+    def full(_, folder, **options):
+        (Path(folder) / "adapter_model.safetensors").write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(PeftModel, "save_pretrained", full)
+    with pytest.raises(OutputError, match="the disk is full"):
+        run(PICO, tmp_path / "out", *quick, "method.name=lora", "method.options={}")
+    now = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert now == kept
+
+
+def test_of_an_earlier_adapter_only_words_of_people_in_its_card_stay(tmp_path):
+    quick = ("training.max_steps=1", "evaluation.metrics=[]")
+    run(PICO, tmp_path / "out", *quick)
+    adapter = tmp_path / "out" / "adapter"
+    (adapter / "chat_template.jinja").write_text("EARLIER")
+    card = adapter / "README.md"
+    card.write_text(card.read_text() + "\nWords of people.\n")
+    run(PICO, tmp_path / "out", *quick)
+    assert "Words of people." in card.read_text()
+    template = AutoTokenizer.from_pretrained(adapter).chat_template
+    assert template == load_processor(load_recipe(PICO).model).chat_template
+
+
 def test_an_evaluation_that_fails_leaves_no_results_of_a_run_before(tmp_path, monkeypatch):
     quick = ("training.max_steps=1", "evaluation.metrics=[]", "export.targets=[serving]")
     run(PICO, tmp_path / "out", *quick)
@@ -250,7 +285,11 @@ def test_an_evaluation_that_fails_leaves_no_results_of_a_run_before(tmp_path, mo
     monkeypatch.setattr("peft_gradinit.recipes.finetuning.evaluate_model", fails)
     with pytest.raises(MemoryError, match="on long answers"):
         run(PICO, tmp_path / "out", *quick, "training.learning_rate=0.1")
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"adapter"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"adapter", "results.json"}
+    results = json.loads((tmp_path / "out" / "results.json").read_text())  # of this run
+    assert results["learning_rate"] == 0.1
+    assert results["metrics"] == {}
+    assert len(results["losses"]) == 1
 
 
 def test_a_run_that_diverged_writes_no_adapter_over_an_earlier_one(tmp_path, capsys):
@@ -402,6 +441,24 @@ def test_an_export_that_fails_loses_no_results(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "out" / "results.json").read_text())["losses"]
 
 
+def test_a_classifier_with_further_modules_is_resumed(tmp_path):
+    """PEFT adds the heads that it knows to the list in the checkpoint."""
+    save_classifier(tmp_path / "model")
+    rows = [{"text": f"a film it was {word}", "label": word} for word in ("good", "bad") * 8]
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "data")
+    method = {"name": "lora", "options": {"modules_to_save": ["pooler"]}}
+    training = {"learning_rate": 1e-3, "max_steps": 1, "save_steps": 1, "logging_steps": 1}
+    finetune(small_recipe(tmp_path, {}, method=method, training=training))
+    training |= {"max_steps": 2, "resume_from_checkpoint": True}
+    results = finetune(small_recipe(tmp_path, {}, method=method, training=training))
+    assert [step for step, _ in results["losses"]] == [1, 2]
+    method["options"] = {"modules_to_save": ["embeddings"]}
+    with pytest.raises(
+        ConfigError, match=r"modules_to_save=\['classifier', 'pooler', 'score'\] \(now \['c"
+    ):
+        finetune(small_recipe(tmp_path, {}, method=method, training=training | {"max_steps": 3}))
+
+
 def test_resuming_without_a_checkpoint_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="holds no checkpoint"):
         run(PICO, tmp_path / "out", "training.resume_from_checkpoint=true")
@@ -412,6 +469,53 @@ def test_baselines_are_drawn_and_missing_ones_named(tmp_path):
     run(PICO, tmp_path / "lora", "method.name=lora", "method.options={}")
     results = run(PICO, tmp_path / "one", f"baselines=[{tmp_path / 'lora'}]")
     assert results["method"] == "lora_one"
+
+
+def test_baselines_of_one_method_are_all_drawn():
+    results = {"method": "lora_one", "losses": [[1, 0.5]], "eval_losses": []}
+    folders = ("a/out", "b/out", "c/out")
+    curves = _curves(
+        results, {folder: ("lora", [(1, float(i))]) for i, folder in enumerate(folders)}
+    )
+    assert list(curves) == ["lora_one", "lora", "lora (out)", "lora (c/out)"]
+    assert [points[0][1] for points in curves.values()] == [0.5, 0.0, 1.0, 2.0]
+
+
+@pytest.mark.parametrize("by", ["recipe", "launcher"])
+def test_a_model_that_would_be_sharded_is_refused_before_it_is_loaded(by, tmp_path, monkeypatch):
+    monkeypatch.setattr("peft_gradinit.recipes.reading.load_model", None)
+    if by == "launcher":
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    asked = ["training.fsdp=full_shard"] if by == "recipe" else []
+    with pytest.raises(ConfigError, match="a whole model on every device, and FSDP, which"):
+        run(PICO, tmp_path / "out", *asked)
+    assert by == "launcher" or not os.environ.get("ACCELERATE_USE_FSDP")
+
+
+@pytest.mark.parametrize(("stage", "refused"), [(2, False), (3, True)])
+def test_the_third_stage_of_deepspeed_is_refused(stage, refused, monkeypatch):
+    made = SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=stage), report_to=[])
+    monkeypatch.setattr(trainers, "ARGUMENTS", {"CAUSAL_LM": lambda **values: made})
+    make = functools.partial(trainers.arguments_of, load_recipe(PICO), "CAUSAL_LM", evaluates=False)
+    if not refused:
+        assert make() is made
+        return
+    with pytest.raises(ConfigError, match="and ZeRO-3, which"):
+        make()
+
+
+def test_a_stream_without_a_number_of_steps_is_refused_before_the_calibration(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr("peft_gradinit.recipes.reading.load_model", None)
+    recipe = load_recipe(PICO, [f"output={tmp_path / 'out'}", "training.num_train_epochs=1"])
+    stream = load_rows(recipe.data).to_iterable_dataset()
+    monkeypatch.setattr("peft_gradinit.recipes.finetuning.load_rows", lambda *_, **__: stream)
+    recipe = recipe.model_copy(
+        update={"training": recipe.training.model_copy(update={"max_steps": -1})}
+    )
+    with pytest.raises(ConfigError, match=r"training\.max_steps has to say how long"):
+        finetune(recipe)
 
 
 @pytest.mark.parametrize(
@@ -831,3 +935,15 @@ def test_failed_upload_says_where_the_adapter_is_and_how_to_upload_it(tmp_path, 
     assert f"`hf upload me/adapter {folder}`" in str(caught.value)
     assert (folder / "adapter_model.safetensors").exists()
     assert (tmp_path / "out" / "results.json").exists()
+
+
+def test_the_upload_holds_what_reads_the_data(tmp_path, monkeypatch):
+    pushed = []
+    monkeypatch.setattr("peft_gradinit.recipes.publishing.create_repo", lambda *_, **__: None)
+    for kind in (PeftModel, PreTrainedTokenizerBase):
+        monkeypatch.setattr(
+            kind, "push_to_hub", lambda self, repo, **_: pushed.append((type(self).__name__, repo))
+        )
+    run(PICO, tmp_path / "out", *PUSH, "evaluation.metrics=[]")
+    names = ["PeftModelForCausalLM", type(pico_tokenizer()).__name__]
+    assert pushed == [(name, "me/adapter") for name in names]

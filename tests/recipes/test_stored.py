@@ -52,6 +52,32 @@ def test_cells_are_text(rows_of, kind):
     assert [row["word"] for row in rows][::2] == ["NA", None]
 
 
+LABELS = ("true", "1.50", "12345678901234567890123", "007", "0x10")
+
+
+@pytest.mark.parametrize("label", LABELS)
+@pytest.mark.parametrize("completion", ["label", "{text}{label}"])
+def test_a_column_label_that_is_trained_on_is_text(rows_of, label, completion):
+    keys = {"prompt": "text", "completion": completion, "where": {"label": f"^{label}$"}}
+    rows, section = rows_of(f"text,label\na=,{label}\nb=,{label}\n", **keys)
+    want = [label, label] if completion == "label" else [f"a={label}", f"b={label}"]
+    assert _decoded(rows, section) == [f"{text}</s>" for text in want]
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        (("2", "10"), (2, 10)),
+        (("0x10", "16"), ("0x10", "16")),
+        (("true", "false"), ("true", "false")),
+        (("1.50", "2"), (1.5, 2.0)),
+    ],
+)
+def test_labels_are_numbers_if_all_are(rows_of, written, read):
+    rows, _ = rows_of("text,label\na,{}\nb,{}\n".format(*written))
+    assert tuple(rows["label"]) == read
+
+
 def test_whole_numbers_beside_an_empty_cell_stay_whole(rows_of):
     rows, section = rows_of(
         "prompt,completion\n1+1=,2\n1+2=,3\n2+2=,\n", where={"completion": "^[0-9]$"}
