@@ -1,5 +1,6 @@
 """`export_adapter`: each form is the function, on disk whole or not at all, with the model as it was."""
 
+import functools
 import json
 import re
 import subprocess
@@ -518,6 +519,65 @@ def test_what_cannot_be_merged_is_refused(tmp_path):
     with pytest.raises(ExportError, match=r"transformers models, got a Sequential; use merge_and"):
         export_adapter(peft_model, tmp_path / "out", "merged")
     assert list(tmp_path.iterdir()) == []
+
+
+def _with_a_bias(model):
+    model.lm_head = nn.Linear(model.config.hidden_size, model.config.vocab_size)
+
+
+def _with_another_module(model):
+    model.extra = nn.Linear(3, 3)
+
+
+def _with_a_buffer(model):
+    model.model.register_buffer("steps", torch.zeros(1))
+
+
+def _with_a_deeper_head(model):
+    size = model.config.hidden_size
+    model.lm_head = nn.Sequential(nn.Linear(size, size), nn.Linear(size, model.config.vocab_size))
+
+
+def _with_fewer_layers(model):
+    model.model.layers = model.model.layers[:1]
+
+
+def _with_more_tokens(model):
+    model.lm_head = nn.Linear(model.config.hidden_size, model.config.vocab_size + 3, bias=False)
+
+
+CHANGED = {
+    _with_a_bias: "lm_head.bias is not read",
+    _with_another_module: "extra is not read",
+    _with_a_buffer: "model.steps is not read",
+    _with_a_deeper_head: "lm_head.weight is missing; lm_head.0 is not read",
+    _with_fewer_layers: "model.layers.1 is missing",
+    _with_more_tokens: r"lm_head.weight has shape \(67, 16\), not \(64, 16\)",
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"), CHANGED.items(), ids=lambda c: getattr(c, "__name__", "")
+)
+def test_a_model_that_its_class_would_not_read_is_refused(change, said, tmp_path):
+    """What the class of its config has no place for would be left out of the file."""
+    model = pico_llama(vocab_size=64, hidden_size=16)
+    change(model)
+    model = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+    for write in (check_export, functools.partial(export_adapter, directory=tmp_path / "out")):
+        with pytest.raises(ExportError, match=rf"{said}.*merge_and_unload\(\)"):
+            write(model, target="merged")
+    assert not list(tmp_path.iterdir())
+
+
+def test_dropout_and_composed_weights_are_no_other_model(tmp_path):
+    model = pico_llama()
+    model.model.dropout = nn.Dropout(0.1)
+    layer = model.model.layers[0].mlp.down_proj
+    nn.utils.parametrizations.weight_norm(layer)
+    model = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+    export_adapter(model, tmp_path / "out", "merged")
+    assert torch.allclose(logits(merged(tmp_path / "out")), logits(model), atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:.*LoRA tensor\\(s\\) have invalid shape")

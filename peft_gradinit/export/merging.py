@@ -1,7 +1,7 @@
 """The base model with an adapter merged, as a new model; the live one is only read."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +14,9 @@ from transformers import PreTrainedModel
 from ..errors import ExportError
 from ..layouts import is_hqq, is_offloaded, offloaded_value, onloaded
 from ..starts import is_quantized
+
+_SHOWN = 3
+"""How many of the weights that differ an error names."""
 
 
 def merged_model(model: Any, adapter_name: str) -> PreTrainedModel:
@@ -67,6 +70,68 @@ def check_mergeable(model: nn.Module, adapter_name: str) -> None:
                 "merging rounds an adapter away. Load the base unquantised, add the saved adapter "
                 "with PeftModel.from_pretrained, and export that."
             )
+    _check_is_of_its_class(model, adapter_name)
+
+
+def _check_is_of_its_class(model: PreTrainedModel, adapter_name: str) -> None:
+    """Refuse a model that was changed after it was made, since its class reads what its config says.
+
+    Raises:
+        ExportError: naming weights that are there or in the class alone, or that have other shapes.
+    """
+    fresh = _skeleton(model, copy.deepcopy(model.config))
+    if differing := list(_differences(fresh, model, adapter_name, "")):
+        more = ", …" if len(differing) > _SHOWN else ""
+        raise ExportError(
+            f"a {type(model).__name__} of this model's config has other weights than this model: "
+            f"{'; '.join(differing[:_SHOWN])}{more}; what is written would load as another model. Make the config say "
+            "what the model is (config.num_labels, say), or use merge_and_unload() and save the result as you save "
+            "that model."
+        )
+
+
+def _differences(
+    plain: nn.Module, module: nn.Module, adapter_name: str, prefix: str
+) -> Iterator[str]:
+    module = _without_adapter(module, adapter_name)
+    read, held = _saved(plain), _saved(module)
+    for name in read:
+        if getattr(module, name, None) is None:
+            yield f"{prefix}{name} is missing"
+        elif (there := getattr(module, name).shape) != read[name].shape:
+            yield f"{prefix}{name} has shape {tuple(there)}, not {tuple(read[name].shape)}"
+    yield from (
+        f"{prefix}{name} is not read" for name in held if getattr(plain, name, None) is None
+    )
+    children = dict(module.named_children())
+    for name, child in plain.named_children():
+        if name in children:
+            yield from _differences(child, children[name], adapter_name, f"{prefix}{name}.")
+        elif child.state_dict():
+            yield f"{prefix}{name} is missing"
+    known = {"parametrizations", *dict(plain.named_children())}  # their values are the weights'
+    for name, child in children.items():
+        if name not in known and child.state_dict():
+            yield f"{prefix}{name} is not read"
+
+
+def _saved(module: nn.Module) -> dict[str, Tensor]:
+    """The parameters and buffers of a module itself that are in files."""
+    buffers = dict(module.named_buffers(recurse=False))
+    kept = {k: v for k, v in buffers.items() if k not in module._non_persistent_buffers_set}
+    return {**dict(module.named_parameters(recurse=False)), **kept}
+
+
+def _without_adapter(module: Any, adapter_name: str) -> nn.Module:
+    """What a wrapper of PEFT stands for, whose weights have the names and shapes of the merged ones."""
+    inner: Any = module
+    if isinstance(module, TrainableTokensWrapper):
+        inner = module.token_adapter
+    elif isinstance(module, ModulesToSaveWrapper):
+        inner = dict(module.modules_to_save).get(adapter_name, module.original_module)
+    elif isinstance(module, BaseTunerLayer):
+        inner = module.get_base_layer()
+    return module if inner is module else _without_adapter(inner, adapter_name)
 
 
 def _has_bias(adapted: Any) -> bool:
