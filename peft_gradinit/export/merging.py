@@ -124,14 +124,14 @@ def _saved(module: nn.Module) -> dict[str, Tensor]:
 
 def _without_adapter(module: Any, adapter_name: str) -> nn.Module:
     """What a wrapper of PEFT stands for, whose weights have the names and shapes of the merged ones."""
-    inner: Any = module
     if isinstance(module, TrainableTokensWrapper):
-        inner = module.token_adapter
-    elif isinstance(module, ModulesToSaveWrapper):
-        inner = dict(module.modules_to_save).get(adapter_name, module.original_module)
-    elif isinstance(module, BaseTunerLayer):
-        inner = module.get_base_layer()
-    return module if inner is module else _without_adapter(inner, adapter_name)
+        return _without_adapter(module.token_adapter, adapter_name)
+    if isinstance(module, ModulesToSaveWrapper):
+        saved = dict(module.modules_to_save)
+        return _without_adapter(saved.get(adapter_name, module.original_module), adapter_name)
+    if isinstance(module, BaseTunerLayer):
+        return _without_adapter(module.get_base_layer(), adapter_name)
+    return module
 
 
 def _has_bias(adapted: Any) -> bool:

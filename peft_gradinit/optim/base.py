@@ -14,7 +14,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from ..errors import ConfigError
 from ..linalg import exact_products
@@ -42,6 +41,7 @@ from .stacks import (
     working_dtype,
     write_rows,
 )
+from .states import check_shapes, device_of, zeros
 
 
 class PairOptimizer(torch.optim.Optimizer):
@@ -140,8 +140,8 @@ class PairOptimizer(torch.optim.Optimizer):
         slots = [slots_of(g, self.title) if "scalings" in g else None for g in self.param_groups]
         if all(p.grad is None for group in self.param_groups for p in group["params"]):
             raise ConfigError(
-                f"{self.title}: none of its parameters has a gradient, so nothing would train. If the "
-                "model was sharded after the optimiser was made, make it afterwards, or let "
+                f"{self.title}: none of its parameters has a gradient, so nothing would train. If another "
+                "adapter is active (set_adapter), name both: adapter_name=[…]. If the model was sharded after the optimiser was made, make it afterwards, or let "
                 "Accelerate prepare both together; else call backward before step."
             )
         for group, of_pairs in zip(self.param_groups, slots, strict=True):
@@ -197,11 +197,11 @@ class PairOptimizer(torch.optim.Optimizer):
                 entries["step"] = int(step)  # a checkpoint may hold a tensor
             else:  # older checkpoints have one number
                 counts = torch.as_tensor(step, dtype=torch.float32)
-                entries["step"] = counts.to(_device(factor)).expand(slot.n_experts)
+                entries["step"] = counts.to(device_of(factor)).expand(slot.n_experts)
         for name, layout in layouts.items():
             owner, entry = self._place(slot, name)
             if entry not in owner:
-                owner[entry] = _zeros(slot, layout)
+                owner[entry] = zeros(slot, layout)
 
     def _place(self, slot: Slot, name: str) -> tuple[dict[str, Any], str]:
         entry, _, side = name.rpartition("_")
@@ -284,9 +284,13 @@ class PairOptimizer(torch.optim.Optimizer):
         takes all of a group from the state. What a group says of the model stays here.
 
         Raises:
-            ConfigError: if the state is of another optimiser, or of another mode.
+            ConfigError: if the state is of another optimiser, of another mode, or of other ranks.
         """
-        self._check_same(state_dict["param_groups"][0])
+        if state_dict["param_groups"]:  # torch says what is wrong with none
+            self._check_same(state_dict["param_groups"][0])
+        for group in (g for g in self.param_groups if "scalings" in g):
+            slots = slots_of(group, self.title)
+            check_shapes(slots, self.layouts(group), self.param_groups, state_dict)
         facts = [{k: g[k] for k in OF_MODEL if k in g} for g in self.param_groups]
         super().load_state_dict(state_dict)
         for group, of_model in zip(self.param_groups, facts, strict=True):
@@ -316,16 +320,3 @@ class PairOptimizer(torch.optim.Optimizer):
 def decayed(factor: Tensor, decay: float) -> Tensor:
     """A copy that has shrunk by `1 - decay`."""
     return factor * (1 - decay)
-
-
-def _zeros(slot: Slot, layout: Layout) -> Tensor:
-    factor = slot.A if layout == "A" else slot.B
-    if layout in ("A", "B"):
-        return torch.zeros_like(factor, dtype=working_dtype(factor))
-    n, r = slot.n_experts, slot.A.shape[0] // slot.n_experts
-    shape = (n, r, r) if layout == "square" else (n, slot.B.shape[0], slot.A.shape[1])
-    return torch.zeros(shape, dtype=working_dtype(factor), device=_device(factor))
-
-
-def _device(factor: Any) -> torch.device:
-    return factor.to_local().device if isinstance(factor, DTensor) else factor.device

@@ -65,6 +65,9 @@ def check_layout(model: nn.Module, optimizer: str) -> None:
 def trainable_pairs(model: nn.Module, adapters: str | Sequence[str], optimizer: str) -> list[Pair]:
     """The pairs of some adapters of which at least one factor trains.
 
+    Of several adapters those are taken as well that do not train now: `set_adapter` freezes all but one, and a
+    pair without a gradient stands still.
+
     Args:
         model: the model with the adapters.
         adapters: one name, or several.
@@ -80,7 +83,7 @@ def trainable_pairs(model: nn.Module, adapters: str | Sequence[str], optimizer: 
     found = _unique(pair for name in names for pair in pairs(model, name))
     _check_products(found, optimizer)
     _check_apart(model, found, optimizer)
-    training = [p for p in found if p.A.requires_grad or p.B.requires_grad]
+    training = [pair for pair in found if _moves(pair)]
     others = [n for n in _names(model) if n not in names and _trains(model, n)]
     if others:
         own = [n for n in names if n in _names(model)]
@@ -96,7 +99,8 @@ def trainable_pairs(model: nn.Module, adapters: str | Sequence[str], optimizer: 
             "Embeddings and convolutions have no pairs of matrices, nor has SVFit: they train with "
             "torch.optim.AdamW."
         )
-    return training
+    waiting = (p for n in names if not _trains(model, n) for p in pairs(model, n))
+    return _unique([*training, *waiting])
 
 
 def group_of_pairs(
@@ -244,7 +248,11 @@ def _names(model: nn.Module) -> list[str]:
 
 
 def _trains(model: nn.Module, name: str) -> bool:
-    return any(p.A.requires_grad or p.B.requires_grad for p in pairs(model, name))
+    return any(map(_moves, pairs(model, name)))
+
+
+def _moves(pair: Pair) -> bool:
+    return pair.A.requires_grad or pair.B.requires_grad
 
 
 def _unique(found: Iterable[Pair]) -> list[Pair]:

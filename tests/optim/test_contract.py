@@ -442,6 +442,28 @@ def test_the_state_of_another_optimiser_is_refused():
 
 
 @every_row
+def test_the_state_of_other_ranks_is_refused_before_a_step(row):
+    model, other = toy(), toy(r=2)
+    optimizer, again = row.make(model), row.make(other)
+    run(model, optimizer, 1)
+    saved = optimizer.state_dict()
+    if all(layout == "weight" for layout in optimizer.layouts(optimizer.param_groups[0]).values()):
+        again.load_state_dict(saved)  # moments of the whole weight know no rank
+        run(other, again, 1)
+        return
+    before = copy.deepcopy(again.state_dict())
+    with pytest.raises(ConfigError, match=r"an adapter with other ranks or layers\. Load that"):
+        again.load_state_dict(saved)
+    assert again.state_dict() == before
+    again.load_state_dict(row.make(toy(r=2)).state_dict())
+
+
+def test_a_state_without_groups_is_refused_by_torch():
+    with pytest.raises(ValueError, match="different number of parameter groups"):
+        LoraMuon(toy(), lr=0.1).load_state_dict({"state": {}, "param_groups": []})
+
+
+@every_row
 def test_the_scalings_are_those_of_the_model_and_not_those_of_a_state(row):
     model, other = toy(), toy(lora_alpha=24)
     optimizer, again = row.make(model), row.make(other)

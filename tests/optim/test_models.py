@@ -194,6 +194,32 @@ def test_adapters_that_train_together():
 
 
 @every_row
+def test_adapters_that_train_in_turn(row):
+    """`set_adapter` freezes all others, also when the optimiser is made."""
+    model = two_adapters()
+    model.set_adapter("default")
+    names = ["default", "other"]
+    optimizer = row.make(model, adapter_name=names)
+    assert len(optimizer.param_groups[0]["params"]) == 10
+    for name in names:
+        model.set_adapter(name)
+        before = {n: [p.B.detach().clone() for p in pairs(model, n)] for n in names}
+        run(model, optimizer, 2)
+        moved = {n: not same(before[n], [p.B for p in pairs(model, n)]) for n in names}
+        assert moved == {n: n == name for n in names}
+
+
+@pytest.mark.parametrize("given", ["other", ["other"]])
+def test_an_adapter_that_does_not_train_is_refused_alone(given):
+    model = two_adapters()
+    model.set_adapter("default")
+    for pair in pairs(model):
+        pair.A.requires_grad_(False), pair.B.requires_grad_(False)
+    with pytest.raises(ConfigError, match="none of them trains"):
+        LoraMuon(model, lr=0.1, adapter_name=given)
+
+
+@every_row
 @pytest.mark.parametrize("side", ["A", "B"])
 def test_a_frozen_factor_stays_and_the_other_takes_its_step(row, side):
     model, free = toy(dtype=torch.float64), toy(dtype=torch.float64)
