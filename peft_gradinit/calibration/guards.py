@@ -29,10 +29,19 @@ import numpy as np
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader
 
 from ..layouts import resharded, runnable
 
-_HOLDERS = ("loader", "sampler", "batch_sampler", "dataset", "collate_fn", "data_collator")
+_HOLDERS = (
+    "loader",
+    "base_dataloader",
+    "sampler",
+    "batch_sampler",
+    "dataset",
+    "collate_fn",
+    "data_collator",
+)
 """Attributes of loaders, samplers and their wrappers that may hold a generator or count epochs."""
 
 
@@ -57,6 +66,7 @@ def left_as_found(model: nn.Module, data: Any, seed: int) -> Iterator[None]:
         _slow_path(),
         _recurrent(modules),
         _randomness(data, seed),
+        _workers(data),
         _epochs(data),
         _modes(model, modules),
         _unpacked(modules),
@@ -135,6 +145,20 @@ def _holders(loader: Any) -> list[Any]:
             found[id(holder)] = holder
             waiting += [getattr(holder, name, None) for name in _HOLDERS]
     return list(found.values())
+
+
+@contextmanager
+def _workers(data: Any) -> Iterator[None]:
+    """Give the pass workers of its own where a loader keeps them, whose random states go on."""
+    loaders = [h for h in _holders(data) if isinstance(h, DataLoader) and "_iterator" in vars(h)]
+    kept = [loader._iterator for loader in loaders]
+    for loader in loaders:
+        loader._iterator = None
+    try:
+        yield
+    finally:
+        for loader, iterator in zip(loaders, kept, strict=True):
+            loader._iterator = iterator
 
 
 @contextmanager

@@ -135,6 +135,35 @@ def test_a_loaders_own_generator_gets_its_state_back(wrap):
         assert torch.equal(a["input_ids"], b["input_ids"])
 
 
+class _Drawn(torch.utils.data.Dataset):
+    """Rows that are drawn when they are read, as augmented images are."""
+
+    def __len__(self):
+        return 16
+
+    def __getitem__(self, i):
+        ids = torch.randint(0, 64, (8,))
+        return {"input_ids": ids, "labels": ids}
+
+
+@pytest.mark.parametrize("wrap", [False, True], ids=["plain", "prepared by accelerate"])
+@pytest.mark.parametrize("max_batches", [None, 1], ids=["read to the end", "left early"])
+@pytest.mark.parametrize("begun", [False, True], ids=["fresh", "in its second epoch"])
+def test_workers_that_persist_draw_in_training_what_they_would_have_drawn(wrap, max_batches, begun):
+    model, drawn = pico_llama(), []
+    for passes in (0, 1):
+        torch.manual_seed(7)
+        data = DataLoader(_Drawn(), batch_size=4, num_workers=1, persistent_workers=True)
+        if wrap:
+            data = accelerate.Accelerator(cpu=True).prepare(data)
+        if begun:
+            list(data)
+        for _ in range(passes):
+            gradients(model, data, max_batches=max_batches)
+        drawn.append([batch["input_ids"].tolist() for _ in range(2) for batch in data])
+    assert drawn[0] == drawn[1]
+
+
 def test_generator_of_a_nested_sampler_gets_its_state_back():
     generator = torch.Generator().manual_seed(5)
     sampler = torch.utils.data.RandomSampler(ROWS, generator=generator)
