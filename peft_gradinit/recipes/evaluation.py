@@ -235,7 +235,7 @@ def _answers(
     found: list[tuple[str, str]] = []
     with process_state().split_between_processes(pairs) as share:
         mine = cast("list[tuple[list[int], str]]", share)
-        size = recipe.evaluation.batch_size
+        size = recipe.read_evaluation().batch_size
         for i in range(0, len(mine), size):
             part = mine[i : i + size]
             texts = _generated(model, recipe, task, [p for p, _ in part], encoder.processor)

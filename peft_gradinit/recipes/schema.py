@@ -204,12 +204,15 @@ class Recipe(Section):
         return parse_training(value, None if model is None else told_task(model))
 
     @model_validator(mode="after")
-    def _data_are_said_once(self) -> "Recipe":
-        for key, name, value in _of_data(self.training):
-            here = getattr(self.data, name)
-            if name in self.data.model_fields_set and here != value:
+    def _no_two_keys_say_one_thing_differently(self) -> "Recipe":
+        of_data = [("data", *said) for said in _of_data(self.training)]
+        of_evaluation = [("evaluation", *said) for said in _of_evaluation(self.training)]
+        for place, key, name, value in (*of_data, *of_evaluation):
+            section = getattr(self, place)
+            here = getattr(section, name)
+            if name in section.model_fields_set and here != value:
                 raise ValueError(
-                    f"data.{name} and training.{key} say the same thing, but are {here!r} and "
+                    f"{place}.{name} and training.{key} say the same thing, but are {here!r} and "
                     f"{getattr(self.training, key)!r}; leave one out"
                 )
         return self
@@ -218,6 +221,11 @@ class Recipe(Section):
         """The section of the data, with what `training` says of them by TRL's names."""
         said = {name: value for _, name, value in _of_data(self.training)}
         return self.data.model_copy(update=said)
+
+    def read_evaluation(self) -> EvaluationSection:
+        """The section of the evaluation, with what `training` says of it by the names of `Trainer`."""
+        said = {name: value for _, name, value in _of_evaluation(self.training)}
+        return self.evaluation.model_copy(update=said)
 
 
 SAME_IN_DATA = {
@@ -238,6 +246,13 @@ def _of_data(training: TrainingSection) -> list[tuple[str, str, Any]]:
         for key, name in SAME_IN_DATA.items()
         if key in said
     ]
+
+
+def _of_evaluation(training: TrainingSection) -> list[tuple[str, str, Any]]:
+    """The same of `evaluation`."""
+    said = training.said()
+    same = {"per_device_eval_batch_size": "batch_size", "eval_steps": "steps"}
+    return [(key, name, said[key]) for key, name in same.items() if key in said]
 
 
 def told_task(model: ModelSection) -> Task | None:

@@ -243,6 +243,30 @@ def test_text_on_the_command_line_is_the_text_that_was_typed(override, value):
     assert recipe == value
 
 
+TWICE = {
+    "training.per_device_eval_batch_size=4": (
+        "evaluation.batch_size=2",
+        "evaluation",
+        "batch_size",
+        4,
+    ),
+    "training.eval_steps=5": ("evaluation.steps=2", "evaluation", "steps", 5),
+    "training.packing=true": ("data.packing=false", "data", "packing", True),
+}
+
+
+@pytest.mark.parametrize("by_training", TWICE)
+def test_what_two_keys_say_is_one_thing(by_training):
+    here, section, name, value = TWICE[by_training]
+    path = ROOT / "configs/offline/pico_llama_docstrings.yaml"
+    with pytest.raises(
+        GradInitError, match=rf"{section}\.{name} and training\.\w+ say the same thing"
+    ):
+        load_recipe(path, [here, by_training])
+    alone = load_recipe(path, [f"{section}.{name}={value}".lower(), by_training])
+    assert getattr(getattr(alone, f"read_{section}")(), name) == value
+
+
 def test_a_comment_on_the_command_line_is_no_value():
     with pytest.raises(GradInitError, match=r"is a comment of YAML; put it into quotes"):
         load_recipe(ROOT / "configs/offline/minilm_docstrings.yaml", ["training.run_name=#3"])

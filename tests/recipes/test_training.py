@@ -73,7 +73,7 @@ def test_every_field_of_the_class_is_a_key(task):
         ("SEQ_CLS", "label_smoothing_factor=1e-1", "label_smoothing_factor", 0.1),
         ("SEQ_CLS", "remove_unused_columns=true", "remove_unused_columns", True),
         ("IMAGE_CLS", "output_dir=elsewhere", "output_dir", "elsewhere"),
-        ("SEQ_CLS", "per_device_eval_batch_size=3", "per_device_eval_batch_size", 3),
+        ("SEQ_CLS", "per_device_eval_batch_size=16", "per_device_eval_batch_size", 16),
         ("SEQ_CLS", "save_strategy=epoch", "save_strategy", "epoch"),
     ],
 )
