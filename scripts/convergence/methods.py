@@ -6,6 +6,7 @@ Every method gets the same rank and the same layers. Starts of PEFT that write i
 
 import copy
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -116,6 +117,12 @@ CALIBRATED: dict[str, Any] = {"reads_data": True, "ours": True, "suggests": "ada
 METHODS: dict[str, Method] = {
     "full": Method("full fine-tuning", full, 1e-3),
     "full+muon": Method("full fine-tuning, Muon", full, 1e-3, muon),
+    "full+muon_0.8": Method(
+        "full fine-tuning, Muon, momentum 0.8, a fifth of the rate for embeddings",
+        full,
+        1e-3,
+        partial(muon, momentum=0.8, share=0.2),
+    ),
     "lora": Method("LoRA", plain(use_rslora=False), 3.2e-3, suggests="adamw"),
     "lora_output": Method(
         "LoRA with output layer", with_output, 3.2e-3, suggests="adamw", has_output=True

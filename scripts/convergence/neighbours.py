@@ -46,8 +46,21 @@ def olora(model: PreTrainedModel, task: Task, batches: list[Rows]) -> nn.Module:
     return get_peft_model(model, LoraConfig(**adapter_of(task, **options)))
 
 
-def muon(model: nn.Module, lr: float, head_lr: float) -> torch.optim.Optimizer:
-    """Torch's Muon for the matrices of hidden layers, AdamW with the same rate for all else."""
+def muon(
+    model: nn.Module, lr: float, head_lr: float, *, momentum: float = 0.95, share: float = 1.0
+) -> torch.optim.Optimizer:
+    """Torch's Muon for the matrices of hidden layers, AdamW with a share of the rate for all else.
+
+    Args:
+        model: all of which is trained.
+        lr: Muon's rate.
+        head_lr: of a new head.
+        momentum: Muon's; 0.95 is torch's default.
+        share: of `lr`, for embeddings and norms. `match_rms_adamw` is made for the same rate.
+
+    Returns:
+        The two optimisers as one.
+    """
     head, rest = head_and_rest(model)
     matrices = {
         id(m.weight)
@@ -56,9 +69,10 @@ def muon(model: nn.Module, lr: float, head_lr: float) -> torch.optim.Optimizer:
     }
     hidden = [p for p in rest if id(p) in matrices]
     others = [p for p in rest if id(p) not in matrices]
-    groups = [{"params": others, "lr": lr}, {"params": head, "lr": head_lr}]
+    groups = [{"params": others, "lr": share * lr}, {"params": head, "lr": head_lr}]
+    options: dict[str, Any] = {"momentum": momentum, "adjust_lr_fn": "match_rms_adamw"}
     return Both(
-        torch.optim.Muon(hidden, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.Muon(hidden, lr=lr, weight_decay=0.0, **options),
         torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=0.0),
     )
 
