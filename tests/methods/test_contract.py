@@ -326,7 +326,10 @@ DIRECTIONS = {
     ("lora_ga", constant_inputs): "1 of 4",
     ("lora_ga", two_inputs): "2 of 4",
     ("lora_one", constant_inputs): "1 of 2",
-    ("eva", two_inputs): "1 of 2",  # of their difference
+    (
+        "eva",
+        two_inputs,
+    ): "1 of [23]",  # of their difference; rounding decides which layer gets the third
 }
 """Of those that rank 2 uses, what the data give; the others give as many as it uses."""
 

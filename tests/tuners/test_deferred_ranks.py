@@ -99,7 +99,7 @@ def test_a_deferred_start_is_that_of_a_config_with_data(method, setting, tmp_pat
 def test_experts_that_no_token_reaches_can_train_after_their_rank_has_changed():
     options = {"target_parameters": BOTH, "target_modules": ["q_proj", "o_proj"], "r": 2}
     options |= {"rank_allocation": "gradient_energy", "rho": 4, "min_rank": 0}
-    few = quiet([{k: v[:1, :3] for k, v in token_batches()[0].items()}])
+    few = quiet([{k: v[:1, :4] for k, v in token_batches()[0].items()}])
     want = get_peft_model(qwen3_moe(), config_of(LoraOneConfig, few, **options))
     got = get_peft_model(qwen3_moe(), config_of(LoraOneConfig, "deferred", **options))
     initialize(got, few)
