@@ -11,12 +11,9 @@ from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, Trainable
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..errors import ExportError
+from ..errors import ExportError, first_of
 from ..layouts import is_hqq, is_offloaded, offloaded_value, onloaded
 from ..starts import is_quantized
-
-_SHOWN = 3
-"""How many of the weights that differ an error names."""
 
 
 def merged_model(model: Any, adapter_name: str) -> PreTrainedModel:
@@ -81,10 +78,9 @@ def _check_is_of_its_class(model: PreTrainedModel, adapter_name: str) -> None:
     """
     fresh = _skeleton(model, copy.deepcopy(model.config))
     if differing := list(_differences(fresh, model, adapter_name, "")):
-        more = ", …" if len(differing) > _SHOWN else ""
         raise ExportError(
             f"a {type(model).__name__} of this model's config has other weights than this model: "
-            f"{'; '.join(differing[:_SHOWN])}{more}; what is written would load as another model. Make the config say "
+            f"{first_of(differing, '; ')}; what is written would load as another model. Make the config say "
             "what the model is (config.num_labels, say), or use merge_and_unload() and save the result as you save "
             "that model."
         )

@@ -141,8 +141,9 @@ class PairOptimizer(torch.optim.Optimizer):
         if all(p.grad is None for group in self.param_groups for p in group["params"]):
             raise ConfigError(
                 f"{self.title}: none of its parameters has a gradient, so nothing would train. If another "
-                "adapter is active (set_adapter), name both: adapter_name=[…]. If the model was sharded after the optimiser was made, make it afterwards, or let "
-                "Accelerate prepare both together; else call backward before step."
+                "adapter is active (set_adapter), name both: adapter_name=[…]. If the model was sharded "
+                "after the optimiser was made, make it afterwards, or let Accelerate prepare both "
+                "together; else call backward before step."
             )
         for group, of_pairs in zip(self.param_groups, slots, strict=True):
             if of_pairs is None:

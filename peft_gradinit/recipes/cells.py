@@ -33,7 +33,7 @@ def value_of(row: Mapping[str, Any], source: str, columns: list[str]) -> Any:
         _check_filled(row, [source])
         return row[source]
     try:
-        fields = sorted({field for _, field, _, _ in Formatter().parse(source) if field})
+        fields = sorted(fields_of(source))
     except ValueError as error:
         raise DataError(_unfilled(source, error)) from error
     missing = [field for field in fields if field not in row]
@@ -56,6 +56,11 @@ def value_of(row: Mapping[str, Any], source: str, columns: list[str]) -> Any:
         raise DataError(_unfilled(source, f"there is no column {error}")) from error
     except (ValueError, TypeError) as error:
         raise DataError(_unfilled(source, error)) from error
+
+
+def fields_of(template: str) -> set[str]:
+    """The columns that a template names; `ValueError` if it is none."""
+    return {field for _, field, _, _ in Formatter().parse(template) if field}
 
 
 def as_text(value: Any, source: str) -> str:

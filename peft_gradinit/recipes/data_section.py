@@ -1,10 +1,11 @@
 """The section of a recipe that says which data are read, and how."""
 
-from string import Formatter
+import contextlib
 from typing import Literal
 
 from pydantic import Field, model_validator
 
+from .cells import fields_of
 from .sections import CLASSIFIED, Group, Pattern, Place, Positive, Section, Task
 
 DEFAULT_LENGTH = 1024
@@ -153,11 +154,6 @@ def unread_keys(section: DataSection, task: Task) -> list[str]:
 def is_written(section: DataSection, column: str) -> bool:
     """Whether a column is a part of the texts, by its name or in a template."""
     sources = [source for key in _READ if (source := getattr(section, key))]
-    return any(source == column or column in _fields(source) for source in sources)
-
-
-def _fields(template: str) -> set[str | None]:
-    try:
-        return {field for _, field, _, _ in Formatter().parse(template)}
-    except ValueError:
-        return set()
+    with contextlib.suppress(ValueError):  # a broken template is told when it is filled
+        return any(source == column or column in fields_of(source) for source in sources)
+    return False

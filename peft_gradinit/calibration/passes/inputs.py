@@ -61,8 +61,8 @@ class InputRecorder(Recorder):
             return
         self._keep_probe(step.batch)
         known = step.batch if isinstance(step.batch, Mapping) else {}
-        self._of_batch = (known, self._rows_of(selection)) if counts else None
         self._rows = self._rows_of(selection) if counts else None
+        self._of_batch = None if self._rows is None else (known, self._rows)
         try:
             self._forward(step.batch)
             self.memory.sample()
