@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import inspect
 import random
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -80,11 +81,19 @@ def docstrings(module_name: str) -> list[str]:
     return sorted(texts)
 
 
-def load_task(n_test: int = 400, seed: int = 0) -> DatasetDict:
-    """Split the docstrings into `train` and `test`, tokenised, with `labels`."""
-    rows = []
-    for label, module in enumerate(MODULES):
-        texts = docstrings(module)
+def load_task(n_test: int = 400, seed: int = 0, *, distinct: bool = False) -> DatasetDict:
+    """Split the docstrings into `train` and `test`, tokenised, with `labels`.
+
+    Args:
+        n_test: rows of the test part.
+        seed: of the choice and of the split.
+        distinct: leave out texts that several modules have. Default: keep them, as the published runs do.
+    """
+    rows, of_modules = [], [docstrings(module) for module in MODULES]
+    known = Counter(text for texts in of_modules for text in texts)
+    for label, texts in enumerate(of_modules):
+        if distinct:
+            texts = [text for text in texts if known[text] == 1]
         random.Random(seed).shuffle(texts)
         rows += [{"text": text, "labels": label} for text in texts[:MAX_PER_MODULE]]
     tokenizer = AutoTokenizer.from_pretrained(model_folder())

@@ -72,6 +72,7 @@ class Settings(Section):
         n_test: held-out rows; a recipe says itself what is held out.
         folds: with more than one, the held-out rows are one of that many parts of all rows, another for
             the next seed.
+        distinct_texts: whether `docstrings` leaves out texts that several modules have.
         n_calibration: sequences or images that starts are computed from, of the training data.
         search_seeds: how many seeds the search for the learning rate averages over.
         seeds: how many others the best rate is run with; only these are reported.
@@ -84,6 +85,7 @@ class Settings(Section):
     adapter: dict[str, int] = Field(default_factory=lambda: {"r": 8, "lora_alpha": 16})
     max_length: int = 96
     labels_per_row: int | None = None
+    distinct_texts: bool = False
     n_calibration: int
     n_test: int = 0
     folds: int = 1

@@ -66,7 +66,7 @@ class Task:
 
 def docstrings(settings: Settings) -> Task:
     """MiniLM; which of 20 modules a docstring is from."""
-    data = load_task(settings.n_test)
+    data = load_task(settings.n_test, distinct=settings.distinct_texts)
     return Task(
         title="MiniLM (22 M): module of a docstring",
         load_model=load_model,
