@@ -68,7 +68,10 @@ class DataSection(Section):
         default=None, description="All of it carries loss; or is classified; default: `text`."
     )
     pair: str | None = Field(default=None, description="Second text of a classified pair.")
-    prompt: str | None = Field(default=None, description="Carries no loss.")
+    prompt: str | None = Field(
+        default=None,
+        description="Carries no loss. Nothing is put between it and the completion.",
+    )
     completion: str | None = Field(default=None, description="Carries the loss.")
     chosen: str | None = Field(
         default=None,

@@ -203,8 +203,8 @@ def _read_config(name: str, folder: Path) -> LoraConfig:
     if named:
         inside = ", ".join(str(Path(name) / path.parent.name) for path in named)
         raise AdapterError(
-            f"{name!r} holds adapters in folders of their own, since their name is not 'default'; give "
-            f"one of {inside}."
+            f"{name!r} is no adapter but holds some in folders of their own, as the output of a recipe does and "
+            f"PEFT's of adapters that are not named 'default'; give one of {inside}."
         )
     try:
         check_is_file(folder / CONFIG_NAME)

@@ -813,7 +813,7 @@ def test_deferred_and_initialized_is_the_same_as_data_in_the_config(method, tmp_
 
 
 @with_data
-def test_deferred_is_the_base_and_refuses_to_train_and_to_save(method, tmp_path):
+def test_deferred_is_the_base_and_refuses_to_train_to_save_and_to_merge(method, tmp_path):
     peft_model = started(method, calibration="deferred", **one_shape(method))
     assert torch.equal(logits(peft_model), logits(pico_llama()))
     peft_model.train()
@@ -821,3 +821,5 @@ def test_deferred_is_the_base_and_refuses_to_train_and_to_save(method, tmp_path)
         peft_model(**token_batches()[0])
     with pytest.raises(NotInitializedError, match="'default' is deferred and 14 layers"):
         peft_model.save_pretrained(tmp_path)
+    with pytest.raises(NotInitializedError, match="'default' is deferred .* nothing to merge"):
+        peft_model.merge_and_unload()

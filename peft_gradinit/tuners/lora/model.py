@@ -12,7 +12,6 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
-from peft.tuners.lora import LoraLayer, LoraModel
 from torch import Tensor, nn
 
 from ...errors import ConfigError, warn
@@ -33,7 +32,6 @@ from ...starts import (
     Start,
     Target,
     compute_start,
-    loses_merges,
     matched_patterns,
     resolve_targets,
     with_converted_targets,
@@ -54,6 +52,7 @@ from .anchored import anchor_layer, fill, renew_magnitude
 from .checks import checked_step, drift
 from .combining import combined_config, highest_rank
 from .deferred import defer, deferred_adapters, mark_started
+from .merging import CheckedMerges
 from .pairs import adapted_layers, pairs, stacked
 from .reshaping import differences, note_shapes, reshaped, targets_in_file
 from .saving import check_savable, live_entries, plain_entries
@@ -62,7 +61,7 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 
-class GradInitModel(WithReports, RecordedSaves, OffloadedBase, LoraModel):
+class GradInitModel(WithReports, RecordedSaves, OffloadedBase, CheckedMerges):
     """`peft.LoraModel` whose adapters get their start from the config's method."""
 
     _just_started: tuple[str, Start] | None = None
@@ -283,15 +282,6 @@ class GradInitModel(WithReports, RecordedSaves, OffloadedBase, LoraModel):
         finally:
             self.peft_config.update(live)
             self._combining = None
-
-    def _check_merge_allowed(self) -> None:
-        super()._check_merge_allowed()
-        for name, layer in self.model.named_modules():
-            if isinstance(layer, LoraLayer) and loses_merges(layer.get_base_layer()):
-                raise ConfigError(
-                    f"PEFT cannot merge into the optimum-quanto weight of {name}, which would drop "
-                    "the adapter; save the adapter and merge it into the unquantised model."
-                )
 
     # Saving and loading: PEFT's hooks, pure state-dict arithmetic ------------------------------
 

@@ -1,6 +1,6 @@
 """Saving and loading: entries of a live, possibly anchored adapter from and to plain LoRA."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -24,14 +24,7 @@ def check_savable(model: nn.Module, adapter_name: str) -> None:
         NotInitializedError: if it has no start yet.
         ConfigError: if its factors were widened, as preparing for compiled hot-swapping does.
     """
-    layers = adapted_layers(model, adapter_name)
-    deferred = [name for name, layer in layers if is_deferred(layer, adapter_name)]
-    if deferred:
-        raise NotInitializedError(
-            f"adapter {adapter_name!r} is deferred and {len(deferred)} layers ({deferred[0]}, …) "
-            "have no start yet, so there is nothing to save; call initialize(model, data), or "
-            "train with a CalibrationCallback."
-        )
+    check_started(model, [adapter_name], "save")
     for pair in pairs(model, adapter_name):
         rank = pair.A.shape[0] / pair.n_experts
         if pair.A.dim() == 2 and rank != pair.r:
@@ -40,6 +33,28 @@ def check_savable(model: nn.Module, adapter_name: str) -> None:
                 f"r={pair.r} there: the model was changed, as prepare_model_for_compiled_hotswap "
                 "does. Save before that, and prepare the adapter that PeftModel.from_pretrained "
                 "loads."
+            )
+
+
+def check_started(model: nn.Module, adapter_names: Iterable[str], action: str) -> None:
+    """Refuse what cannot be done with adapters that have no start yet.
+
+    Args:
+        model: with the adapters.
+        adapter_names: which of them.
+        action: what there is nothing to do with, such as "save".
+
+    Raises:
+        NotInitializedError: naming an adapter and a layer without a start.
+    """
+    for adapter_name in adapter_names:
+        layers = adapted_layers(model, adapter_name)
+        deferred = [name for name, layer in layers if is_deferred(layer, adapter_name)]
+        if deferred:
+            raise NotInitializedError(
+                f"adapter {adapter_name!r} is deferred and {len(deferred)} layers ({deferred[0]}, …) "
+                f"have no start yet, so there is nothing to {action}; call initialize(model, data), or "
+                "train with a CalibrationCallback."
             )
 
 
