@@ -241,6 +241,13 @@ for momentum in (0.8, 0.95):
         of_pairs("lora_muon", momentum=momentum),
         ours=True,
     )
+for name in ("lora_output", "lora_one_auto_output"):
+    METHODS[f"{name}+lora_muon_0.8"] = replace(
+        METHODS[f"{name}+lora_muon"],
+        title=f"{METHODS[name].title}; optimiser LoRA-Muon, momentum 0.8",
+        optimizer=of_pairs("lora_muon", momentum=0.8),
+        suggests=None,
+    )
 for name in ("lora", "lora_output", "lora_one_auto_output", "lora_output+lora_muon"):
     METHODS[f"{name}_linear"] = replace(
         METHODS[name], title=f"{METHODS[name].title}, linear decay", schedule="linear"

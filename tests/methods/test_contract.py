@@ -821,5 +821,5 @@ def test_deferred_is_the_base_and_refuses_to_train_to_save_and_to_merge(method, 
         peft_model(**token_batches()[0])
     with pytest.raises(NotInitializedError, match="'default' is deferred and 14 layers"):
         peft_model.save_pretrained(tmp_path)
-    with pytest.raises(NotInitializedError, match="'default' is deferred .* nothing to merge"):
+    with pytest.raises(NotInitializedError, match=r"'default' is deferred .* nothing to merge"):
         peft_model.merge_and_unload()
