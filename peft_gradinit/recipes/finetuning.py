@@ -84,8 +84,9 @@ def finetune(recipe: Recipe) -> dict[str, Any]:
     if inputs.evaluation_rows is not None:
         metrics = evaluate_model(trainer, recipe, inputs.reader, inputs.evaluation_rows)
         results |= {"metrics": metrics, "eval_losses": _eval_losses(trainer)}
+        if state.is_main_process:
+            write_json(output / RESULTS, results)
     if state.is_main_process:
-        write_json(output / RESULTS, results)
         if draws:
             draw_losses(_curves(results, baselines), output / PICTURE)
         write_exports(trained, recipe, inputs.reader.processor)
