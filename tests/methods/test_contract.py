@@ -334,6 +334,7 @@ DIRECTIONS = {
 """Of those that rank 2 uses, what the data give; the others give as many as it uses."""
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("estimator", ["dense", "sketch"])
 @pytest.mark.parametrize(("method", "case"), DEGENERATE)
 def test_degenerate_data_give_a_finite_start_that_trains(method, case, estimator, tmp_path):
@@ -480,6 +481,7 @@ def with_strided_inputs(model):
     return model
 
 
+@pytest.mark.sampled
 @every_method
 @pytest.mark.parametrize("change", [with_weights_stored_transposed, with_strided_inputs])
 @pytest.mark.parametrize("make", [pico_llama, wide_llama], ids=["dense", "sketch"])
