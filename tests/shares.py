@@ -1,7 +1,4 @@
-"""Tests in turn: `--share 2/4` runs the second quarter, so that CI sees all of them in eight days.
-
-Of a law that is marked `sampled` the default tests run a quarter of the rows. The others are slow.
-"""
+"""Tests in turn: `--share 2/4` runs the second quarter, so that CI sees all of them in eight days."""
 
 import argparse
 import re
@@ -16,13 +13,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-@pytest.hookimpl(tryfirst=True)  # before slow tests are left out
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    names = {item.nodeid for item in items if item.get_closest_marker("sampled")}
-    left_out = names - sampled(sorted(names))
-    for item in items:
-        if item.nodeid in left_out:
-            item.add_marker("slow")
     if share := config.getoption("--share"):
         names = in_share([item.nodeid for item in items], *share)
         config.hook.pytest_deselected(items=[item for item in items if item.nodeid not in names])
@@ -41,11 +32,3 @@ def share_of(text: str) -> tuple[int, int]:
 def in_share(names: list[str], k: int, n: int) -> set[str]:
     """Those of the K-th of N shares. A test stays in its share when others come or go."""
     return {name for name in names if zlib.crc32(name.encode()) % n == k - 1}
-
-
-def sampled(names: list[str]) -> set[str]:
-    """A quarter of the rows of each law, the same on every machine, and one at least."""
-    rows: dict[str, list[str]] = {}
-    for name in names:
-        rows.setdefault(name.partition("[")[0], []).append(name)
-    return {name for of_law in rows.values() for name in in_share(of_law, 1, 4) or {min(of_law)}}

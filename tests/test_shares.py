@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.shares import in_share, sampled, share_of
+from tests.shares import in_share, share_of
 
 NAMES = [f"tests/test_{letter}.py::test_{i}" for letter in "abcde" for i in range(20)]
 CI = Path(__file__).parents[1] / ".ci" / "run"
@@ -19,15 +19,6 @@ def test_shares_are_apart_and_together_all():
     assert sorted(name for share in shares for name in share) == sorted(NAMES)
     assert all(len(share) > 10 for share in shares)
     assert in_share(NAMES[::2], 2, 4) == shares[1] & set(NAMES[::2])
-
-
-def test_the_default_tests_have_a_quarter_of_a_sampled_law_and_one_row_at_least():
-    law = [f"tests/test_a.py::test_law[{i}]" for i in range(100)]
-    small = [f"tests/test_a.py::test_{letter}[{i}]" for letter in "bcdefgh" for i in range(2)]
-    chosen = sampled([*law, *small])
-    assert 15 < len(chosen & set(law)) < 35
-    assert {name.partition("[")[0] for name in chosen} == {n.partition("[")[0] for n in law + small}
-    assert sampled(law[::2]) == chosen & set(law[::2])
 
 
 @pytest.mark.parametrize("share", ["", "5/4", "0/4", "a/b", "1"])

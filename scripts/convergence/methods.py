@@ -233,19 +233,16 @@ for name in ("lora_one", "lora_one_auto", "lora_one_ranks_dora", "lora_one_auto_
         optimizer=of_pairs("lora_muon"),
         suggests="lora_muon",
     )
-for momentum in (0.8, 0.95):
-    METHODS[f"lora+lora_muon_{momentum}"] = Method(
-        f"LoRA; optimiser LoRA-Muon, momentum {momentum}",
-        plain(use_rslora=False),
-        FIRST_RATES["lora_muon"],
-        of_pairs("lora_muon", momentum=momentum),
-        ours=True,
-    )
-for name in ("lora_output", "lora_one_auto_output"):
-    METHODS[f"{name}+lora_muon_0.8"] = replace(
+for name, momentum in (
+    ("lora", 0.8),
+    ("lora", 0.95),
+    ("lora_output", 0.8),
+    ("lora_one_auto_output", 0.8),
+):
+    METHODS[f"{name}+lora_muon_{momentum}"] = replace(
         METHODS[f"{name}+lora_muon"],
-        title=f"{METHODS[name].title}; optimiser LoRA-Muon, momentum 0.8",
-        optimizer=of_pairs("lora_muon", momentum=0.8),
+        title=f"{METHODS[name].title}; optimiser LoRA-Muon, momentum {momentum}",
+        optimizer=of_pairs("lora_muon", momentum=momentum),
         suggests=None,
     )
 for name in ("lora", "lora_output", "lora_one_auto_output", "lora_output+lora_muon"):

@@ -165,7 +165,6 @@ def test_a_hash_is_of_the_codes_and_the_scales(backend, quantized, monkeypatch):
 # The start ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.sampled
 @every_backend
 @every_method
 def test_the_start_is_that_of_the_dequantised_base(method, quantized, tmp_path):
@@ -179,7 +178,6 @@ def test_the_start_is_that_of_the_dequantised_base(method, quantized, tmp_path):
             assert (one - other).norm() / other.norm().clamp_min(1e-6) <= TURNED, layer
 
 
-@pytest.mark.sampled
 @every_backend
 @every_method
 def test_the_base_is_kept_and_the_adapter_trains(method, quantized):

@@ -162,7 +162,6 @@ def test_the_device_is_that_on_which_the_first_layer_runs(tmp_path):
 # The start ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.sampled
 @every_layout
 @every_method
 def test_every_method_starts_as_on_the_plain_base(method, layout, tmp_path):
@@ -240,7 +239,6 @@ def test_a_deferred_adapter_is_initialised(tmp_path):
     assert got == pytest.approx(want, rel=FLOAT32)
 
 
-@pytest.mark.sampled
 @fully_offloaded
 @every_method
 def test_training_continues_on_an_offloaded_base(method, layout, tmp_path):
@@ -261,7 +259,6 @@ def test_a_compact_svfit_adapter_comes_back_on_a_plain_base(tmp_path):
     assert relative_error(logits(again), logits(peft_model)) < FLOAT32
 
 
-@pytest.mark.sampled
 @every_layout
 @every_method
 def test_merging_keeps_the_function_and_the_files(method, layout, tmp_path):
@@ -275,7 +272,6 @@ def test_merging_keeps_the_function_and_the_files(method, layout, tmp_path):
     assert files_in(tmp_path) == files
 
 
-@pytest.mark.sampled
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`")
 @pytest.mark.parametrize("tied", [True, False])

@@ -326,15 +326,12 @@ DIRECTIONS = {
     ("lora_ga", constant_inputs): "1 of 4",
     ("lora_ga", two_inputs): "2 of 4",
     ("lora_one", constant_inputs): "1 of 2",
-    (
-        "eva",
-        two_inputs,
-    ): "1 of [23]",  # of their difference; rounding decides which layer gets the third
+    # Of their difference; rounding decides which layer gets the third rank.
+    ("eva", two_inputs): "1 of [23]",
 }
 """Of those that rank 2 uses, what the data give; the others give as many as it uses."""
 
 
-@pytest.mark.sampled
 @pytest.mark.parametrize("estimator", ["dense", "sketch"])
 @pytest.mark.parametrize(("method", "case"), DEGENERATE)
 def test_degenerate_data_give_a_finite_start_that_trains(method, case, estimator, tmp_path):
@@ -481,7 +478,6 @@ def with_strided_inputs(model):
     return model
 
 
-@pytest.mark.sampled
 @every_method
 @pytest.mark.parametrize("change", [with_weights_stored_transposed, with_strided_inputs])
 @pytest.mark.parametrize("make", [pico_llama, wide_llama], ids=["dense", "sketch"])

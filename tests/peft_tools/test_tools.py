@@ -59,7 +59,6 @@ def test_merging_and_unmerging_comes_back(method, form, tmp_path):
         assert relative_error(weight, before[name]) <= 1e-6
 
 
-@pytest.mark.sampled
 @every_form
 @every_method
 def test_one_of_two_adapters_is_merged_by_name(method, form, tmp_path):
@@ -73,7 +72,6 @@ def test_one_of_two_adapters_is_merged_by_name(method, form, tmp_path):
     )
 
 
-@pytest.mark.sampled
 @every_form
 @every_method
 def test_switching_and_deleting(method, form, tmp_path):
@@ -93,7 +91,6 @@ def test_switching_and_deleting(method, form, tmp_path):
         assert torch.equal(output(peft_model), output(pico_llama()))
 
 
-@pytest.mark.sampled
 @every_form
 @every_method
 def test_adapters_in_one_batch(method, form, tmp_path):
