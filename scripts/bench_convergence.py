@@ -5,7 +5,7 @@
     python scripts/bench_convergence.py changes   # intruder dimensions, sizes of changes; a run for each method
     python scripts/bench_convergence.py report    # table and pictures from what there is
     python scripts/bench_convergence.py draw      # the published table and pictures again, from the summaries kept
-    python scripts/bench_convergence.py publish   # the same into scripts/convergence/measured and docs/benchmarks.md
+    python scripts/bench_convergence.py publish   # the same into scripts/convergence/measured and docs/benchmarks/
 
 Rows that are published stay in the report and in what is published, if no runs of theirs are there.
 Results are kept in `out/convergence/results`, one JSON a run, apart for different settings
@@ -33,7 +33,15 @@ from convergence.further import differs_in_seeds
 from convergence.levers import LEVERS
 from convergence.methods import METHODS
 from convergence.pair_levers import PAIR_LEVERS
-from convergence.report import at_a_glance, beside, longer, overview, without_sweep, write_report
+from convergence.report import (
+    at_a_glance,
+    beside,
+    longer,
+    overview,
+    shorter,
+    without_sweep,
+    write_report,
+)
 from convergence.settings import FOLDER, Settings, load_settings
 from convergence.study import PARTS, Study, carry_out, load_task, prepare_process
 from convergence.summary import TaskSummary, load, save, summarise_task
@@ -43,7 +51,7 @@ COMMANDS = ("run", "costs", "changes", "report", "draw", "publish")
 OUT = Path("out/convergence")
 MEASURED = Path(__file__).parent / "convergence" / "measured"
 FURTHER = MEASURED / "further"
-PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
+PAGES = Path(__file__).parents[1] / "docs" / "benchmarks"
 
 
 def main() -> None:
@@ -110,22 +118,24 @@ def _report(studies: list[Study], options: argparse.Namespace) -> None:
 
 
 def _publish() -> None:
-    """Report and pictures beside the summaries that are kept, and the tables into the page."""
+    """Report and pictures beside the summaries that are kept, and the tables into the pages."""
     tasks = load(MEASURED)
     sys.stdout.write(write_report(tasks, MEASURED) + "\n")
     for what, text in shown(tasks).items():
         begin, end = marks(what)
-        before, rest = PAGE.read_text(encoding="utf-8").split(begin)
+        page = page_of(what)
+        before, rest = page.read_text(encoding="utf-8").split(begin)
         _, after = rest.split(end)
-        PAGE.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}", encoding="utf-8")
+        page.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}", encoding="utf-8")
 
 
 def shown(tasks: list[TaskSummary]) -> dict[str, str]:
-    """The tables that the page has."""
+    """The tables that the pages have."""
     return {
         "at a glance": at_a_glance(tasks),
         "equal numbers": overview(tasks),
         "without a sweep": without_sweep(tasks),
+        "shorter runs": shorter(tasks),
         "longer runs": longer(tasks),
         "costs and changes": beside(tasks),
         "further seeds": further.table(further.load(FURTHER)),
@@ -133,8 +143,15 @@ def shown(tasks: list[TaskSummary]) -> dict[str, str]:
 
 
 def marks(what: str) -> tuple[str, str]:
-    """Where a table begins and ends in the page."""
+    """Where a table begins and ends in its page."""
     return f"<!-- {what}: made by bench_convergence.py publish -->", f"<!-- {what}: end -->"
+
+
+def page_of(what: str) -> Path:
+    """The one page that has a table."""
+    begin, _ = marks(what)
+    (page,) = (p for p in sorted(PAGES.glob("*.md")) if begin in p.read_text(encoding="utf-8"))
+    return page
 
 
 def _fault(command: str, studies: list[Study]) -> str | None:

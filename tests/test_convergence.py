@@ -25,7 +25,7 @@ sys.path.insert(0, str(SCRIPTS))
 
 import bench_convergence  # noqa: E402
 import rate_rule  # noqa: E402
-from bench_convergence import MEASURED, marks  # noqa: E402
+from bench_convergence import MEASURED, marks, page_of  # noqa: E402
 from bench_convergence import shown as tables_of  # noqa: E402
 from convergence import further  # noqa: E402
 from convergence.changes import n_intruders  # noqa: E402
@@ -61,8 +61,6 @@ from rate_rule import (  # noqa: E402
     left_out,
     table,
 )
-
-PAGE = SCRIPTS.parent / "docs" / "benchmarks.md"
 
 
 def searched(first, loss_of):
@@ -636,9 +634,9 @@ def test_rows_with_an_output_layer_are_for_language_models(tmp_path):
 def test_published_tables_are_those_of_the_published_figures():
     tasks = load(MEASURED)
     assert {"digits", "docstrings", "reference", "topics"} <= {task.task for task in tasks}
-    page = PAGE.read_text(encoding="utf-8")
     for what, text in tables_of(tasks).items():
         begin, end = marks(what)
+        page = page_of(what).read_text(encoding="utf-8")
         assert page.split(begin)[1].split(end)[0].strip() == text
     report = (MEASURED / "report.md").read_text(encoding="utf-8")
     assert report == markdown(tasks) + "\n"

@@ -152,7 +152,7 @@ def test_bench_scaling_checks_the_growth_and_computes_the_large_models(tmp_path)
     for name, costs in computed.items():
         assert f"| {name} | {costs['n_targets']:,} |" in output
         assert costs["statistic_bytes"] < costs["dense_bytes"] / 5
-    page = (SCRIPTS.parent / "docs" / "benchmarks.md").read_text()
+    page = (SCRIPTS.parent / "docs" / "benchmarks" / "calibration.md").read_text()
     table = [line for line in output.splitlines() if line.startswith("|")]
     assert len(table) == 2 + len(computed)
     assert "\n".join(table) in page

@@ -25,7 +25,7 @@ def with_output_layer(model: nn.Module, config: ConfigT) -> ConfigT:
     All other layers give up a rank (or as few as are needed), and the output layer gets as many
     ranks as that pays for, at most `4 r`. The scaling of every layer stays as it was, so a learning
     rate stays good. In our benchmarks of language models on prose, plain LoRA with its output layer ends
-    lower than without, by 0.5 to 1.9 %; on short answers the gain is not certain (`docs/benchmarks.md`).
+    lower than without, by 0.5 to 1.9 %; on short answers the gain is not certain (`docs/benchmarks/`).
 
         config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
         model = get_peft_model(model, with_output_layer(model, config))

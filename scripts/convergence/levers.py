@@ -1,7 +1,7 @@
 """What else was tried against plain LoRA: rows of the study that are no part of the package.
 
 Each changes one thing about LoRA or LoRA-One and trains as many numbers as LoRA, unless it says otherwise.
-`bench_convergence.py run --methods NAME` runs one; its figures stand in `docs/benchmarks.md`.
+`bench_convergence.py run --methods NAME` runs one; its figures stand in `docs/benchmarks/findings.md`.
 """
 
 from collections.abc import Callable, Iterator

@@ -140,7 +140,7 @@ def aims(task: TaskSummary) -> str:
 
 
 def overview(tasks: list[TaskSummary]) -> str:
-    """The methods as short Markdown tables, one a task; for `docs/benchmarks.md`."""
+    """The methods as short Markdown tables, one a task; for `docs/benchmarks/tables.md`."""
     return "\n\n".join(_short_table(task) for task in tasks)
 
 
@@ -194,6 +194,11 @@ def _percent_of_baseline(task: TaskSummary, method: str) -> str:
 def without_sweep(tasks: list[TaskSummary]) -> str:
     """Losses at the suggested rates, next to LoRA's at its own, as a Markdown table."""
     return _by_task(tasks, _next_to_baseline(lambda summary: summary.suggested_losses))
+
+
+def shorter(tasks: list[TaskSummary]) -> str:
+    """Losses of runs of 60 % of the steps, next to LoRA's of as many, as a Markdown table."""
+    return _by_task(tasks, _next_to_baseline(lambda summary: summary.short_losses))
 
 
 def longer(tasks: list[TaskSummary]) -> str:
