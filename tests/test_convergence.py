@@ -532,6 +532,28 @@ def test_what_has_no_new_runs_stays_published(tmp_path):
         assert summary.changes == (known["changes"] if lr == 5.6e-3 else {})
 
 
+def test_runs_at_the_suggested_rate_join_a_published_row(tmp_path):
+    study = tiny_study(tmp_path)
+    row = summary_of(search=SEARCHED["lora"], losses=[1.0])
+    published = dataclasses.replace(row, suggested_lr=1e-2, suggested_losses=[5.0, 5.0, 5.0])
+    earlier = TaskSummary("digits", "", 10, {"lora": published})
+
+    def found():
+        return summarise_task(study, [], earlier).methods["lora"]
+
+    assert found() == published
+    key = Key("digits", "lora", 1e-3, 0, 10)
+    of_search = {**dataclasses.asdict(key), "curve": [[10, 1.0, 0.5]], "suggested_lr": 2e-3}
+    study.save(key, of_search)
+    asked = found()
+    assert (asked.suggested_lr, asked.suggested_losses) == (2e-3, [])  # not those of another rate
+    for seed in study.settings.reported:
+        saved_run(study, "lora", 2e-3, seed, study.trained("lora"), float(seed))
+    assert found() == dataclasses.replace(
+        published, suggested_lr=2e-3, suggested_losses=[1.0, 2.0, 3.0]
+    )
+
+
 def test_costs_of_calls_at_different_load_are_compared_as_steps_of_lora():
     costs = {"start_seconds": 2.0, "step_seconds": 0.6, "lora_step_seconds": 0.5}
     quiet = summary_of(search=SEARCHED["lora"], losses=[0.2], costs=costs)

@@ -243,7 +243,6 @@ for name, momentum in (
         METHODS[f"{name}+lora_muon"],
         title=f"{METHODS[name].title}; optimiser LoRA-Muon, momentum {momentum}",
         optimizer=of_pairs("lora_muon", momentum=momentum),
-        suggests=None,
     )
 for name in ("lora", "lora_output", "lora_one_auto_output", "lora_output+lora_muon"):
     METHODS[f"{name}_linear"] = replace(

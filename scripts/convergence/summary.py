@@ -171,23 +171,26 @@ def summarise_task(
 
 def _summary(study: Study, method: str, earlier: Summary | None) -> Summary | None:
     """What the runs say; what they do not say is as it was in an earlier summary."""
-    summary = _whole(study, method, earlier)
+    summary = _whole(study, method)
     if summary is None:
         summary = earlier
     elif earlier is not None:
         same = ["short_lr", "short_losses", "long_lr", "long_losses", "costs"]
+        same += ["suggested_lr", "suggested_losses"]
         same += ["changes"] if earlier.lr == summary.lr else []
         summary = replace(summary, **{name: getattr(earlier, name) for name in same})
-    return summary and replace(summary, **_beside(study, method, summary.lr))
+    if summary is None:
+        return None
+    beside = _beside(study, method, summary.lr) | _at_suggestion(study, method, summary)
+    return replace(summary, **beside)
 
 
-def _whole(study: Study, method: str, earlier: Summary | None) -> Summary | None:
-    """Of whole runs, if all of them are there; the suggested rate may be that of an earlier search."""
+def _whole(study: Study, method: str) -> Summary | None:
+    """Of whole runs, if all of them are there."""
     search = study.searched(method)
     if search is None:
         return None
-    lr, suggested, steps = best_rate(search), study.suggested(method), study.trained(method)
-    suggested = suggested or (earlier and earlier.suggested_lr)
+    lr, steps = best_rate(search), study.trained(method)
     runs = [r for r in study.runs(method) if r["seed"] in study.settings.reported]
     whole = _chosen(runs, lr, steps)
     if len(whole) < study.settings.seeds:
@@ -201,8 +204,8 @@ def _whole(study: Study, method: str, earlier: Summary | None) -> Summary | None
         accuracies=[r["curve"][-1][2] for r in whole],
         short_lr=None,
         short_losses=[],
-        suggested_lr=suggested,
-        suggested_losses=_losses(study, runs, suggested, steps),
+        suggested_lr=None,
+        suggested_losses=[],
         forgetting=[
             r["source_loss"][1] - r["source_loss"][0] for r in whole if r["source_loss"][0]
         ],
@@ -247,6 +250,15 @@ def _beside(study: Study, method: str, lr: float) -> dict[str, Any]:
         losses = _losses(study, study.runs(method), lr, steps)
         known |= {f"{name}_lr": lr, f"{name}_losses": losses} if losses else {}
     return {name: value for name, value in known.items() if value}
+
+
+def _at_suggestion(study: Study, method: str, summary: Summary) -> dict[str, Any]:
+    """The suggested rate, which may be that of an earlier search, and the losses there, if they are known here."""
+    lr = study.suggested(method) or summary.suggested_lr
+    losses = _losses(study, study.runs(method), lr, study.trained(method))
+    if lr == summary.suggested_lr and not losses:
+        return {}
+    return {"suggested_lr": lr, "suggested_losses": losses}
 
 
 def _losses(study: Study, runs: list[dict], lr: float | None, steps: int) -> list[float]:
