@@ -237,6 +237,8 @@ for name, momentum in (
     ("lora", 0.8),
     ("lora", 0.95),
     ("lora_output", 0.8),
+    ("lora_one_ranks", 0.8),
+    ("lora_one_ranks_dora", 0.8),
     ("lora_one_auto_output", 0.8),
 ):
     METHODS[f"{name}+lora_muon_{momentum}"] = replace(
