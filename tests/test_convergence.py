@@ -334,6 +334,24 @@ def test_the_suggested_rate_is_that_of_the_search(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("name", "momentum"),
+    [
+        ("lora+lora_muon", 0.9),
+        ("lora_one_auto_output+lora_muon", 0.9),
+        ("lora_one_ranks_dora+lora_muon", 0.9),
+        ("muon_flat", 0.9),
+        ("muon_output_0.8", 0.8),
+        ("lora_output+lora_muon_0.8", 0.8),
+    ],
+)
+def test_rows_of_lora_muon_keep_the_momentum_that_they_were_run_with(name, momentum):
+    model = get_peft_model(nn.Sequential(nn.Linear(12, 10)), LoraConfig(target_modules=["0"], r=4))
+    optimizer = METHODS[name].optimizer(model, 1e-2, 1e-3)
+    assert optimizer.param_groups[0]["momentum"] == momentum
+    assert "+" not in name or f"momentum {momentum}" in METHODS[name].title
+
+
+@pytest.mark.parametrize(
     ("name", "moment"), [("muon_annealed", "momentum"), ("annealed_kept", "exp_avg")]
 )
 def test_a_cut_of_ranks_takes_the_moments_along(name, moment):

@@ -58,7 +58,8 @@ class LoraMuon(PairOptimizer):
 
     Args:
         model: the model with the adapter.
-        momentum: decay of the moments.
+        momentum: decay of the moments. 0.8 averages five steps. At a rate of 0.03 it ends below 0.9 on two of
+            five tasks, and level with it on three (`docs/optimisers.md`).
         nesterov: look one step ahead.
         dampening: fraction of the norm added to the factors' Gram matrices.
         **common: see `Common`. The decay is of the product: it shrinks by `1 - lr * weight_decay`.
@@ -75,7 +76,7 @@ class LoraMuon(PairOptimizer):
         self,
         model: nn.Module,
         *,
-        momentum: float = 0.9,
+        momentum: float = 0.8,
         nesterov: bool = True,
         dampening: float = 1e-4,
         **common: "Unpack[Common]",

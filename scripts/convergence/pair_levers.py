@@ -121,7 +121,8 @@ class VariedMuon(LoraMuon):
 
 
 def varied(**options: Any) -> Steps:
-    """A `VariedMuon`."""
+    """A `VariedMuon`, with a momentum of 0.9 unless told otherwise."""
+    options = {"momentum": 0.9} | options
 
     def make(model: nn.Module, lr: float, head_lr: float) -> torch.optim.Optimizer:
         return VariedMuon(model, lr=lr, head_lr=head_lr, **options)
