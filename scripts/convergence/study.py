@@ -33,7 +33,7 @@ LONGER = 4
 ALSO_LONGER = (
     *("full", BASELINE, "lora_output", "dora", "lora_one_auto", "lora_one_auto_output"),
     *("lora_one_ranks+lora_muon", "lora_one_ranks_dora+lora_muon"),
-    *("lora_output+lora_muon", "lora_one_auto_output+lora_muon"),
+    *("lora_output+lora_muon", "lora_output+lora_muon_0.8", "lora_one_auto_output+lora_muon"),
 )
 """Methods that have longer runs."""
 PARTS = ("search", "shorter", "longer")
