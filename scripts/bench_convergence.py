@@ -100,8 +100,9 @@ def _report(studies: list[Study], options: argparse.Namespace) -> None:
     """Save the summaries, and write the report or publish it."""
     publish = options.command == "publish"
     if publish and differs_in_seeds(studies[0].settings):
+        earlier = further.load(FURTHER)
         for study in studies:
-            further.save(further.collect(study), FURTHER)
+            further.save(further.collect(study, earlier), FURTHER)
         _publish()
         return
     tasks = _summaries(studies, options)

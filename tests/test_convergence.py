@@ -618,6 +618,15 @@ def test_further_seeds_are_shown_beside_those_that_were_first(tmp_path, monkeypa
         "| DoRA | 0.01 | 1.000 ± 0.240 | -0.500 ± 0.000 | 1.500 ± 0.000 | -0.500 ± 0.000 |"
     )
 
+    elsewhere = Study(tmp_path / "elsewhere", study.task)
+    for seed in study.settings.reported:
+        saved_run(elsewhere, "full", 1e-3, seed, study.whole, 0.1)
+        saved_run(elsewhere, "dora", 1e-2, seed, study.whole, 0.2)
+    later = further.collect(elsewhere, further.load(tmp_path / "kept"))
+    assert [(row.method, row.losses[0]) for row in later.rows] == [
+        *(("lora", 1.0), ("full", 0.1), ("dora", 0.2))  # LoRA's are those that were kept
+    ]
+
 
 @pytest.mark.parametrize("facts", [{"data": "other"}, {"device": "cuda"}])
 def test_rows_of_other_data_or_devices_are_not_compared(facts, tmp_path):

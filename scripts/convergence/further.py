@@ -1,6 +1,7 @@
 """Settings that differ from a task's in the number of seeds alone: rows that were run with further seeds."""
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -49,18 +50,25 @@ def differs_in_seeds(settings: Settings) -> bool:
     return settings != own and settings.model_copy(update={"seeds": own.seeds}) == own
 
 
-def collect(study: Study) -> FurtherSeeds:
-    """The rows whose whole runs are there for all seeds; LoRA's at its best rate is one of them."""
+def collect(study: Study, earlier: Iterable[FurtherSeeds] = ()) -> FurtherSeeds:
+    """The rows whose whole runs are there for all seeds; LoRA's at its best rate is one of them.
+
+    Args:
+        study: of the task's settings with more seeds.
+        earlier: what was kept, of any tasks; a row that has no runs here is taken from it.
+    """
     found: dict[tuple[str, float], dict[int, float]] = {}
     for method in METHODS:
         for run in study.runs(method):
             if run["seed"] in study.settings.reported and run["steps"] == study.trained(method):
                 found.setdefault((method, run["lr"]), {})[run["seed"]] = final_loss(run)
-    rows = [
-        Row(method, lr, [losses[seed] for seed in study.settings.reported])
+    kept = {(r.method, r.lr): r for f in earlier if f.task == study.settings.task for r in f.rows}
+    here = {
+        (method, lr): Row(method, lr, [losses[seed] for seed in study.settings.reported])
         for (method, lr), losses in found.items()
         if len(losses) == study.settings.seeds
-    ]
+    }
+    rows = list((kept | here).values())
     rows.sort(key=lambda row: (row.method != BASELINE, list(METHODS).index(row.method), row.lr))
     return FurtherSeeds(study.settings.task, load_settings(study.settings.task).seeds, rows)
 
