@@ -66,6 +66,21 @@ def test_example_of_our_start_with_lora_muon_runs_as_printed(tmp_path):
     assert isinstance(names["trainer"].create_optimizer(), LoraMuon)
 
 
+def test_example_of_our_start_on_encoders_runs_as_printed(tmp_path):
+    of_model = pico_llama(num_labels=3, pad_token_id=0).config
+    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[], max_steps=1)
+    ids = torch.randint(1, of_model.vocab_size, (32, 12))
+    rows = [{"input_ids": row, "labels": torch.tensor(k % 3)} for k, row in enumerate(ids)]
+    batches = [{n: torch.stack([row[n] for row in rows]) for n in rows[0]}]
+    names = {"Trainer": Trainer, "args": args, "data": rows, "train_dataloader": batches}
+    names["model"] = LlamaForSequenceClassification(of_model)
+    exec(blocks("docs/choosing.md")[2], names)
+    assert len(set(init_report(names["model"]).ranks().values())) > 1
+    names["trainer"].train()
+    pairs_, head = names["trainer"].optimizer.param_groups[:2]
+    assert (pairs_["initial_lr"], pairs_["momentum"], head["initial_lr"]) == (0.03, 0.8, 3e-2)
+
+
 def test_example_of_a_rate_for_a_new_head_runs_as_printed(tmp_path):
     config = LoraConfig(
         r=2, target_modules=["q_proj"], task_type="SEQ_CLS", modules_to_save=["score"]
@@ -75,7 +90,7 @@ def test_example_of_a_rate_for_a_new_head_runs_as_printed(tmp_path):
     args = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[], max_steps=1)
     rows = [{"input_ids": torch.arange(1, 6), "labels": torch.tensor(k)} for k in range(3)]
     names = {"Trainer": Trainer, "args": args, "data": rows, "model": model}
-    exec(blocks("docs/choosing.md")[2], names)
+    exec(blocks("docs/choosing.md")[3], names)
     names["trainer"].train()
     rates = [group["initial_lr"] for group in names["trainer"].optimizer.param_groups]
     low, high = sorted({*rates})
