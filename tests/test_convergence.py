@@ -224,7 +224,7 @@ def test_study_goes_on_where_it_was_and_reports_itself(tmp_path):
         assert 0 <= summary.changes["intruders"] <= 10
         assert 0 < summary.changes["size"] < 10
     _, _, of_lora, _ = beside([kept]).splitlines()
-    assert re.match(r"\| LoRA \| [\d.]+ s \| 1.00 \| 1.00 \| [+-]\d.\d{3} ± \d.\d{3} \| ", of_lora)
+    assert re.match(r"\| LoRA \| [\d.]+ \| 1.00 \| 1.00 \| [+-]\d.\d{3} ± \d.\d{3} \| ", of_lora)
     assert markdown([kept]) in report
     at_suggested = [r for r in runs if r["lr"] == kept.methods["lora_ga"].suggested_lr]
     study = Study(tmp_path / "out/convergence/results", str(tmp_path / "tiny.yaml"))
