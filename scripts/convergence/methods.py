@@ -188,17 +188,17 @@ METHODS: dict[str, Method] = {
 }
 FIRST_RATES = {"lora_muon": 3.2e-2, "lora_rite": 3.2e-3, "lora_one": 3.2e-3, "lora_pro": 1e-3}
 """Where the search begins, by optimiser."""
-LORA_MUON = {"momentum": 0.9}
-"""What LoRA-Muon had by default when most of its rows were run; `+lora_muon_0.8` is with today's default."""
-OPTIONS: dict[str, dict[str, Any]] = {"lora_muon": LORA_MUON}
-"""Options of the rows of each optimiser, where they are not the defaults."""
+OF_PAIRS = {kind.name: of_pairs(kind.name) for kind in OPTIMIZERS}
+OF_PAIRS["lora_muon"] = of_pairs("lora_muon", momentum=0.9)
+"""The optimisers of the rows. LoRA-Muon's momentum is that of when most of them were run; rows named
+`+lora_muon_0.8` have today's default."""
 TITLES = {kind.name: kind.title for kind in OPTIMIZERS} | {"lora_muon": "LoRA-Muon, momentum 0.9"}
 for kind in OPTIMIZERS:
     METHODS[f"lora+{kind.name}"] = Method(
         f"LoRA; optimiser {TITLES[kind.name]}",
         plain(use_rslora=False),
         FIRST_RATES[kind.name],
-        of_pairs(kind.name, **OPTIONS.get(kind.name, {})),
+        OF_PAIRS[kind.name],
         ours=True,
         suggests=kind.name,
     )
@@ -206,7 +206,7 @@ for kind in OPTIMIZERS:
         f"LoRA with output layer; optimiser {TITLES[kind.name]}",
         with_output,
         FIRST_RATES[kind.name],
-        of_pairs(kind.name, **OPTIONS.get(kind.name, {})),
+        OF_PAIRS[kind.name],
         ours=True,
         suggests=kind.name,
         has_output=True,
@@ -215,7 +215,7 @@ for kind in OPTIMIZERS:
         f"LoRA-One, ranks by gradient; optimiser {TITLES[kind.name]}",
         calibrated(LoraOneConfig, **EQUAL_NUMBERS),
         FIRST_RATES[kind.name],
-        of_pairs(kind.name, **OPTIONS.get(kind.name, {})),
+        OF_PAIRS[kind.name],
         reads_data=True,
         ours=True,
         suggests=kind.name,
@@ -224,7 +224,7 @@ for kind in OPTIMIZERS:
         f"LoRA-One, `auto+output`; optimiser {TITLES[kind.name]}",
         automatic(LoraOneConfig, "auto+output"),
         FIRST_RATES[kind.name],
-        of_pairs(kind.name, **OPTIONS.get(kind.name, {})),
+        OF_PAIRS[kind.name],
         reads_data=True,
         ours=True,
         suggests=kind.name,
@@ -235,7 +235,7 @@ for name in ("lora_one", "lora_one_auto", "lora_one_ranks_dora", "lora_one_auto_
         METHODS[name],
         title=f"{METHODS[name].title}; optimiser {TITLES['lora_muon']}",
         first_rate=FIRST_RATES["lora_muon"],
-        optimizer=of_pairs("lora_muon", **LORA_MUON),
+        optimizer=OF_PAIRS["lora_muon"],
         suggests="lora_muon",
     )
 for name, momentum in (

@@ -175,8 +175,8 @@ def _summary(study: Study, method: str, earlier: Summary | None) -> Summary | No
     if summary is None:
         summary = earlier
     elif earlier is not None:
-        same = ["short_lr", "short_losses", "long_lr", "long_losses", "costs"]
-        same += ["suggested_lr", "suggested_losses"]
+        kinds = ("short", "long", "suggested")
+        same = ["costs", *(f"{kind}_{what}" for kind in kinds for what in ("lr", "losses"))]
         same += ["changes"] if earlier.lr == summary.lr else []
         summary = replace(summary, **{name: getattr(earlier, name) for name in same})
     if summary is None:
